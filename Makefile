@@ -1,0 +1,35 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo test test-gpu lint format doctor clean
+
+help: ## This list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml constraints.txt mhc_tile/_version.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY) ## Train residual, HC and mHC on real text and write a report with pictures
+	$(BIN)/mhc-tile demo
+
+test: $(READY) ## Every test that needs no GPU, in parallel
+	$(BIN)/python -m pytest -n auto -m "not gpu" --durations 10
+
+test-gpu: $(READY) ## The GPU's tests, on a machine that has one
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(READY) ## Style and formatting, as CI checks them
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: $(READY) ## Format and mend what can be mended
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+doctor: $(READY) ## What is here, what is missing, how to mend it
+	$(BIN)/mhc-tile doctor
+
+clean: ## Remove the virtual environment, builds and caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache && find . -name __pycache__ -prune -exec rm -rf {} +
