@@ -1,0 +1,36 @@
+"""Devices, poisoned memory and quiet threads for every test."""
+
+import pytest
+import torch
+
+import mhc_tile  # noqa: F401 - registers the ops before any test collects them
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device; run `make test-gpu` where there is one")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """torch.empty is filled with NaN, so that an element nobody wrote cannot pass by luck."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread_each():
+    """Tests run in parallel processes: one thread each."""
+    torch.set_num_threads(1)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "device" in metafunc.fixturenames:
+        devices = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+        metafunc.parametrize("device", devices)
