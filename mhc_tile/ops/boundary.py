@@ -1,0 +1,138 @@
+"""`boundary`: the end of one sublayer and the start of the next, in one op."""
+
+from typing import Any
+
+from torch import Tensor
+
+from .. import gradients, reference
+from .._library import define, derive, rounded
+from .merge import check_merge
+from .pre import CONSTANTS, check_pre, fake_pre, with_projection
+
+
+def boundary(
+    x: Tensor,
+    layer_output: Tensor,
+    h_post: Tensor,
+    h_res: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    *,
+    norm_eps: float,
+    pre_eps: float = 0.0,
+    post_scale: float = 2.0,
+    iters: int = 20,
+    sinkhorn_eps: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`merge` of a sublayer, then `pre` of the next one on the result (eqs. 7 and 14-19).
+
+    `x_next[o, c] = sum_i h_res[o, i] * x[i, c] + h_post[o] * layer_output[c]`
+    `layer_input, h_post_next, h_res_next = pre(x_next, phi, alpha, bias)`
+
+    Args:
+        x: [..., n, C], bf16, fp16, fp32 or fp64. A copy is made if it is not contiguous.
+        layer_output: [..., C], dtype of x.
+        h_post: [..., n], fp32 (fp64 where x is). This sublayer's.
+        h_res: [..., n, n], dtype of h_post, [out, in]. This sublayer's.
+        phi: [n*n + 2n, n*C], dtype of h_post. The NEXT sublayer's, as alpha and bias.
+        alpha: [3], dtype of h_post.
+        bias: [n*n + 2n], dtype of h_post.
+        norm_eps: as in `pre`.
+        pre_eps: as in `pre`.
+        post_scale: as in `pre`.
+        iters: as in `pre`.
+        sinkhorn_eps: as in `pre`.
+
+    Returns:
+        x_next [..., n, C] and layer_input [..., C], dtype of x; h_post_next [..., n] and
+        h_res_next [..., n, n], dtype of phi.
+
+    Raises:
+        TypeError: An argument is not a tensor.
+        ValueError: A shape, dtype, device or constant is off; the message names it.
+
+    Example:
+        >>> x, layer_output, phi = torch.randn(7, 4, 64), torch.randn(7, 64), torch.randn(24, 256)
+        >>> h_post, h_res = torch.ones(7, 4), torch.eye(4).expand(7, 4, 4)
+        >>> x_next, layer_input, _, _ = boundary(
+        ...     x, layer_output, h_post, h_res, phi, torch.ones(3), torch.zeros(24), norm_eps=1e-6)
+        >>> torch.equal(x_next, x + layer_output.unsqueeze(-2))
+        True
+    """
+    check_merge("boundary", x, layer_output, h_post, h_res)
+    constants = check_pre(
+        "boundary", x, phi, alpha, bias, norm_eps, pre_eps, post_scale, iters, sinkhorn_eps
+    )
+    return _boundary(x, layer_output, h_post, h_res, phi, alpha, bias, **constants)[:4]
+
+
+def _cpu(
+    x: Tensor,
+    layer_output: Tensor,
+    h_post: Tensor,
+    h_res: Tensor,
+    *parameters: Tensor,
+    **constants: float,
+) -> tuple[Tensor, ...]:
+    x_next = reference.merge(x, layer_output, h_post, h_res)
+    return (x_next, *with_projection(x_next, *parameters, **constants))
+
+
+def _fake(
+    x: Tensor,
+    layer_output: Tensor,
+    h_post: Tensor,
+    h_res: Tensor,
+    *parameters: Tensor,
+    **constants: float,
+) -> tuple[Tensor, ...]:
+    return (x.new_empty(x.shape), *fake_pre(x, *parameters, **constants))
+
+
+def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    *_, projection, inv_rms = output
+    ctx.mark_non_differentiable(projection, inv_rms)
+    ctx.save_for_backward(*inputs, projection, inv_rms)
+    ctx.constants = keyword_only_inputs
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+    return _boundary_backward(*grads[:4], *ctx.saved_tensors, **ctx.constants)
+
+
+def _backward_cpu(*tensors: Tensor, norm_eps: float, **constants: float) -> tuple[Tensor, ...]:
+    return rounded(gradients.boundary_backward(*tensors, **constants), *tensors[4:11])
+
+
+def _backward_fake(*tensors: Tensor, **_: float) -> tuple[Tensor, ...]:
+    return tuple(value.new_empty(value.shape) for value in tensors[4:11])
+
+
+def _backward_derived(*tensors: Tensor, norm_eps: float, **constants: float) -> tuple[Tensor, ...]:
+    *tensors, _, _ = tensors
+    x_next = reference.merge(*tensors[4:8])
+    saved = reference.normalised_projection(x_next, tensors[8], norm_eps)
+    return _backward_cpu(*tensors, *saved, norm_eps=norm_eps, **constants)
+
+
+_boundary_backward = define(
+    "boundary_backward(Tensor grad_x_next, Tensor grad_layer_input, Tensor grad_h_post_next, "
+    "Tensor grad_h_res_next, Tensor x, Tensor layer_output, Tensor h_post, Tensor h_res, "
+    f"Tensor phi, Tensor alpha, Tensor bias, Tensor projection, Tensor inv_rms, *, {CONSTANTS}) "
+    "-> (Tensor grad_x, Tensor grad_layer_output, Tensor grad_h_post, Tensor grad_h_res, "
+    "Tensor grad_phi, Tensor grad_alpha, Tensor grad_bias)",
+    cpu=_backward_cpu,
+    fake=_backward_fake,
+    **derive(_backward_derived),
+)
+_boundary = define(
+    "boundary(Tensor x, Tensor layer_output, Tensor h_post, Tensor h_res, Tensor phi, "
+    f"Tensor alpha, Tensor bias, *, {CONSTANTS}) "
+    "-> (Tensor x_next, Tensor layer_input, Tensor h_post_next, Tensor h_res_next, "
+    "Tensor projection, Tensor inv_rms)",
+    cpu=_cpu,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)

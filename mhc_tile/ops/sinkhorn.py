@@ -1,0 +1,74 @@
+"""`sinkhorn`: from logits to a doubly stochastic matrix."""
+
+from typing import Any
+
+from torch import Tensor
+
+from .. import _checks, gradients, reference
+from .._library import define, derive
+
+
+def sinkhorn(logits: Tensor, *, iters: int = 20, eps: float = 0.0) -> Tensor:
+    """Normalise exp(logits) over columns, then rows, `iters` times (eqs. 9 and 19).
+
+    `M = exp(logits)`; `iters` times `M[o, i] /= sum_o M[o, i]`, `M[o, i] /= sum_i M[o, i]`
+
+    The iteration ends on rows: without eps they sum to 1 exactly (forward gain 1), and how far the
+    column sums are from 1 tells how far it has converged. Logits of any finite size are safe. With
+    eps (DeepSeek-V4's convention), eps is added to the entries after the first column
+    normalisation and to every later denominator.
+
+    Args:
+        logits: [..., n, n], fp32 or fp64, [out, in].
+        iters: at least 1.
+        eps: at least 0.
+
+    Returns:
+        h_res: [..., n, n], dtype of logits, [out, in].
+
+    Raises:
+        TypeError: logits is not a tensor.
+        ValueError: A shape, dtype or constant is off; the message names it.
+
+    Example:
+        >>> h_res = sinkhorn(torch.randn(10, 4, 4))
+        >>> bool((h_res.sum(-1) - 1).abs().max() < 1e-6)
+        True
+    """
+    _checks.square("sinkhorn", "logits", logits)
+    _checks.at_least("sinkhorn", 1, iters=iters)
+    _checks.at_least("sinkhorn", 0, eps=eps)
+    return _sinkhorn(logits, iters=iters, eps=eps)
+
+
+def _fake(logits: Tensor, **_: float) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.constants = keyword_only_inputs
+
+
+def _backward(ctx: Any, grad_h_res: Tensor) -> Tensor:
+    return _sinkhorn_backward(grad_h_res, *ctx.saved_tensors, **ctx.constants)
+
+
+def _backward_fake(grad_h_res: Tensor, logits: Tensor, **_: float) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+_sinkhorn_backward = define(
+    "sinkhorn_backward(Tensor grad_h_res, Tensor logits, *, int iters, float eps) "
+    "-> Tensor grad_logits",
+    cpu=gradients.sinkhorn_backward,
+    fake=_backward_fake,
+    **derive(gradients.sinkhorn_backward),
+)
+_sinkhorn = define(
+    "sinkhorn(Tensor logits, *, int iters=20, float eps=0.0) -> Tensor h_res",
+    cpu=reference.sinkhorn,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
