@@ -1,0 +1,54 @@
+"""Manifold-Constrained Hyper-Connections (mHC, arXiv 2512.24880) for PyTorch.
+
+`mhc_tile.ops` has the torch ops, `mhc_tile.nn` the modules, `mhc_tile.reference` the specification.
+Importing the package needs torch alone: no GPU and no TileLang.
+"""
+
+from . import _checkout as _checkout  # first: it makes kernels, autotune and perf importable
+from . import nn, ops, reference
+from ._version import __version__
+from .config import MHCConfig
+from .nn import (
+    Collapse,
+    Expand,
+    Head,
+    HyperConnectedStack,
+    HyperConnection,
+    ManifoldHyperConnection,
+    Residual,
+)
+from .ops import (
+    boundary,
+    collapse,
+    expand,
+    head,
+    mapping,
+    merge,
+    pre,
+    pre_apply,
+    sinkhorn,
+)
+
+__all__ = [
+    "__version__",
+    "MHCConfig",
+    "boundary",
+    "collapse",
+    "expand",
+    "head",
+    "mapping",
+    "merge",
+    "pre",
+    "pre_apply",
+    "sinkhorn",
+    "Collapse",
+    "Expand",
+    "Head",
+    "HyperConnectedStack",
+    "HyperConnection",
+    "ManifoldHyperConnection",
+    "Residual",
+    "nn",
+    "ops",
+    "reference",
+]

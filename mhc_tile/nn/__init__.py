@@ -1,0 +1,18 @@
+"""Modules: wrap any layer `[..., C] -> [..., C]` in mHC, in Hyper-Connections or in a residual."""
+
+from .connections import HyperConnection, ManifoldHyperConnection, Residual
+from .deepseek_v4 import export_deepseek_v4, load_deepseek_v4
+from .stack import HyperConnectedStack
+from .streams import Collapse, Expand, Head
+
+__all__ = [
+    "Collapse",
+    "Expand",
+    "Head",
+    "HyperConnectedStack",
+    "HyperConnection",
+    "ManifoldHyperConnection",
+    "Residual",
+    "export_deepseek_v4",
+    "load_deepseek_v4",
+]

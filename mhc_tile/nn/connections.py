@@ -1,0 +1,230 @@
+"""The three ways to connect a layer: mHC, Hyper-Connections, plain residual."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops, reference
+from ..config import MHCConfig
+from ._parameters import MappingModule, parameter, start_mapping
+
+
+class Connection(MappingModule):
+    """What `ManifoldHyperConnection` and `HyperConnection` share."""
+
+    def __init__(self, layer: nn.Module, hidden_size: int, config: MHCConfig | None) -> None:
+        super().__init__()
+        kind = type(self).__name__
+        if not callable(layer):
+            raise TypeError(f"{kind}: layer must be a module, got {type(layer).__name__}")
+        if not isinstance(hidden_size, int) or hidden_size < 1:
+            raise ValueError(f"{kind}: hidden_size must be an int of at least 1, got {hidden_size}")
+        self.layer = layer
+        self.hidden_size = hidden_size
+        self.config = config or MHCConfig.paper()
+        self.tap = nn.Identity()
+
+    def extra_repr(self) -> str:
+        """The sizes, for `print(model)`."""
+        return f"hidden_size={self.hidden_size}, num_streams={self.config.num_streams}"
+
+    def run_layer(self, layer_input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The wrapped layer, its output in the dtype of the streams (autocast may change it)."""
+        layer_output = self.layer(layer_input, *args, **kwargs)
+        if not isinstance(layer_output, Tensor):
+            raise TypeError(
+                f"{type(self).__name__}: layer must return a torch.Tensor of shape "
+                f"{list(layer_input.shape)}, got {type(layer_output).__name__}"
+            )
+        return layer_output.to(layer_input.dtype)
+
+
+class ManifoldHyperConnection(Connection):
+    """mHC around a layer: `x_next = h_res x + h_post layer(h_pre x)` (eqs. 7-9 and 14-19).
+
+    `layer_input[c] = sum_i h_pre[i] * x[i, c]`
+    `x_next[o, c] = sum_i h_res[o, i] * x[i, c] + h_post[o] * layer(layer_input)[c]`
+
+    Initialisations (`config.init`); phi is normal with variance 1 / (n*C) in both, so that
+    projections have variance 1 at any width:
+
+    - "paper": alpha = 0.01 as the paper says, bias = 0 (h_pre = 1/2, h_post = post_scale / 2,
+      h_res = 1/n everywhere, up to what the gates let through).
+    - "residual": alpha = 0, h_pre = 1/n, h_post = 1, h_res near the identity. From equal streams
+      (`Expand`) to the mean (`Collapse`), the network computes what the plain residual network
+      computes: exactly but for the rounding of the bias, and of 1e-6 a sublayer under the
+      epsilons of DeepSeek-V4. The first step moves alpha; as phi's rows differ, the streams part.
+
+    Args:
+        layer: a module that maps [..., C] to [..., C].
+        hidden_size: C, the width of one stream.
+        config: the constants; `MHCConfig.paper()` if None.
+        device: where phi, alpha and bias are made.
+
+    Attributes:
+        phi: [n*n + 2n, n*C], fp32, as in `mhc_tile.mapping`; likewise `alpha` [3] and `bias`.
+            They stay fp32 when the model is cast to bf16 or fp16.
+        tap: an identity through which h_res [..., n, n] passes in every forward: a forward hook on
+            it observes h_res.
+
+    Example:
+        >>> block = ManifoldHyperConnection(torch.nn.Linear(64, 64), hidden_size=64)
+        >>> block(torch.randn(2, 10, 4, 64)).shape
+        torch.Size([2, 10, 4, 64])
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        hidden_size: int,
+        config: MHCConfig | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(layer, hidden_size, config)
+        n = self.config.num_streams
+        logits = n * (n + 2)
+        self.phi = parameter(logits, n * hidden_size, device=device)
+        self.alpha = parameter(3, device=device)
+        self.bias = parameter(logits, device=device)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start phi, alpha and bias again, as `config.init` says."""
+        start_mapping(self.phi, self.alpha, self.bias, self.config)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the sublayer: x [..., n, C] to x_next [..., n, C].
+
+        Args:
+            x: [..., n, C]. The residual streams.
+            *args: passed to the layer after its input.
+            **kwargs: passed to the layer.
+
+        Returns:
+            x_next: [..., n, C], dtype of x.
+        """
+        layer_input, h_post, h_res = self.pre(x)
+        return ops.merge(x, self.run_layer(layer_input, *args, **kwargs), h_post, h_res)
+
+    def pre(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`mhc_tile.pre` with this sublayer's parameters: layer_input, h_post, h_res."""
+        layer_input, h_post, h_res = ops.pre(
+            x, self.phi, self.alpha, self.bias, **self._constants()
+        )
+        return layer_input, h_post, self.tap(h_res)
+
+    def boundary(
+        self, x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`merge` of the sublayer before with the `pre` of this one, as `mhc_tile.boundary`.
+
+        Args:
+            x: [..., n, C]. What the sublayer before read.
+            layer_output: [..., C]. What its layer returned.
+            h_post: [..., n]. Its write-in weights.
+            h_res: [..., n, n]. Its mixing.
+
+        Returns:
+            x_next, and this sublayer's layer_input, h_post, h_res.
+        """
+        x_next, layer_input, h_post, h_res = ops.boundary(
+            x, layer_output, h_post, h_res, self.phi, self.alpha, self.bias, **self._constants()
+        )
+        return x_next, layer_input, h_post, self.tap(h_res)
+
+    def _constants(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "norm_eps": config.norm_eps,
+            "pre_eps": config.pre_eps,
+            "post_scale": config.post_scale,
+            "iters": config.iters,
+            "sinkhorn_eps": config.sinkhorn_eps,
+        }
+
+
+class HyperConnection(Connection):
+    """Unconstrained Hyper-Connections around a layer (eq. 5): the maps are used as they come.
+
+    The same sublayer as `ManifoldHyperConnection` with the maps of
+    `mhc_tile.reference.hc_mapping`: no sigmoid, no Sinkhorn, so nothing bounds the gain of h_res.
+    At the start theta is 0, alpha 0.01, and the static part makes h_res the identity, h_post 1 and
+    h_pre one-hot on stream `layer_index` mod n: the plain residual network, exactly.
+
+    Args:
+        layer: a module that maps [..., C] to [..., C].
+        hidden_size: C, the width of one stream.
+        config: num_streams and norm_eps are read; `MHCConfig.paper()` if None.
+        layer_index: the depth of this sublayer, from 0; at least 0.
+        device: where theta, alpha and bias are made.
+
+    Attributes:
+        theta: [2 + n, C], fp32; likewise `alpha` [3] and `bias` [n*n + 2n].
+        tap: an identity through which h_res [..., n, n] passes in every forward.
+
+    Example:
+        >>> block = HyperConnection(torch.nn.Linear(64, 64), hidden_size=64)
+        >>> block(torch.randn(2, 10, 4, 64)).shape
+        torch.Size([2, 10, 4, 64])
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        hidden_size: int,
+        config: MHCConfig | None = None,
+        layer_index: int = 0,
+        *,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(layer, hidden_size, config)
+        if layer_index < 0:
+            raise ValueError(f"HyperConnection: layer_index must be at least 0, got {layer_index}")
+        n = self.config.num_streams
+        self.layer_index = layer_index
+        self.theta = parameter(2 + n, hidden_size, device=device)
+        self.alpha = parameter(3, device=device)
+        self.bias = parameter(n * (n + 2), device=device)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start theta, alpha and bias again."""
+        n = self.config.num_streams
+        nn.init.zeros_(self.theta)
+        nn.init.constant_(self.alpha, 0.01)
+        with torch.no_grad():
+            self.bias.zero_()
+            self.bias[self.layer_index % n] = 1.0
+            self.bias[n : 2 * n] = 1.0
+            self.bias[2 * n :] = torch.eye(n).flatten()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the sublayer: x [..., n, C] to x_next [..., n, C]; the rest goes to the layer."""
+        with torch.autocast(x.device.type, enabled=False):
+            h_pre, h_post, h_res = reference.hc_mapping(
+                x, self.theta, self.alpha, self.bias, norm_eps=self.config.norm_eps
+            )
+        layer_output = self.run_layer(ops.pre_apply(x, h_pre), *args, **kwargs)
+        return ops.merge(x, layer_output, h_post, self.tap(h_res))
+
+
+class Residual(nn.Module):
+    """The plain residual connection: `x_next = x + layer(x)`, on a hidden state [..., C].
+
+    Args:
+        layer: a module that maps [..., C] to [..., C].
+
+    Example:
+        >>> Residual(torch.nn.Linear(64, 64))(torch.randn(2, 10, 64)).shape
+        torch.Size([2, 10, 64])
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Add the layer's output to x [..., C], in x's dtype; the rest goes to the layer."""
+        return x + self.layer(x, *args, **kwargs).to(x.dtype)

@@ -1,0 +1,109 @@
+"""Modules that enter and leave the residual streams."""
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..config import MHCConfig
+from ._parameters import MappingModule, parameter, start_head
+
+
+class Expand(nn.Module):
+    """Copy a hidden state into every stream: [..., C] to [..., n, C].
+
+    Args:
+        num_streams: n, at least 1.
+
+    Example:
+        >>> Expand(4)(torch.randn(2, 10, 64)).shape
+        torch.Size([2, 10, 4, 64])
+    """
+
+    def __init__(self, num_streams: int) -> None:
+        super().__init__()
+        self.num_streams = num_streams
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`mhc_tile.expand` of hidden [..., C]."""
+        return ops.expand(hidden, self.num_streams)
+
+    def extra_repr(self) -> str:
+        """The size, for `print(model)`."""
+        return f"num_streams={self.num_streams}"
+
+
+class Collapse(nn.Module):
+    """Mean or sum of the streams: [..., n, C] to [..., C].
+
+    Args:
+        mode: "mean", which undoes `Expand`, or "sum".
+
+    Raises:
+        ValueError: mode is neither.
+
+    Example:
+        >>> Collapse()(torch.randn(2, 10, 4, 64)).shape
+        torch.Size([2, 10, 64])
+    """
+
+    def __init__(self, mode: str = "mean") -> None:
+        super().__init__()
+        if mode not in ("sum", "mean"):
+            raise ValueError(f"Collapse: mode must be one of ['sum', 'mean'], got {mode!r}")
+        self.mode = mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`mhc_tile.collapse` of x [..., n, C]."""
+        return ops.collapse(x, self.mode)
+
+    def extra_repr(self) -> str:
+        """The mode, for `print(model)`."""
+        return f"mode={self.mode!r}"
+
+
+class Head(MappingModule):
+    """The learned exit of DeepSeek-V4: [..., n, C] to [..., C], weights from the streams.
+
+    phi is normal with variance 1 / (n*C). With `config.init` "paper" alpha is 0.01 and bias 0
+    (every stream weighs 1/2); with "residual" the head starts as the mean of the streams.
+
+    Args:
+        hidden_size: C, the width of one stream; at least 1.
+        config: num_streams, norm_eps, pre_eps and init are read; `MHCConfig.paper()` if None.
+        device: where phi [n, n*C], alpha [1] and bias [n] are made, in fp32.
+
+    Example:
+        >>> Head(64)(torch.randn(2, 10, 4, 64)).shape
+        torch.Size([2, 10, 64])
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        config: MHCConfig | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(hidden_size, int) or hidden_size < 1:
+            raise ValueError(f"Head: hidden_size must be an int of at least 1, got {hidden_size}")
+        self.hidden_size = hidden_size
+        self.config = config or MHCConfig.paper()
+        n = self.config.num_streams
+        self.phi = parameter(n, n * hidden_size, device=device)
+        self.alpha = parameter(1, device=device)
+        self.bias = parameter(n, device=device)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start phi, alpha and bias again, as `config.init` says."""
+        start_head(self.phi, self.alpha, self.bias, self.config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`mhc_tile.head` of x [..., n, C]."""
+        constants = {"norm_eps": self.config.norm_eps, "pre_eps": self.config.pre_eps}
+        return ops.head(x, self.phi, self.alpha, self.bias, **constants)
+
+    def extra_repr(self) -> str:
+        """The sizes, for `print(model)`."""
+        return f"hidden_size={self.hidden_size}, num_streams={self.config.num_streams}"
