@@ -1,0 +1,71 @@
+"""Which GPU this is: what tables are keyed by and reports are headed with."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """One CUDA device.
+
+    Attributes:
+        name: the vendor's name, such as "NVIDIA H200".
+        capability: major and minor compute capability.
+        multiprocessors: how many there are.
+        memory_bytes: device memory.
+        l2_bytes: the L2 cache.
+        torch_cuda: the CUDA version that torch was built for, such as "13.0".
+    """
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    memory_bytes: int
+    l2_bytes: int
+    torch_cuda: str
+
+    @property
+    def slug(self) -> str:
+        """The name as a file name.
+
+        Example:
+            >>> Device("NVIDIA H200", (9, 0), 132, 0, 0, "13.0").slug
+            'nvidia_h200'
+        """
+        return re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_")
+
+    def __str__(self) -> str:
+        """One line for a person."""
+        major, minor = self.capability
+        return (
+            f"{self.name}, compute capability {major}.{minor}, {self.multiprocessors} "
+            f"multiprocessors, {self.memory_bytes / 2**30:.0f} GiB, L2 {self.l2_bytes / 1e6:.0f} MB"
+        )
+
+
+def describe(index: int = 0) -> Device:
+    """Describe one CUDA device.
+
+    Args:
+        index: the device's index, below `torch.cuda.device_count()`.
+
+    Raises:
+        RuntimeError: torch sees no CUDA device.
+        ValueError: there is no such index.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        raise RuntimeError("describe: torch must see a CUDA device, got none")
+    if not 0 <= index < count:
+        raise ValueError(f"describe: index must be from 0 to {count - 1}, got {index}")
+    properties = torch.cuda.get_device_properties(index)
+    return Device(
+        name=properties.name,
+        capability=(properties.major, properties.minor),
+        multiprocessors=properties.multi_processor_count,
+        memory_bytes=properties.total_memory,
+        l2_bytes=properties.L2_cache_size,
+        torch_cuda=torch.version.cuda or "",
+    )

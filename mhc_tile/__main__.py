@@ -1,0 +1,56 @@
+"""The command line: `mhc-tile` or `python -m mhc_tile`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands; each sets `run`, a function of the parsed arguments."""
+    from . import doctor
+    from .training import cli
+
+    parser = argparse.ArgumentParser(
+        prog="mhc-tile",
+        description="Manifold-Constrained Hyper-Connections: demo, training, diagnosis.",
+    )
+    parser.add_argument("--version", action="version", version=f"mhc-tile {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    demo = commands.add_parser("demo", help="train residual, HC and mHC on real text and compare")
+    cli.add_demo_arguments(demo)
+    demo.set_defaults(run=cli.run_demo)
+
+    train = commands.add_parser("train", help="train one named model on your own text")
+    cli.add_train_arguments(train)
+    train.set_defaults(run=cli.run_train)
+
+    diagnosis = commands.add_parser("doctor", help="versions, GPU, compiler, caches, what to mend")
+    diagnosis.set_defaults(run=doctor.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments; those of the process if None.
+
+    Returns:
+        The exit code: 0, 1 for an error that was printed, 2 for wrong usage, 130 after Ctrl-C.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.stderr.write(f"mhc-tile: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("\nmhc-tile: interrupted\n")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

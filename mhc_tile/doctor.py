@@ -1,0 +1,142 @@
+"""`mhc-tile doctor`: what is here, what would be slow or missing, and how to mend it."""
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from ._version import __version__
+from .kernels import _toolchain
+
+TRAIN_PACKAGES = ("matplotlib", "tabulate", "tensorboard", "tqdm")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        item: what was looked at.
+        status: "ok", "note" (something is slower or absent by choice) or "missing".
+        found: what is there.
+        remedy: what to do about it; empty where nothing is to be done.
+    """
+
+    item: str
+    status: str
+    found: str
+    remedy: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at everything, in the order of the report. Nothing is compiled, changed or fetched."""
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = (_software, _gpu, _compiler, _train)
+    return [finding for check in checks for finding in check()]
+
+
+def _software() -> Iterator[Finding]:
+    where = Path(__file__).resolve().parent
+    yield Finding("mhc_tile", "ok", f"{__version__} in {where}")
+    yield Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}")
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    yield Finding(
+        "torch", "ok", f"{torch.__version__} ({build}), {torch.get_num_threads()} threads"
+    )
+
+
+def _gpu() -> Iterator[Finding]:
+    from .autotune.device import describe
+
+    if not torch.cuda.is_available():
+        why = "this torch is a CPU build" if torch.version.cuda is None else "no device or driver"
+        yield Finding(
+            "GPU",
+            "note",
+            f"none ({why}); every op runs its PyTorch reference on the CPU",
+            "for a GPU: an NVIDIA driver and a CUDA build of torch (https://pytorch.org)",
+        )
+        return
+    for index in range(torch.cuda.device_count()):
+        device = describe(index)
+        supported = device.capability >= _toolchain.MINIMUM_CAPABILITY
+        yield Finding(
+            f"GPU {index}",
+            "ok" if supported else "note",
+            str(device),
+            "" if supported else "kernels need compute capability 8.0; ops use the reference here",
+        )
+
+
+def _compiler() -> Iterator[Finding]:
+    version, required = _toolchain.tilelang_version(), _toolchain.REQUIRED_TILELANG
+    if version == required:
+        yield Finding("TileLang", "ok", version)
+    else:
+        remedy = f"pip install tilelang=={required}  (Linux; generated code differs per release)"
+        yield Finding("TileLang", "missing", version or "not installed", remedy)
+    nvcc = _toolchain.nvcc()
+    release = nvcc and _toolchain.nvcc_version(nvcc)
+    if release:
+        yield Finding("nvcc", "ok", f"{release} at {nvcc}")
+    else:
+        found = f"{nvcc} does not run" if nvcc else "not found"
+        remedy = "pip install 'mhc-tile[nvcc]', or a CUDA toolkit on PATH; only GPU kernels need it"
+        yield Finding("nvcc", "note", found, remedy)
+    if compiler := _toolchain.host_compiler():
+        yield Finding("C++ compiler", "ok", str(compiler))
+    else:
+        yield Finding("C++ compiler", "note", "not found", "install g++; only GPU kernels need it")
+    yield _cache(_toolchain.kernel_cache())
+
+
+def _cache(folder: Path) -> Finding:
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(parent, os.W_OK):
+        remedy = "set TILELANG_CACHE_DIR to a writable folder, else kernels compile in each process"
+        return Finding("kernel cache", "missing", f"{folder} is not writable", remedy)
+    kernels = sum(1 for _ in folder.glob("*/*/kernels/*")) if folder.is_dir() else 0
+    return Finding("kernel cache", "ok", f"{kernels} kernels in {folder}")
+
+
+def _train() -> Iterator[Finding]:
+    missing = [name for name in TRAIN_PACKAGES if not _installed(name)]
+    if missing:
+        remedy = "pip install 'mhc-tile[train]'; mhc-tile train and demo need them"
+        yield Finding("train extra", "note", f"without {', '.join(missing)}", remedy)
+    else:
+        versions = (f"{name} {metadata.version(name)}" for name in TRAIN_PACKAGES)
+        yield Finding("train extra", "ok", ", ".join(versions))
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def render(findings: list[Finding]) -> str:
+    """The report as text: a line each, remedies indented below."""
+    width = max(len(finding.item) for finding in findings)
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.status:>7}  {finding.item:<{width}}  {finding.found}")
+        if finding.remedy:
+            lines.append(f"{'':>{width + 11}}-> {finding.remedy}")
+    missing = sum(finding.status == "missing" for finding in findings)
+    verdict = f"{missing} missing" if missing else "nothing is missing"
+    return "\n".join([*lines, "", f"doctor: {verdict}"])
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; exit code 1 if something that the package declares is missing."""
+    findings = examine()
+    sys.stdout.write(render(findings) + "\n")
+    return int(any(finding.status == "missing" for finding in findings))

@@ -1,0 +1,133 @@
+"""`mhc-tile doctor`, the toolchain and the device it reports."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from mhc_tile.autotune.device import Device, describe
+from mhc_tile.kernels import _toolchain
+
+from mhc_tile import doctor
+
+
+def by_item() -> dict[str, doctor.Finding]:
+    return {finding.item: finding for finding in doctor.examine()}
+
+
+def test_the_command_prints_a_line_per_item():
+    command = [sys.executable, "-m", "mhc_tile", "doctor"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode in (0, 1), result.stderr
+    for item in ("mhc_tile", "python", "torch", "GPU", "TileLang", "nvcc", "kernel cache"):
+        assert re.search(rf"(ok|note|missing)\s+{item}\b", result.stdout), item
+    assert result.stdout.splitlines()[-1].startswith("doctor: ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_it_says_what_runs_instead():
+    finding = by_item()["GPU"]
+    assert finding.status == "note"
+    assert "reference on the CPU" in finding.found
+    assert "driver" in finding.remedy
+
+
+@pytest.mark.parametrize("version", [None, "0.1.14"])
+def test_a_missing_or_other_tilelang_is_named(monkeypatch, version):
+    monkeypatch.setattr(_toolchain, "tilelang_version", lambda: version)
+    finding = by_item()["TileLang"]
+    assert (finding.status, finding.found) == ("missing", version or "not installed")
+    assert "pip install tilelang==0.1.15" in finding.remedy
+    assert doctor.render(doctor.examine()).endswith("missing")
+
+
+def test_a_missing_compiler_is_a_note_with_a_remedy(monkeypatch):
+    monkeypatch.setattr(_toolchain, "nvcc", lambda: None)
+    monkeypatch.setattr(_toolchain, "host_compiler", lambda: None)
+    findings = by_item()
+    assert findings["nvcc"].status == findings["C++ compiler"].status == "note"
+    assert "mhc-tile[nvcc]" in findings["nvcc"].remedy
+
+
+def test_a_broken_nvcc_is_not_called_ok(monkeypatch, tmp_path):
+    broken = tmp_path / "bin" / "nvcc"
+    broken.parent.mkdir()
+    broken.write_text("#!/bin/sh\nexit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert _toolchain.nvcc() == broken
+    finding = by_item()["nvcc"]
+    assert finding.status == "note"
+    assert "does not run" in finding.found
+
+
+def test_kernels_in_the_cache_are_counted(monkeypatch, tmp_path):
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
+    assert by_item()["kernel cache"].found == f"0 kernels in {tmp_path}"
+    for name in ("a", "b"):
+        (tmp_path / "0.1.15" / "linux-x86_64" / "kernels" / name).mkdir(parents=True)
+    assert by_item()["kernel cache"].found == f"2 kernels in {tmp_path}"
+
+
+def test_a_cache_that_cannot_be_written_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    finding = by_item()["kernel cache"]
+    assert finding.status == "missing"
+    assert "TILELANG_CACHE_DIR" in finding.remedy
+
+
+def test_missing_train_packages_are_named(monkeypatch):
+    monkeypatch.setattr(doctor, "_installed", lambda name: name != "matplotlib")
+    finding = by_item()["train extra"]
+    assert finding.found == "without matplotlib"
+    assert "mhc-tile[train]" in finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"),
+    [
+        ((8, 0), "sm_80"),
+        ((8, 9), "sm_89"),
+        ((9, 0), "sm_90a"),
+        ((10, 0), "sm_100a"),
+        ((12, 0), "sm_120a"),
+    ],
+)
+def test_targets_are_named_explicitly(capability, arch):
+    assert _toolchain.target(capability) == {"kind": "cuda", "arch": arch}
+
+
+def test_an_old_gpu_has_no_target():
+    with pytest.raises(RuntimeError, match=re.escape("capability 8.0 or later, got 7.5")):
+        _toolchain.target((7, 5))
+
+
+def test_the_required_tilelang_is_the_declared_one():
+    from test_layout import PROJECT
+
+    pins = [line for line in PROJECT["project"]["dependencies"] if line.startswith("tilelang")]
+    assert pins[0].startswith(f"tilelang=={_toolchain.REQUIRED_TILELANG};")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_describe_without_a_gpu():
+    with pytest.raises(RuntimeError, match="torch must see a CUDA device, got none"):
+        describe()
+
+
+@pytest.mark.gpu
+def test_describe_a_gpu():
+    device = describe()
+    assert device.capability == torch.cuda.get_device_capability()
+    with pytest.raises(ValueError, match="index must be from 0 to"):
+        describe(torch.cuda.device_count())
+    assert by_item()["GPU 0"].found.startswith(device.name)
+
+
+def test_a_device_reads_well():
+    device = Device("NVIDIA H200", (9, 0), 132, 150 * 2**30, 60 * 10**6, "13.0")
+    assert device.slug == "nvidia_h200"
+    expected = "NVIDIA H200, compute capability 9.0, 132 multiprocessors, 150 GiB, L2 60 MB"
+    assert str(device) == expected

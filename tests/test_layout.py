@@ -1,0 +1,200 @@
+"""The tree: packages on disk and in the wheel, who imports whom, three ways to be importable."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PACKAGES = PROJECT["tool"]["setuptools"]["packages"]
+MAPPED = PROJECT["tool"]["setuptools"]["package-dir"]
+
+# Who may import whom: each layer sees itself and what stands before it.
+LAYERS = [
+    ("mhc_tile.kernels",),
+    ("mhc_tile.autotune",),
+    (
+        "mhc_tile.reference",
+        "mhc_tile.gradients",
+        "mhc_tile.config",
+        "mhc_tile._checks",
+        "mhc_tile._library",
+        "mhc_tile._version",
+        "mhc_tile._checkout",
+    ),
+    ("mhc_tile.ops",),
+    ("mhc_tile.nn",),
+    ("mhc_tile.models",),
+    ("mhc_tile.training",),
+    ("mhc_tile.doctor", "mhc_tile.__main__", "mhc_tile"),
+    ("mhc_tile.perf",),
+]
+
+
+def folder_of(package: str) -> Path:
+    return ROOT / MAPPED.get(package, package.replace(".", "/"))
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package in PACKAGES:
+        for path in sorted(folder_of(package).glob("*.py")):
+            name = package if path.stem == "__init__" else f"{package}.{path.stem}"
+            found[name] = path
+    return found
+
+
+def layer_of(module: str) -> int:
+    fits = [
+        (len(prefix), index)
+        for index, layer in enumerate(LAYERS)
+        for prefix in layer
+        if module == prefix or (prefix != "mhc_tile" and module.startswith(f"{prefix}."))
+    ]
+    assert fits, f"{module} belongs to no layer: add it to LAYERS"
+    return max(fits)[1]
+
+
+def imports_of(name: str, path: Path) -> set[str]:
+    """The mhc_tile modules that a file imports, anywhere in it, by absolute name."""
+    package = name if path.stem == "__init__" else name.rpartition(".")[0]
+    known, found = modules(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")
+            base = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""
+            base = ".".join(part for part in (base, node.module) if part)
+            names = {f"{base}.{alias.name}" for alias in node.names}
+            inner = {item for item in names if item in known or item in PACKAGES}
+            found |= inner or {base}
+    return {item for item in found if item.split(".")[0] == "mhc_tile" and item != name}
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_imports_point_downwards(name):
+    for imported in imports_of(name, modules()[name]):
+        if name == "mhc_tile" or imported == "mhc_tile":
+            continue  # the package gathers its public names
+        assert layer_of(imported) <= layer_of(name), f"{name} must not import {imported}"
+
+
+def test_models_know_nothing_of_training_and_tests_nothing_of_perf():
+    for name, path in modules().items():
+        if name.startswith("mhc_tile.models"):
+            assert not any("training" in item for item in imports_of(name, path))
+    for path in Path(__file__).parent.glob("test_*.py"):
+        assert "mhc_tile.perf" not in {
+            node.module for node in ast.walk(ast.parse(path.read_text())) if hasattr(node, "module")
+        }
+
+
+def test_the_listed_packages_are_those_on_disk():
+    inside = {
+        ".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "mhc_tile").rglob("*.py")
+    }
+    beside = {name for name in MAPPED if any(folder_of(name).glob("*.py"))}
+    assert set(PACKAGES) == inside | beside
+    for name in ("kernels", "autotune", "perf"):
+        assert not (ROOT / name / "__init__.py").exists(), "it would shadow unrelated packages"
+
+
+@pytest.mark.parametrize("path", [p for p in modules().values() if p.suffix == ".py"], ids=str)
+def test_files_stay_readable(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def python_in(venv: Path, code: str, *paths: Path, cwd: Path) -> str:
+    """Run code in a bare environment with this one's packages, but not its editable install."""
+    search = os.pathsep.join([*map(str, paths), sysconfig.get_path("purelib")])
+    result = subprocess.run(
+        [venv / "bin" / "python", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": search},
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def pip(venv: Path, *arguments: str | Path, cwd: Path) -> None:
+    command = [sys.executable, "-m", "pip", "--python", venv / "bin" / "python", *arguments]
+    environment = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib")}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A copy of what the package is built from."""
+    copy = tmp_path_factory.mktemp("checkout") / "mhc_tile"
+    copy.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("mhc_tile", "kernels", "autotune", "perf"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
+@pytest.fixture
+def venv(tmp_path) -> Path:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    return tmp_path / "venv"
+
+
+WHERE = """
+import mhc_tile, mhc_tile.kernels._toolchain as k, mhc_tile.autotune.device as a
+print(*(m.__file__ for m in (mhc_tile, k, a)), sep="\\n")
+"""
+
+
+def test_from_an_uninstalled_checkout(checkout, venv, tmp_path):
+    files = python_in(venv, WHERE, checkout, cwd=tmp_path).split()
+    expected = ("mhc_tile/__init__.py", "kernels/_toolchain.py", "autotune/device.py")
+    assert files == [str(checkout / name) for name in expected]
+
+
+def test_from_an_editable_install(checkout, venv, tmp_path):
+    pip(venv, "install", "--no-deps", "--no-build-isolation", "-e", checkout, cwd=tmp_path)
+    for cwd in (tmp_path, checkout):
+        files = python_in(venv, WHERE, cwd=cwd).split()
+        assert files[1:] == [
+            str(checkout / n) for n in ("kernels/_toolchain.py", "autotune/device.py")
+        ]
+
+
+def test_from_a_wheel(checkout, venv, tmp_path):
+    pip(venv, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, checkout, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    expected = {f"{name.replace('.', '/')}.py" for name in modules() if name not in PACKAGES}
+    expected |= {f"{n.replace('.', '/')}/__init__.py" for n in modules() if n in PACKAGES}
+    assert packed == expected | {"mhc_tile/py.typed"}
+    pip(venv, "install", "--no-deps", wheel, cwd=tmp_path)
+    # Also while standing in the checkout, whose kernels/ must not win over the wheel's.
+    for cwd in (tmp_path, checkout.parent):
+        files = python_in(venv, WHERE, cwd=cwd).split()
+        assert all(file.startswith(str(venv)) for file in files)
+
+
+def test_importing_the_package_loads_neither_tilelang_nor_plots():
+    code = "import sys, mhc_tile; print([m for m in sys.modules if m.split('.')[0] in %r])"
+    heavy = ("tilelang", "tvm", "matplotlib", "tensorboard", "tabulate")
+    result = subprocess.run(
+        [sys.executable, "-c", code % (heavy,)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
