@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-gpu lint format doctor clean
+.PHONY: help demo test test-gpu lint types format doctor clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,10 @@ test-gpu: $(READY) ## The GPU's tests, on a machine that has one
 
 lint: $(READY) ## Style and formatting, as CI checks them
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(READY) ## Types, read from the wheel, where the packages have their installed places
+	rm -rf build/types && $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w build/types .
+	cd build/types && ../../$(BIN)/python -m zipfile -e *.whl . && ../../$(BIN)/mypy --config-file ../../pyproject.toml mhc_tile
 
 format: $(READY) ## Format and mend what can be mended
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

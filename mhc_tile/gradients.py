@@ -9,6 +9,8 @@ A forward op hands its backward two small tensors that would cost a pass over x 
 `projection` [..., n*n + 2n] and `inv_rms` [...]. Sinkhorn's iterates are recomputed.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -196,10 +198,10 @@ def pre_backward(
     grad_x_read, grad_h_pre = pre_apply_backward(grad_layer_input, x, h_pre)
     grad_h_res_logits = sinkhorn_backward(grad_h_res, h_res_logits, iters, sinkhorn_eps)
     grad_maps = (grad_h_pre, grad_h_post, grad_h_res_logits)
-    grad_x, *grad_parameters = mapping_backward(
+    grad_x, grad_phi, grad_alpha, grad_bias = mapping_backward(
         *grad_maps, x, phi, alpha, bias, projection, inv_rms, post_scale=post_scale
     )
-    return (grad_x_read + grad_x, *grad_parameters)
+    return grad_x_read + grad_x, grad_phi, grad_alpha, grad_bias
 
 
 def boundary_backward(
@@ -216,7 +218,7 @@ def boundary_backward(
     bias: Tensor,
     projection: Tensor,
     inv_rms: Tensor,
-    **constants: float,
+    **constants: Any,
 ) -> tuple[Tensor, ...]:
     """Gradient of `reference.boundary`; x_next is rebuilt from x and layer_output.
 

@@ -21,6 +21,8 @@ Precision: sums and maps are computed in at least float32 (float64 if x is) and 
 differentiable; `gradients.py` writes the same gradients out as formulas.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -213,7 +215,7 @@ def pre(
         layer_input [..., C] in x's dtype; h_post [..., n], h_res [..., n, n], at least float32.
     """
     projection, _ = normalised_projection(x, phi, norm_eps)
-    constants = {"pre_eps": pre_eps, "post_scale": post_scale}
+    constants: dict[str, Any] = {"pre_eps": pre_eps, "post_scale": post_scale}
     constants |= {"iters": iters, "sinkhorn_eps": sinkhorn_eps}
     return pre_from_projection(x, projection, alpha, bias, **constants)
 
@@ -257,8 +259,8 @@ def boundary(
         x_next, layer_input, h_post_next, h_res_next.
     """
     x_next = merge(x, layer_output, h_post, h_res)
-    constants = {"norm_eps": norm_eps, "pre_eps": pre_eps, "post_scale": post_scale}
-    constants |= {"iters": iters, "sinkhorn_eps": sinkhorn_eps}
+    constants: dict[str, Any] = {"norm_eps": norm_eps, "pre_eps": pre_eps}
+    constants |= {"post_scale": post_scale, "iters": iters, "sinkhorn_eps": sinkhorn_eps}
     return (x_next, *pre(x_next, phi, alpha, bias, **constants))
 
 

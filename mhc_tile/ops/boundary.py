@@ -73,7 +73,7 @@ def _cpu(
     h_post: Tensor,
     h_res: Tensor,
     *parameters: Tensor,
-    **constants: float,
+    **constants: Any,
 ) -> tuple[Tensor, ...]:
     x_next = reference.merge(x, layer_output, h_post, h_res)
     return (x_next, *with_projection(x_next, *parameters, **constants))
@@ -85,7 +85,7 @@ def _fake(
     h_post: Tensor,
     h_res: Tensor,
     *parameters: Tensor,
-    **constants: float,
+    **constants: Any,
 ) -> tuple[Tensor, ...]:
     return (x.new_empty(x.shape), *fake_pre(x, *parameters, **constants))
 
@@ -101,16 +101,16 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
     return _boundary_backward(*grads[:4], *ctx.saved_tensors, **ctx.constants)
 
 
-def _backward_cpu(*tensors: Tensor, norm_eps: float, **constants: float) -> tuple[Tensor, ...]:
+def _backward_cpu(*tensors: Tensor, norm_eps: float, **constants: Any) -> tuple[Tensor, ...]:
     return rounded(gradients.boundary_backward(*tensors, **constants), *tensors[4:11])
 
 
-def _backward_fake(*tensors: Tensor, **_: float) -> tuple[Tensor, ...]:
+def _backward_fake(*tensors: Tensor, **_: Any) -> tuple[Tensor, ...]:
     return tuple(value.new_empty(value.shape) for value in tensors[4:11])
 
 
-def _backward_derived(*tensors: Tensor, norm_eps: float, **constants: float) -> tuple[Tensor, ...]:
-    *tensors, _, _ = tensors
+def _backward_derived(*tensors: Tensor, norm_eps: float, **constants: Any) -> tuple[Tensor, ...]:
+    tensors = tensors[:-2]
     x_next = reference.merge(*tensors[4:8])
     saved = reference.normalised_projection(x_next, tensors[8], norm_eps)
     return _backward_cpu(*tensors, *saved, norm_eps=norm_eps, **constants)

@@ -59,14 +59,14 @@ def mapping(
 
 
 def _cpu(
-    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, norm_eps: float, **constants: float
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, norm_eps: float, **constants: Any
 ) -> tuple[Tensor, ...]:
     projection, inv_rms = reference.normalised_projection(x, phi, norm_eps)
     maps = reference.maps(projection, alpha, bias, x.shape[-2], **constants)
     return (*maps, projection, inv_rms)
 
 
-def _fake(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **_: float) -> tuple[Tensor, ...]:
+def _fake(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **_: Any) -> tuple[Tensor, ...]:
     n, tokens = x.shape[-2], x.shape[:-2]
     shapes = ((*tokens, n), (*tokens, n), (*tokens, n, n), (*tokens, phi.shape[0]), tokens)
     return tuple(phi.new_empty(shape) for shape in shapes)
@@ -83,18 +83,18 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
     return _mapping_backward(*grads[:3], *ctx.saved_tensors, **ctx.constants)
 
 
-def _backward_cpu(*tensors: Tensor, post_scale: float, **_: float) -> tuple[Tensor, ...]:
+def _backward_cpu(*tensors: Tensor, post_scale: float, **_: Any) -> tuple[Tensor, ...]:
     grads = gradients.mapping_backward(*tensors, post_scale=post_scale)
     return rounded(grads, *tensors[3:7])
 
 
-def _backward_fake(*tensors: Tensor, **_: float) -> tuple[Tensor, ...]:
+def _backward_fake(*tensors: Tensor, **_: Any) -> tuple[Tensor, ...]:
     return tuple(value.new_empty(value.shape) for value in tensors[3:7])
 
 
-def _backward_derived(*tensors: Tensor, norm_eps: float, **constants: float) -> tuple[Tensor, ...]:
-    *tensors, _, _ = tensors
-    saved = reference.normalised_projection(*tensors[3:5], norm_eps)
+def _backward_derived(*tensors: Tensor, norm_eps: float, **constants: Any) -> tuple[Tensor, ...]:
+    tensors = tensors[:-2]
+    saved = reference.normalised_projection(tensors[3], tensors[4], norm_eps)
     return _backward_cpu(*tensors, *saved, **constants)
 
 

@@ -67,7 +67,7 @@ def check_pre(
     post_scale: float,
     iters: int,
     sinkhorn_eps: float,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """The checks that `pre` shares with `boundary`; returns the constants by name."""
     _checks.parameters(op, x, phi, alpha, bias)
     _checks.at_least(op, 0, norm_eps=norm_eps, pre_eps=pre_eps, sinkhorn_eps=sinkhorn_eps)
@@ -87,7 +87,7 @@ CONSTANTS += "float sinkhorn_eps=0.0"
 
 
 def with_projection(
-    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, norm_eps: float, **constants: float
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, norm_eps: float, **constants: Any
 ) -> tuple[Tensor, ...]:
     """`reference.pre` and, after its results, what the backward keeps."""
     projection, inv_rms = reference.normalised_projection(x, phi, norm_eps)
@@ -95,7 +95,7 @@ def with_projection(
     return (*results, projection, inv_rms)
 
 
-def fake_pre(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **_: float) -> tuple[Tensor, ...]:
+def fake_pre(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **_: Any) -> tuple[Tensor, ...]:
     """Contiguous empties of `pre`'s results and of what its backward keeps."""
     tokens, (n, width) = x.shape[:-2], x.shape[-2:]
     shapes = ((*tokens, n), (*tokens, n, n), (*tokens, phi.shape[0]), tokens)
@@ -113,17 +113,17 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
     return _pre_backward(*grads[:3], *ctx.saved_tensors, **ctx.constants)
 
 
-def _backward_cpu(*tensors: Tensor, norm_eps: float, **constants: float) -> tuple[Tensor, ...]:
+def _backward_cpu(*tensors: Tensor, norm_eps: float, **constants: Any) -> tuple[Tensor, ...]:
     return rounded(gradients.pre_backward(*tensors, **constants), *tensors[3:7])
 
 
-def _backward_fake(*tensors: Tensor, **_: float) -> tuple[Tensor, ...]:
+def _backward_fake(*tensors: Tensor, **_: Any) -> tuple[Tensor, ...]:
     return tuple(value.new_empty(value.shape) for value in tensors[3:7])
 
 
-def _backward_derived(*tensors: Tensor, norm_eps: float, **constants: float) -> tuple[Tensor, ...]:
-    *tensors, _, _ = tensors
-    saved = reference.normalised_projection(*tensors[3:5], norm_eps)
+def _backward_derived(*tensors: Tensor, norm_eps: float, **constants: Any) -> tuple[Tensor, ...]:
+    tensors = tensors[:-2]
+    saved = reference.normalised_projection(tensors[3], tensors[4], norm_eps)
     return _backward_cpu(*tensors, *saved, norm_eps=norm_eps, **constants)
 
 

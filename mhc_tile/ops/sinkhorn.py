@@ -41,7 +41,7 @@ def sinkhorn(logits: Tensor, *, iters: int = 20, eps: float = 0.0) -> Tensor:
     return _sinkhorn(logits, iters=iters, eps=eps)
 
 
-def _fake(logits: Tensor, **_: float) -> Tensor:
+def _fake(logits: Tensor, **_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
@@ -54,7 +54,7 @@ def _backward(ctx: Any, grad_h_res: Tensor) -> Tensor:
     return _sinkhorn_backward(grad_h_res, *ctx.saved_tensors, **ctx.constants)
 
 
-def _backward_fake(grad_h_res: Tensor, logits: Tensor, **_: float) -> Tensor:
+def _backward_fake(grad_h_res: Tensor, logits: Tensor, **_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 

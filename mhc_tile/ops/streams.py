@@ -144,9 +144,7 @@ def _head_cpu(
     return reference.pre_apply(x, weights), projection, inv_rms
 
 
-def _head_fake(
-    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **_: float
-) -> tuple[Tensor, ...]:
+def _head_fake(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **_: Any) -> tuple[Tensor, ...]:
     tokens = x.shape[:-2]
     shapes = ((*tokens, phi.shape[0]), tokens)
     return (x.new_empty((*tokens, x.shape[-1])), *(phi.new_empty(shape) for shape in shapes))
@@ -167,13 +165,13 @@ def _head_backward_cpu(*tensors: Tensor, norm_eps: float, pre_eps: float) -> tup
     return rounded(gradients.head_backward(*tensors, pre_eps=pre_eps), *tensors[1:5])
 
 
-def _head_backward_fake(*tensors: Tensor, **_: float) -> tuple[Tensor, ...]:
+def _head_backward_fake(*tensors: Tensor, **_: Any) -> tuple[Tensor, ...]:
     return tuple(value.new_empty(value.shape) for value in tensors[1:5])
 
 
 def _head_backward_derived(*tensors: Tensor, norm_eps: float, pre_eps: float) -> tuple[Tensor, ...]:
-    *tensors, _, _ = tensors
-    saved = reference.normalised_projection(*tensors[1:3], norm_eps)
+    tensors = tensors[:-2]
+    saved = reference.normalised_projection(tensors[1], tensors[2], norm_eps)
     return _head_backward_cpu(*tensors, *saved, norm_eps=norm_eps, pre_eps=pre_eps)
 
 
