@@ -1,0 +1,114 @@
+"""Checkpoints: written atomically, the previous one kept, foreign and truncated files refused."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = "mhc_tile.training/1"
+FOLDER = "checkpoints"
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands."""
+    return run_dir / FOLDER / f"step_{step:08d}.pt"
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted((run_dir / FOLDER).glob("step_*.pt"))
+
+
+class Checkpoints:
+    """The checkpoints of one run: the newest and the one before.
+
+    Args:
+        run_dir: of the run.
+        resumed: the checkpoint that the run continues from, if any. Newer ones belong to a course
+            that is not taken again and go with the next save.
+    """
+
+    def __init__(self, run_dir: Path, resumed: Path | None = None):
+        self.run_dir = run_dir
+        self.last = resumed
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Write a checkpoint; it is complete or absent, whenever the process ends.
+
+        Args:
+            step: number of completed steps.
+            state: tensors and plain values.
+
+        Returns:
+            Its path.
+        """
+        path = checkpoint_path(self.run_dir, step)
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_suffix(".partial")
+        try:
+            with partial.open("wb") as file:
+                torch.save({"format": FORMAT, "step": step, **state}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        for other in list_checkpoints(self.run_dir):
+            if other not in (path, self.last):
+                other.unlink()
+        self.last = path
+        return path
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint, or refuse it.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        What `Checkpoints.save` was given, with "step"; tensors on the CPU.
+
+    Raises:
+        ValueError: The file is truncated or is not a checkpoint of this package; the message names
+            the older checkpoint to resume from, if there is one.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises half a dozen unrelated types on bad bytes
+        reason = f"a file that cannot be read ({type(error).__name__})"
+        raise ValueError(_refusal(path, reason)) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(_refusal(path, "a file of another kind"))
+    return state
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that `path` stands for.
+
+    Args:
+        path: a checkpoint, or a run directory, which stands for its newest checkpoint.
+
+    Returns:
+        The path of a file.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if path.is_file():
+        return path
+    found = list_checkpoints(path)
+    if not found:
+        raise ValueError(
+            f"resume: path must be a checkpoint or a run directory with one, got {str(path)!r}"
+        )
+    return found[-1]
+
+
+def _refusal(path: Path, reason: str) -> str:
+    message = f"resume: checkpoint must be a complete one of {FORMAT}, got {reason}: {str(path)!r}"
+    older = [other for other in sorted(path.parent.glob("step_*.pt")) if other.name < path.name]
+    if older:
+        message += f"; the older one is kept, resume from it: {str(older[-1])!r}"
+    return message

@@ -1,0 +1,104 @@
+"""What one training run is made of: `TrainConfig`."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from mhc_tile.config import MHCConfig
+from mhc_tile.models import RESIDUALS, ModelConfig, model_config
+
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides the result of a run; it is stored in every checkpoint.
+
+    Args:
+        model: shape of the decoder; its vocabulary must hold the 256 bytes.
+        residual: "residual", "hc" or "mhc".
+        connection: constants of the connections.
+        corpus: a file or folder; None for the Python standard library's sources.
+        steps: optimizer steps.
+        batch_size: sequences per step.
+        sequence_length: predicted tokens per sequence, at most the model's context_length.
+        learning_rate: the peak, see `mhc_tile.training.schedule.learning_rate`.
+        warmup_steps: steps of linear warm-up.
+        weight_decay: of matrices, see `mhc_tile.training.optimizer.build_optimizer`.
+        clip: gradients are scaled down to this global norm; 0 clips nothing.
+        seed: of the initialisation and of the order of the data.
+        device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
+        precision: "auto" (bf16 autocast on CUDA, else fp32), "fp32" or "bf16".
+        log_every: steps between writes of metrics, each of which waits for the device once.
+        monitor_every: steps between records of the stability monitor; 0 for none.
+        eval_every: steps between validations; 0 for one at the end only.
+        eval_batches: batches of one validation.
+        checkpoint_every: steps between checkpoints; 0 for one at the end only.
+        tensorboard: also write event files for TensorBoard.
+
+    Raises:
+        ValueError: A value is out of range; the message names it.
+    """
+
+    model: ModelConfig = field(default_factory=lambda: model_config("1m"))
+    residual: str = "mhc"
+    connection: MHCConfig = field(default_factory=MHCConfig.paper)
+    corpus: str | None = None
+    steps: int = 1000
+    batch_size: int = 8
+    sequence_length: int = 128
+    learning_rate: float = 1e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "auto"
+    log_every: int = 10
+    monitor_every: int = 10
+    eval_every: int = 0
+    eval_batches: int = 8
+    checkpoint_every: int = 0
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        """Reject what no run could use."""
+        for name in ("steps", "batch_size", "sequence_length", "log_every", "eval_batches"):
+            self._check(name, getattr(self, name) >= 1, "be at least 1")
+        for name in ("warmup_steps", "monitor_every", "eval_every", "checkpoint_every", "seed"):
+            self._check(name, getattr(self, name) >= 0, "be at least 0")
+        for name in ("weight_decay", "clip", "learning_rate"):
+            value = getattr(self, name)
+            self._check(name, math.isfinite(value) and value >= 0, "be finite and at least 0")
+        self._check("residual", self.residual in RESIDUALS, f"be one of {list(RESIDUALS)}")
+        self._check("precision", self.precision in PRECISIONS, f"be one of {list(PRECISIONS)}")
+        context = self.model.context_length
+        self._check(
+            "sequence_length",
+            self.sequence_length <= context,
+            f"be at most the model's context_length {context}",
+        )
+        if self.model.vocab_size < 256:
+            raise ValueError(
+                f"TrainConfig: model.vocab_size must be at least 256 for bytes, "
+                f"got {self.model.vocab_size}"
+            )
+
+    def _check(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise ValueError(f"TrainConfig: {name} must {rule}, got {getattr(self, name)!r}")
+
+    def replace(self, **changes: Any) -> "TrainConfig":
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested values, for checkpoints and metrics."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
+        """The configuration that `to_dict` wrote."""
+        model, connection = ModelConfig(**values["model"]), MHCConfig(**values["connection"])
+        return cls(**{**values, "model": model, "connection": connection})

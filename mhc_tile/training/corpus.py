@@ -1,0 +1,191 @@
+"""Byte-level tokens from any text file or folder, with held-out data for validation.
+
+A token is a byte of UTF-8 text, so the vocabulary is 256. Documents are joined by one zero byte,
+which no text contains. The batch of a step is a pure function of (seed, step): nothing about the
+data has to be stored to resume a run exactly.
+"""
+
+import hashlib
+import sysconfig
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+VOCAB_SIZE = 256
+HELD_OUT = 20  # one file in HELD_OUT, or the last 1 / HELD_OUT of a single file, is held out
+_SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib"}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Training and validation tokens.
+
+    Args:
+        name: where they come from.
+        train: [tokens], uint8.
+        validation: [tokens], uint8.
+    """
+
+    name: str
+    train: Tensor
+    validation: Tensor
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Hash the tokens, so that a resumed run can tell whether they are the same."""
+        digest = hashlib.sha256(self.train.numpy().data)
+        digest.update(b"|")
+        digest.update(self.validation.numpy().data)
+        object.__setattr__(self, "fingerprint", digest.hexdigest())
+
+    def batch(self, batch_size: int, length: int, *, seed: int, step: int) -> Tensor:
+        """Random windows of the training tokens, the same for the same seed and step.
+
+        Args:
+            batch_size: B, number of windows.
+            length: S, tokens per window.
+            seed: of the run.
+            step: of the run.
+
+        Returns:
+            [B, S], uint8.
+
+        Raises:
+            ValueError: The training tokens are fewer than `length`.
+        """
+        self._check_length("train", self.train, length)
+        # Hashed, because a CPU generator takes 32 bits of its seed: seed + step would overlap.
+        key = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=4).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key, "big"))
+        last = len(self.train) - length + 1
+        starts = torch.randint(last, (batch_size, 1), generator=generator)
+        return self.train[starts + torch.arange(length)]
+
+    def validation_batches(self, batch_size: int, length: int, batches: int) -> list[Tensor]:
+        """Windows spread evenly over the validation tokens; always the same ones.
+
+        Args:
+            batch_size: B, windows per batch.
+            length: S, tokens per window.
+            batches: number of batches.
+
+        Returns:
+            `batches` tensors [B, S], uint8.
+
+        Raises:
+            ValueError: The validation tokens are fewer than `length`.
+        """
+        self._check_length("validation", self.validation, length)
+        last = len(self.validation) - length
+        starts = torch.linspace(0, last, batches * batch_size, dtype=torch.float64).long()
+        windows = self.validation[starts.unsqueeze(1) + torch.arange(length)]
+        return list(windows.split(batch_size))
+
+    def _check_length(self, part: str, tokens: Tensor, length: int) -> None:
+        if len(tokens) < length:
+            raise ValueError(
+                f"corpus: {part} tokens must be at least {length} for one window, "
+                f"got {len(tokens)} from {self.name}"
+            )
+
+
+def is_held_out(relative_path: str) -> bool:
+    """Whether a file of a folder is held out for validation: decided by its path alone.
+
+    Args:
+        relative_path: POSIX path inside the folder.
+
+    Returns:
+        True for one path in `HELD_OUT`, by hash.
+
+    Example:
+        >>> is_held_out("json/decoder.py") == is_held_out("json/decoder.py")
+        True
+    """
+    digest = hashlib.blake2b(relative_path.encode("utf-8", "surrogateescape"), digest_size=8)
+    return int.from_bytes(digest.digest(), "big") % HELD_OUT == 0
+
+
+def load_corpus(path: str | Path | None = None) -> Corpus:
+    """Read a text file, a folder of text files, or the sources of Python's standard library.
+
+    Of a folder, every text file counts, in the order of its path; hidden ones and binary ones are
+    left out, and one in twenty is held out by the hash of its path. A folder that would hold out
+    none or all holds out its last one. Of a single file, the last twentieth is held out. Text is
+    UTF-8 without zero bytes.
+
+    Args:
+        path: a file or folder; None for the standard library's `.py` files (tests left out).
+
+    Returns:
+        The corpus.
+
+    Raises:
+        ValueError: Nothing is there, or it holds no text.
+    """
+    if path is None:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        files = [
+            file for file in root.rglob("*.py") if not _SKIPPED & set(file.relative_to(root).parts)
+        ]
+        if not files:
+            raise ValueError(
+                f"corpus: path must be given where the standard library has no sources, "
+                f"got none in {root}"
+            )
+        return _from_folder(root, files, "the Python standard library")
+    root = Path(path)
+    if root.is_file():
+        return _from_file(root)
+    if not root.is_dir():
+        raise ValueError(f"corpus: path must be a file or folder that exists, got {str(path)!r}")
+    files = [
+        file
+        for file in root.rglob("*")
+        if file.is_file() and not any(p.startswith(".") for p in file.relative_to(root).parts)
+    ]
+    return _from_folder(root, files, str(root))
+
+
+def _is_text(content: bytes) -> bool:
+    if b"\0" in content:
+        return False
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _tokens(documents: list[bytes]) -> Tensor:
+    return torch.frombuffer(bytearray(b"\0".join(documents)), dtype=torch.uint8)
+
+
+def _from_file(path: Path) -> Corpus:
+    content = path.read_bytes()
+    if not _is_text(content):
+        raise ValueError(f"corpus: path must be UTF-8 text, got the binary file {str(path)!r}")
+    cut = len(content) - len(content) // HELD_OUT
+    if cut == len(content):
+        raise ValueError(
+            f"corpus: path must hold at least {HELD_OUT} bytes of text, "
+            f"got {len(content)} in {str(path)!r}"
+        )
+    return Corpus(str(path), _tokens([content[:cut]]), _tokens([content[cut:]]))
+
+
+def _from_folder(root: Path, files: list[Path], name: str) -> Corpus:
+    contents = {file.relative_to(root).as_posix(): file.read_bytes() for file in sorted(files)}
+    texts = {path: text for path, text in contents.items() if text.strip() and _is_text(text)}
+    if len(texts) < 2:
+        raise ValueError(
+            f"corpus: path must hold at least 2 text files that are not empty, "
+            f"got {len(texts)} among {len(files)} files in {str(root)!r}"
+        )
+    held_out = {path for path in texts if is_held_out(path)}
+    if len(held_out) in (0, len(texts)):
+        held_out = {max(texts)}
+    train = [text for path, text in texts.items() if path not in held_out]
+    return Corpus(name, _tokens(train), _tokens([texts[path] for path in sorted(held_out)]))

@@ -1,0 +1,30 @@
+"""Third-party packages of the extra `mhc-tile[train]`, imported where they are used."""
+
+import importlib
+from types import ModuleType
+
+
+def require(module: str, purpose: str) -> ModuleType:
+    """Import a module of the extra, or say how to install it.
+
+    Args:
+        module: dotted name, such as "matplotlib.figure".
+        purpose: what it is wanted for; starts the error message.
+
+    Returns:
+        The module.
+
+    Raises:
+        RuntimeError: It is not installed; the message names the extra.
+
+    Example:
+        >>> require("json", "a demonstration").dumps([1])
+        '[1]'
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise RuntimeError(
+            f"{purpose}: the package {module.split('.')[0]!r} must be installed, got "
+            f"{type(error).__name__} ({error}); pip install 'mhc-tile[train]' brings it"
+        ) from error

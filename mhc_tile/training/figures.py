@@ -1,0 +1,259 @@
+"""The demo's pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mhc_tile.training.extras import require
+from mhc_tile.training.report import Leg
+
+# Okabe-Ito: told apart with every common colour blindness; line styles say the same again.
+COLOURS = {"residual": "#555555", "hc": "#D55E00", "mhc": "#0072B2"}
+STYLES = {"residual": ":", "hc": "--", "mhc": "-"}
+_MAX_MAPS = 8
+
+
+def draw_all(folder: Path, legs: Sequence[Leg]) -> dict[str, str]:
+    """Draw every figure as a PNG.
+
+    Args:
+        folder: where they go.
+        legs: the runs of the demo.
+
+    Returns:
+        File name -> caption, in reading order.
+
+    Raises:
+        RuntimeError: matplotlib is missing.
+    """
+    ordinary = [leg for leg in legs if not leg.stress]
+    stress = [leg for leg in legs if leg.stress]
+    figures = {
+        "loss.png": (
+            _losses(ordinary),
+            "Left: training loss (thin: every step, thick: running mean) and validation loss "
+            "(dots). Right: the running mean less the plain residual's; below 0 is better.",
+        ),
+        "grad_norm.png": (
+            _grad_norms(ordinary),
+            "Global gradient norm before clipping; dotted: the clipping threshold.",
+        ),
+        "gains.png": (
+            _gains(ordinary, "Ordinary training: gain of the residual mixing h_res"),
+            "Gain of h_res, log scale: per sublayer at the last record, and of the product of all "
+            "sublayers over training. 1 is neutral.",
+        ),
+        "h_res.png": (
+            _maps(ordinary, "Ordinary training: the learned h_res"),
+            "The learned h_res, mean over validation tokens. mHC's rows and columns sum to 1.",
+        ),
+        "stress.png": (
+            _stress(stress),
+            "The stress recipe: deeper, higher learning rate. Loss on the left, gains of h_res on "
+            "the right.",
+        ),
+        "h_res_stress.png": (
+            _maps(stress, "Stress: the learned h_res"),
+            "The learned h_res of the stress recipe, of sublayers spread over the depth.",
+        ),
+    }
+    for name, (figure, _) in figures.items():
+        figure.savefig(folder / name, dpi=130)
+    return {name: caption for name, (_, caption) in figures.items()}
+
+
+def _figure(width: float, height: float, title: str) -> Any:
+    # No pyplot: no global state, no window, nothing to close.
+    figure = require("matplotlib.figure", "figures").Figure(
+        figsize=(width, height), layout="constrained"
+    )
+    figure.suptitle(title, fontsize=13)
+    return figure
+
+
+def _finish(axes: Any, x: str, y: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(True, alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _line(leg: Leg, **changes: Any) -> dict[str, Any]:
+    return {"color": COLOURS[leg.kind], "linestyle": STYLES[leg.kind], "label": leg.label} | changes
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Running mean over a twentieth of the run, centred."""
+    reach = len(values) // 40
+    spans = [values[max(0, at - reach) : at + reach + 1] for at in range(len(values))]
+    return [sum(span) / len(span) for span in spans]
+
+
+def _column(leg: Leg, name: str) -> tuple[list[int], list[float]]:
+    rows = leg.of_kind("step")
+    values = [float("nan") if row[name] is None else row[name] for row in rows]
+    return [row["step"] for row in rows], values
+
+
+def _losses(legs: Sequence[Leg]) -> Any:
+    figure = _figure(10.5, 4.4, "Training loss: same seed, same data, same steps")
+    left, right = figure.subplots(1, 2)
+    _loss(left, legs)
+    plain = _smooth(_column(legs[0], "loss")[1])
+    for leg in legs:
+        steps, losses = _column(leg, "loss")
+        gaps = [loss - base for loss, base in zip(_smooth(losses), plain, strict=False)]
+        right.plot(steps[: len(gaps)], gaps, **_line(leg, linewidth=1.8))
+    right.set_title("running mean, less the plain residual's", fontsize=10)
+    _finish(right, "step", "loss difference (nats per byte)")
+    right.legend()
+    return figure
+
+
+def _loss(axes: Any, legs: Sequence[Leg]) -> None:
+    for leg in legs:
+        steps, losses = _column(leg, "loss")
+        axes.plot(steps, losses, color=COLOURS[leg.kind], alpha=0.18, linewidth=0.8)
+        end = "" if leg.validation_loss is None else f" (validation {leg.validation_loss:.3f})"
+        axes.plot(steps, _smooth(losses), **_line(leg, linewidth=1.8, label=leg.label + end))
+        points = [(row["step"], row["loss"]) for row in leg.of_kind("validation")]
+        if points:
+            axes.plot(*zip(*points, strict=True), "o", color=COLOURS[leg.kind], markersize=4)
+    _finish(axes, "step", "loss (nats per byte)")
+    axes.legend()
+
+
+def _grad_norms(legs: Sequence[Leg]) -> Any:
+    figure = _figure(7.5, 4.4, "Gradient norm before clipping")
+    axes = figure.add_subplot()
+    for leg in legs:
+        steps, norms = _column(leg, "grad_norm")
+        axes.plot(steps, norms, color=COLOURS[leg.kind], alpha=0.18, linewidth=0.8)
+        axes.plot(steps, _smooth(norms), **_line(leg, linewidth=1.8))
+    if legs[0].config.clip:
+        axes.axhline(legs[0].config.clip, color="black", linewidth=0.8, linestyle=(0, (1, 3)))
+    axes.set_yscale("log")
+    _plain_ticks(axes)
+    _finish(axes, "step", "global gradient norm")
+    axes.legend()
+    return figure
+
+
+def _plain_ticks(axes: Any) -> None:
+    """Ticks of a log axis, written 1.2, 30, 4,000: decades, and more where it spans few."""
+    ticker = require("matplotlib.ticker", "figures")
+    low, high = axes.get_ylim()
+    if high / low < 4:
+        locator = ticker.MaxNLocator(6)
+    else:
+        locator = ticker.LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 100 else (1.0,))
+    axes.yaxis.set_major_locator(locator)
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: _plain(value)))
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
+
+
+def _plain(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _per_sublayer(axes: Any, legs: Sequence[Leg]) -> None:
+    for leg in legs:
+        gains = leg.of_kind("gain")
+        if not gains:
+            continue
+        for direction, marker in (("forward", "o"), ("backward", "s")):
+            values = gains[-1][direction]
+            fill = COLOURS[leg.kind] if direction == "forward" else "white"
+            axes.plot(
+                range(1, len(values) + 1),
+                values,
+                **_line(leg, label=f"{leg.label} {direction}", marker=marker, linewidth=1.2),
+                markersize=5,
+                markerfacecolor=fill,
+            )
+    _gain_axis(axes, 1.05)
+    axes.set_title("each sublayer, last record", fontsize=10)
+    _finish(axes, "sublayer (1 reads the embedding)", "gain of h_res")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize=8)
+
+
+def _composite(axes: Any, legs: Sequence[Leg]) -> None:
+    for leg in legs:
+        gains = leg.of_kind("gain")
+        if not gains:
+            continue
+        for direction, width in (("forward", 2.0), ("backward", 1.0)):
+            values = [row[f"composite_{direction}"] or float("nan") for row in gains]
+            label = f"{leg.label} {direction}"
+            steps = [row["step"] for row in gains]
+            axes.plot(steps, values, **_line(leg, label=label, linewidth=width))
+    _gain_axis(axes, 1.5)
+    axes.set_title("product of all sublayers, over training", fontsize=10)
+    _finish(axes, "step", "composite gain")
+    axes.legend(fontsize=8)
+
+
+def _gain_axis(axes: Any, at_least: float) -> None:
+    """A log axis around the neutral gain 1, never so narrow that rounding looks like growth."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, 1 / at_least), max(high, at_least))
+    axes.axhline(1.0, color="black", linewidth=0.8, alpha=0.6)
+    _plain_ticks(axes)
+
+
+def _gains(legs: Sequence[Leg], title: str) -> Any:
+    figure = _figure(10.5, 4.4, title)
+    left, right = figure.subplots(1, 2)
+    _per_sublayer(left, legs)
+    _composite(right, legs)
+    return figure
+
+
+def _stress(legs: Sequence[Leg]) -> Any:
+    config = legs[0].config
+    figure = _figure(
+        14.5,
+        4.4,
+        f"Stress: {2 * config.model.num_layers} sublayers, learning rate {config.learning_rate:g}",
+    )
+    left, middle, right = figure.subplots(1, 3)
+    _loss(left, legs)
+    left.set_title("training loss", fontsize=10)
+    _composite(middle, legs)
+    _per_sublayer(right, legs)
+    return figure
+
+
+def _maps(legs: Sequence[Leg], title: str) -> Any:
+    legs = [leg for leg in legs if leg.mean_h_res is not None]
+    depth = len(legs[0].mean_h_res)
+    shown = torch.linspace(0, depth - 1, min(depth, _MAX_MAPS)).round().int().tolist()
+    figure = _figure(1.5 * len(shown) + 1.8, 1.6 * len(legs) + 0.9, title)
+    grid = figure.subplots(len(legs), len(shown), squeeze=False)
+    limit = max(1.0, *(leg.mean_h_res.abs().max().item() for leg in legs))
+    for leg, row in zip(legs, grid, strict=True):
+        for sublayer, axes in zip(shown, row, strict=True):
+            image = axes.imshow(leg.mean_h_res[sublayer], cmap="RdBu_r", vmin=-limit, vmax=limit)
+            _write_values(axes, leg.mean_h_res[sublayer].tolist(), limit)
+            if leg is legs[0]:
+                axes.set_title(f"sublayer {sublayer + 1}", fontsize=9)
+            if leg is legs[-1]:
+                axes.set_xlabel("from stream", fontsize=8)
+        row[0].set_ylabel(f"{leg.label}\nto stream", fontsize=10, color=COLOURS[leg.kind])
+    figure.colorbar(image, ax=grid, shrink=0.9, label="weight")
+    return figure
+
+
+def _write_values(axes: Any, matrix: list[list[float]], limit: float) -> None:
+    for out_index, row in enumerate(matrix):
+        for in_index, value in enumerate(row):
+            colour = "white" if abs(value) > 0.6 * limit else "black"
+            text = f"{round(value, 2) + 0.0:.2f}"  # + 0.0: no minus on a zero
+            axes.text(in_index, out_index, text, ha="center", va="center", fontsize=7, color=colour)
+    axes.set_xticks(range(len(matrix)))
+    axes.set_yticks(range(len(matrix)))
+    axes.tick_params(labelsize=7, length=0)

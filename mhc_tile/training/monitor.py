@@ -1,0 +1,254 @@
+"""The stability monitor: how much the residual mixing h_res amplifies what passes through it.
+
+The forward gain of a matrix is its largest absolute row sum, the backward gain its largest absolute
+column sum; a gain of a sublayer is the mean over tokens. The composite is the product of a token's
+h_res over all sublayers, later ones on the left: what the residual path alone does to a signal on
+its way through the network, and to a gradient on its way back (arXiv 2512.24880, section 3.1).
+
+Doubly stochastic matrices keep every gain at 1. Unconstrained ones explode long before the loss
+shows it, and the first sublayer, which reads the embedding, tends to go first: the canary.
+
+Cost: the hooks only look at a flag, except in a recorded step, where they keep a view of the maps
+of at most MAX_TOKENS tokens. Measure it with `python -m mhc_tile.perf.monitor_cost`.
+
+Axes: L sublayers, T sampled tokens, [n, n] is [out, in].
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mhc_tile.nn import HyperConnection, ManifoldHyperConnection
+
+MAX_TOKENS = 512
+
+
+def measure_gains(h_res: Tensor) -> dict[str, Tensor]:
+    """Gains of a stack of residual mixings, without a host sync.
+
+    `forward[l] = mean_t max_o sum_i |h_res[l, t, o, i]|`,
+    `backward[l] = mean_t max_i sum_o |h_res[l, t, o, i]|`,
+    `distance[l] = mean_t max(|row sum - 1|, |column sum - 1|, -entry)` over all of token t's rows,
+    columns and entries; the composites are the gains of `h_res[L-1, t] @ ... @ h_res[0, t]`.
+
+    Args:
+        h_res: [L, T, n, n], in depth order.
+
+    Returns:
+        forward, backward, distance: [L]; composite_forward, composite_backward: [].
+
+    Example:
+        >>> gains = measure_gains(2 * torch.eye(4).expand(3, 5, 4, 4))
+        >>> gains["forward"].tolist(), gains["composite_backward"].item()
+        ([2.0, 2.0, 2.0], 8.0)
+    """
+    product = h_res[0]
+    for later in h_res[1:]:
+        product = later @ product
+    off_rows = (h_res.sum(-1) - 1).abs().amax(-1)
+    off_columns = (h_res.sum(-2) - 1).abs().amax(-1)
+    negative = -h_res.amin((-1, -2))
+    return {
+        "forward": _row_gain(h_res),
+        "backward": _row_gain(h_res.mT),
+        "distance": torch.maximum(torch.maximum(off_rows, off_columns), negative).mean(-1),
+        "composite_forward": _row_gain(product),
+        "composite_backward": _row_gain(product.mT),
+    }
+
+
+def _row_gain(matrix: Tensor) -> Tensor:
+    return matrix.abs().sum(-1).amax(-1).mean(-1)
+
+
+class GainMonitor:
+    """Listens to the h_res of every connection of a model.
+
+    Args:
+        model: with `ManifoldHyperConnection` or `HyperConnection` modules, registered in depth
+            order; a model without any has nothing to record.
+        max_tokens: tokens sampled, evenly spaced, the same ones in every sublayer.
+    """
+
+    def __init__(self, model: nn.Module, max_tokens: int = MAX_TOKENS):
+        kinds = (ManifoldHyperConnection, HyperConnection)
+        connections = [module for module in model.modules() if isinstance(module, kinds)]
+        self.num_sublayers = len(connections)
+        self._max_tokens = max_tokens
+        self._listening = False
+        self._samples: dict[int, Tensor] = {}
+        self._hooks = [
+            connection.tap.register_forward_hook(self._hook(index))
+            for index, connection in enumerate(connections)
+        ]
+
+    def _hook(self, index: int) -> Any:
+        def keep(_module: nn.Module, _inputs: tuple[Tensor, ...], h_res: Tensor) -> None:
+            if self._listening:
+                self._samples[index] = self._sample(h_res.detach())
+
+        return keep
+
+    def _sample(self, h_res: Tensor) -> Tensor:
+        tokens = h_res.flatten(0, -3) if h_res.dim() > 2 else h_res.unsqueeze(0)
+        # An odd stride visits every position of a sequence whose length is a power of two.
+        stride = -(-len(tokens) // self._max_tokens) | 1
+        return tokens[::stride] if len(tokens) > self._max_tokens else tokens
+
+    @contextmanager
+    def listen(self, on: bool = True) -> Iterator[None]:
+        """Record the forward pass in this block, if `on`."""
+        self._listening = on and self.num_sublayers > 0
+        self._samples = {}
+        try:
+            yield
+        finally:
+            self._listening = False
+
+    def samples(self) -> Tensor:
+        """h_res of the recorded pass.
+
+        Returns:
+            [L, T, n, n].
+
+        Raises:
+            RuntimeError: Not every connection ran while the monitor listened.
+        """
+        if len(self._samples) != self.num_sublayers or not self._samples:
+            raise RuntimeError(
+                f"GainMonitor: the recorded pass must run all {self.num_sublayers} connections, "
+                f"got {len(self._samples)}"
+            )
+        samples, self._samples = self._samples, {}
+        return torch.stack([samples[index] for index in range(self.num_sublayers)])
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def gain_row(step: int, gains: dict[str, Tensor]) -> dict[str, Any]:
+    """The metrics row of `measure_gains`; waits for the device.
+
+    Args:
+        step: of the record.
+        gains: from `measure_gains`.
+
+    Returns:
+        Lists per sublayer and numbers, to six digits; "canary" is the larger gain of the first
+        sublayer.
+    """
+    row: dict[str, Any] = {"kind": "gain", "step": step}
+    for name, value in gains.items():
+        values = [float(f"{item:.6g}") for item in value.reshape(-1).tolist()]
+        row[name] = values if value.dim() else values[0]
+    row["canary"] = max(row["forward"][0], row["backward"][0])
+    return row
+
+
+@dataclass(frozen=True)
+class GainWarning:
+    """A gain that crossed its threshold.
+
+    Args:
+        step: of the record.
+        signal: "composite" or "canary".
+        gain: value of the trend at this step.
+        threshold: what it crossed.
+        loss_looks_normal: whether the loss fails to show it.
+    """
+
+    step: int
+    signal: str
+    gain: float
+    threshold: float
+    loss_looks_normal: bool
+
+    def message(self) -> str:
+        """One sentence for people."""
+        what = {"composite": "composite gain", "canary": "gain of the first sublayer"}[self.signal]
+        loss = "while the loss looks normal" if self.loss_looks_normal else "and the loss has risen"
+        return (
+            f"step {self.step}: the {what} of h_res reached {self.gain:.3g} "
+            f"(threshold {self.threshold:g}) {loss}"
+        )
+
+
+class GainRule:
+    """Warns when the trend of a gain crosses a threshold.
+
+    The trend is the end of a straight line fitted to the logarithms of the last `window` records.
+    That value is at most 1.2 times the largest logarithm among them, so a composite gain that stays
+    under 1.6, as healthy mHC does, never reads above 1.6^1.2 = 1.76 and never warns; a lone spike
+    of one record counts 0.6 of its logarithm. Each warning raises the threshold of its signal
+    tenfold, so that a run which explodes warns once per decade.
+
+    Args:
+        composite: threshold of the larger composite gain.
+        canary: threshold of the larger gain of the first sublayer.
+        window: records in the trend; the rule is silent before the third.
+    """
+
+    def __init__(self, composite: float = 3.0, canary: float = 2.0, window: int = 5):
+        self._thresholds = {"composite": composite, "canary": canary}
+        self._logs = {signal: deque[float](maxlen=window) for signal in self._thresholds}
+        self._losses = deque[float](maxlen=2 * window)
+
+    def update(self, row: dict[str, Any], loss: float | None) -> list[GainWarning]:
+        """Take a record.
+
+        Args:
+            row: from `gain_row`; None stands for a value that is not finite.
+            loss: of the same step.
+
+        Returns:
+            The warnings it causes, usually none.
+        """
+        self._losses.append(math.inf if loss is None else loss)
+        composite = (row["composite_forward"], row["composite_backward"])
+        first = (row["forward"][0], row["backward"][0])
+        warnings = []
+        for signal, gains in (("composite", composite), ("canary", first)):
+            self._logs[signal].append(max(map(_log_gain, gains)))
+            trend = _trend_end(list(self._logs[signal]))
+            threshold = self._thresholds[signal]
+            if len(self._logs[signal]) >= 3 and trend > math.log(threshold):
+                gain = math.exp(min(trend, 700.0))
+                normal = self._loss_looks_normal()
+                warnings.append(GainWarning(row["step"], signal, gain, threshold, normal))
+                while trend > math.log(self._thresholds[signal]):
+                    self._thresholds[signal] *= 10.0
+        return warnings
+
+    def _loss_looks_normal(self) -> bool:
+        """The last three losses are, in the mean, at most 10 % above those before."""
+        losses = list(self._losses)
+        recent, before = losses[-3:], losses[:-3]
+        if not all(map(math.isfinite, recent)):
+            return False
+        return not before or sum(recent) / len(recent) <= 1.1 * sum(before) / len(before)
+
+
+def _log_gain(gain: float | None) -> float:
+    """Logarithm from 0 (gain 1 and below) to 700 (not finite)."""
+    if gain is None or not math.isfinite(gain):
+        return 700.0
+    return math.log(max(gain, 1.0))
+
+
+def _trend_end(values: list[float]) -> float:
+    """Value of the least-squares line at the last of equally spaced values."""
+    count = len(values)
+    if count < 2:
+        return values[-1]
+    middle = (count - 1) / 2
+    spread = sum((index - middle) ** 2 for index in range(count))
+    slope = sum((index - middle) * value for index, value in enumerate(values)) / spread
+    return sum(values) / count + slope * middle

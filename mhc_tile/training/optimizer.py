@@ -1,0 +1,34 @@
+"""AdamW with weight decay on matrices."""
+
+import torch
+from torch import nn
+
+BETAS = (0.9, 0.95)
+EPS = 1e-20
+"""Betas and epsilon of arXiv 2512.24880, Table 5."""
+
+
+def build_optimizer(
+    model: nn.Module, *, learning_rate: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW (0.9, 0.95) that decays parameters of two or more dims and leaves the others alone.
+
+    Of a connection, phi (theta of HC) is a matrix and decays: it grows against a saturating map,
+    and small logits are what 20 Sinkhorn iterations converge on. alpha and bias do not: the bias
+    IS the static mapping, and a decaying one would pull h_res of HC from the identity to zero, of
+    mHC to the uniform matrix, whatever the data say.
+
+    Args:
+        model: its parameters are optimized.
+        learning_rate: the initial one.
+        weight_decay: of the matrices.
+
+    Returns:
+        The optimizer; fused, which on CUDA needs no host sync per step.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, eps=EPS, fused=True)

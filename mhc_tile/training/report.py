@@ -1,0 +1,211 @@
+"""What the demo says about its runs: a table, one sentence and a Markdown report."""
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhc_tile.training.config import TrainConfig
+from mhc_tile.training.extras import require
+from mhc_tile.training.metrics import Row
+
+LABELS = {"residual": "residual", "hc": "HC", "mhc": "mHC"}
+VISIBLE_GAIN = 2.0  # a composite gain under this is not said to have left 1
+SAME_LOSS = 0.01  # nats per byte; validation losses nearer than this are called equal
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One finished run of the demo.
+
+    Args:
+        name: "residual", "hc", "mhc", "stress-hc" or "stress-mhc".
+        config: of the run.
+        status: as of `TrainResult`.
+        parameters: number of them.
+        validation_loss: nats per byte; None if there was none.
+        rows: its metrics.
+        mean_h_res: [L, n, n], h_res of each sublayer, mean over validation tokens; None for the
+            plain residual.
+    """
+
+    name: str
+    config: TrainConfig
+    status: str
+    parameters: int
+    validation_loss: float | None
+    rows: list[Row]
+    mean_h_res: Tensor | None
+
+    @property
+    def kind(self) -> str:
+        """The residual: "residual", "hc" or "mhc"."""
+        return self.config.residual
+
+    @property
+    def label(self) -> str:
+        """The name for people."""
+        return LABELS[self.kind]
+
+    @property
+    def stress(self) -> bool:
+        """Whether the run belongs to the stress recipe."""
+        return self.name.startswith("stress-")
+
+    def of_kind(self, kind: str) -> list[Row]:
+        """The metrics rows of one kind, in order."""
+        return [row for row in self.rows if row["kind"] == kind]
+
+    def composites(self) -> list[float]:
+        """The larger composite gain of each record; not finite where it overflowed."""
+        both = [
+            (row["composite_forward"], row["composite_backward"]) for row in self.of_kind("gain")
+        ]
+        return [max(float("inf") if gain is None else gain for gain in pair) for pair in both]
+
+    def peak_gain(self) -> float:
+        """The largest composite gain on record; 1 for the plain residual."""
+        return max(self.composites(), default=1.0)
+
+    def ms_per_step(self) -> float:
+        """Wall time of a training step, with the monitor: the fastest stretch between two writes.
+
+        The fastest, not the median: whatever else the machine does adds time and takes none away.
+        """
+        return min(row["ms_per_step"] for row in self.of_kind("step"))
+
+
+def summary(legs: list[Leg]) -> list[dict[str, Any]]:
+    """One row per leg for people: sizes, losses, composite gains, times."""
+    table = []
+    for leg in legs:
+        gains = leg.of_kind("gain")
+        last = gains[-1] if gains else {"composite_forward": 1.0, "composite_backward": 1.0}
+        table.append(
+            {
+                "run": leg.name,
+                "parameters": f"{leg.parameters:,}",
+                "steps": len(leg.of_kind("step")),
+                "validation loss\n(nats/byte)": _number(leg.validation_loss, ".3f"),
+                "composite gain\nforward": _number(last["composite_forward"]),
+                "composite gain\nbackward": _number(last["composite_backward"]),
+                "largest\ncomposite": _number(leg.peak_gain()),
+                "gain\nwarnings": len(leg.of_kind("warning")),
+                "ms/step": _number(leg.ms_per_step(), ".0f"),
+                "status": leg.status,
+            }
+        )
+    return table
+
+
+def _number(value: float | None, form: str = ",.3g") -> str:
+    if value is None or value == float("inf"):
+        return "not finite"
+    return f"{value:,.0f}" if form == ",.3g" and value >= 1000 else f"{value:{form}}"
+
+
+def sentence(legs: list[Leg]) -> str:
+    """What the runs show, in one sentence made from their numbers."""
+    by_name = {leg.name: leg for leg in legs}
+    return f"{_ordinary(by_name)}; {_stress(by_name)}."
+
+
+def _ordinary(by_name: dict[str, Leg]) -> str:
+    residual, hc, mhc = (by_name[kind] for kind in ("residual", "hc", "mhc"))
+    losses = [leg.validation_loss for leg in (residual, hc, mhc)]
+    if any(loss is None for loss in losses):
+        failed = ", ".join(leg.label for leg in (residual, hc, mhc) if leg.validation_loss is None)
+        return f"With the same seed, data and steps, {failed} did not reach a validation loss"
+    numbers = ", ".join(_number(loss, ".3f") for loss in losses)
+    gap = losses[2] - losses[0]
+    if abs(gap) < SAME_LOSS:
+        verdict = f"within {SAME_LOSS} of"
+    else:
+        verdict = f"{abs(gap):.3f} {'below' if gap < 0 else 'above'}"
+    slower = mhc.ms_per_step() / residual.ms_per_step()
+    return (
+        f"With the same seed, data and steps, residual, HC and mHC reach validation losses of "
+        f"{numbers} nats per byte, mHC's {verdict} the plain residual's at {slower:.1f} times its "
+        f"time per step"
+    )
+
+
+def _stress(by_name: dict[str, Leg]) -> str:
+    hc, mhc = by_name["stress-hc"], by_name["stress-mhc"]
+    high, low = _number(hc.peak_gain()), _number(mhc.peak_gain())
+    if hc.peak_gain() < VISIBLE_GAIN and mhc.peak_gain() < VISIBLE_GAIN:
+        return (
+            f"under stress neither mixing left 1 in these few steps (largest composite gains: "
+            f"HC {high}, mHC {low})"
+        )
+    warnings = hc.of_kind("warning")
+    if hc.status == "diverged":
+        loss = " and its loss diverged"
+    elif warnings and all(row["loss_looks_normal"] for row in warnings):
+        loss = " while its loss looked normal"
+    else:
+        loss = ""
+    kept = "stayed at" if mhc.peak_gain() < VISIBLE_GAIN else "reached"
+    return (
+        f"under stress the composite gain of HC's unconstrained mixing reached {high}{loss}, "
+        f"and that of mHC's doubly stochastic mixing {kept} {low} (validation losses "
+        f"{_number(hc.validation_loss, '.3f')} and {_number(mhc.validation_loss, '.3f')})"
+    )
+
+
+def write_report(folder: Path, legs: list[Leg], figures: dict[str, str], corpus: str) -> Path:
+    """Write report.md.
+
+    Args:
+        folder: of the demo; the figures stand in it.
+        legs: the runs.
+        figures: file name -> caption.
+        corpus: what was read.
+
+    Returns:
+        Path of the report.
+    """
+    tabulate = require("tabulate", "report").tabulate
+    rows = [{key.replace("\n", " "): value for key, value in row.items()} for row in summary(legs)]
+    ordinary, stress = (next(leg for leg in legs if leg.stress is flag) for flag in (False, True))
+    lines = [
+        "# Residual, HC and mHC side by side",
+        "",
+        f"**{sentence(legs)}**",
+        "",
+        tabulate(rows, headers="keys", tablefmt="github"),
+        "",
+        "The composite gain is the largest absolute row sum (forward) or column sum (backward) of "
+        "the product of h_res over all sublayers, averaged over tokens: how much the residual path "
+        "alone amplifies a signal or a gradient. 1 is neutral. The two composite columns are of "
+        "the last record, `largest` is of the whole run.",
+        "",
+        f"- Ordinary runs: {_describe(ordinary.config)}.",
+        f"- Stress runs: {_describe(stress.config)}.",
+        f"- Corpus: {corpus}, byte by byte.",
+        f"- Machine: torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"{platform.machine()}, Python {platform.python_version()}.",
+        "",
+    ]
+    for name, caption in figures.items():
+        lines += [f"![{caption}]({name})", "", f"*{caption}*", ""]
+    warnings = [(leg, row) for leg in legs for row in leg.of_kind("warning")]
+    if warnings:
+        lines += ["## Warnings of the stability monitor", ""]
+        lines += [f"- `{leg.name}`, {row['message']}" for leg, row in warnings] + [""]
+    path = folder / "report.md"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def _describe(config: TrainConfig) -> str:
+    model = config.model
+    return (
+        f"{config.steps} steps of {config.batch_size} x {config.sequence_length} bytes, "
+        f"{2 * model.num_layers} sublayers of width {model.hidden_size}, "
+        f"n = {config.connection.num_streams}, peak learning rate {config.learning_rate:g}, "
+        f"gradients clipped to {config.clip:g}, seed {config.seed}"
+    )
