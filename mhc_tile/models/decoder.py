@@ -8,6 +8,8 @@ sublayer.
 Axes: B batch, S sequence, C hidden size, H heads, D head size, n streams.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,6 +43,9 @@ class Attention(nn.Module):
     Args:
         config: the decoder's shape.
     """
+
+    cos_SD: Tensor
+    sin_SD: Tensor
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -126,8 +131,9 @@ class Decoder(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         # Every sublayer before any connection, so that connections take no part of its random draw.
-        kinds = [Attention, FeedForward] * config.num_layers
-        layers = [kind(config) for kind in kinds]
+        layers: list[Attention | FeedForward] = []
+        for _ in range(config.num_layers):
+            layers += [Attention(config), FeedForward(config)]
         self._initialise(layers)
         one_stream = residual == "residual"
         self.expand = nn.Identity() if one_stream else Expand(connection.num_streams)
@@ -135,7 +141,7 @@ class Decoder(nn.Module):
         self.collapse = nn.Identity() if one_stream else Collapse(mode="mean")
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
 
-    def _initialise(self, layers: list[nn.Module]) -> None:
+    def _initialise(self, layers: list[Attention | FeedForward]) -> None:
         nn.init.normal_(self.embedding.weight, std=0.02)
         for layer in layers:
             nn.init.normal_(layer.project_in.weight, std=0.02)
@@ -170,7 +176,7 @@ class Decoder(nn.Module):
 
 
 def _connect(
-    layers: list[nn.Module], hidden_size: int, residual: str, connection: MHCConfig
+    layers: Sequence[nn.Module], hidden_size: int, residual: str, connection: MHCConfig
 ) -> list[nn.Module]:
     if residual == "residual":
         return [Residual(layer) for layer in layers]

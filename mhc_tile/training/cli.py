@@ -17,7 +17,7 @@ from mhc_tile.training.demo import DemoSettings, run_legs, start_demo, stored_se
 from mhc_tile.training.extras import require
 from mhc_tile.training.loop import TrainResult, resume, train
 from mhc_tile.training.metrics import Row
-from mhc_tile.training.report import sentence, summary
+from mhc_tile.training.report import sentence, summary, table
 
 INTERRUPTED = 130  # the shell's code for a process that Ctrl-C ended
 _FAILED = 1
@@ -145,7 +145,7 @@ def run_demo(args: argparse.Namespace) -> int:
         if result.report is None:
             say(hint)
             return INTERRUPTED
-        say("\n" + require("tabulate", "demo").tabulate(summary(result.legs), headers="keys"))
+        say("\n" + table(summary(result.legs), "simple"))
         say(f"\n{sentence(result.legs)}\n\nReport: {result.report}")
         return 0
 

@@ -64,7 +64,7 @@ class DemoSettings:
             seed=self.seed,
             device="cpu",
             monitor_every=max(1, min(10, self.steps // 20)),
-            eval_every=max(1, self.steps // 5),
+            eval_every=self.steps // 5,
             eval_batches=12,
             checkpoint_every=100,
         )
@@ -76,7 +76,7 @@ class DemoSettings:
             learning_rate=5e-3,
             warmup_steps=10,
             monitor_every=max(1, min(5, self.stress_steps // 20)),
-            eval_every=max(1, self.stress_steps // 3),
+            eval_every=self.stress_steps // 3,
         )
         legs = {kind: ordinary.replace(residual=kind) for kind in ("residual", "hc", "mhc")}
         return legs | {f"stress-{kind}": stress.replace(residual=kind) for kind in ("hc", "mhc")}

@@ -1,6 +1,7 @@
 """The demo's pictures."""
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def draw_all(folder: Path, legs: Sequence[Leg]) -> dict[str, str]:
         "loss.png": (
             _losses(ordinary),
             "Left: training loss (thin: every step, thick: running mean) and validation loss "
-            "(dots). Right: the running mean less the plain residual's; below 0 is better.",
+            "(dots). Right: its difference to the plain residual's loss on the same batch, running "
+            "median; below 0 is better.",
         ),
         "grad_norm.png": (
             _grad_norms(ordinary),
@@ -84,11 +86,12 @@ def _line(leg: Leg, **changes: Any) -> dict[str, Any]:
     return {"color": COLOURS[leg.kind], "linestyle": STYLES[leg.kind], "label": leg.label} | changes
 
 
-def _smooth(values: list[float]) -> list[float]:
-    """Running mean over a twentieth of the run, centred."""
+def _smooth(
+    values: list[float], average: Callable[[list[float]], float] = statistics.fmean
+) -> list[float]:
+    """Running average over a twentieth of the run, centred."""
     reach = len(values) // 40
-    spans = [values[max(0, at - reach) : at + reach + 1] for at in range(len(values))]
-    return [sum(span) / len(span) for span in spans]
+    return [average(values[max(0, at - reach) : at + reach + 1]) for at in range(len(values))]
 
 
 def _column(leg: Leg, name: str) -> tuple[list[int], list[float]]:
@@ -101,12 +104,15 @@ def _losses(legs: Sequence[Leg]) -> Any:
     figure = _figure(10.5, 4.4, "Training loss: same seed, same data, same steps")
     left, right = figure.subplots(1, 2)
     _loss(left, legs)
-    plain = _smooth(_column(legs[0], "loss")[1])
+    left.set_title("each run", fontsize=10)
+    plain = _column(legs[0], "loss")[1]
     for leg in legs:
         steps, losses = _column(leg, "loss")
-        gaps = [loss - base for loss, base in zip(_smooth(losses), plain, strict=False)]
+        # Step by step, because all runs see the same batches; the median, because one may spike.
+        gaps = [loss - base for loss, base in zip(losses, plain, strict=False)]
+        gaps = _smooth(gaps, statistics.median)
         right.plot(steps[: len(gaps)], gaps, **_line(leg, linewidth=1.8))
-    right.set_title("running mean, less the plain residual's", fontsize=10)
+    right.set_title("less the plain residual's loss on the same batch", fontsize=10)
     _finish(right, "step", "loss difference (nats per byte)")
     right.legend()
     return figure
@@ -145,11 +151,10 @@ def _plain_ticks(axes: Any) -> None:
     """Ticks of a log axis, written 1.2, 30, 4,000: decades, and more where it spans few."""
     ticker = require("matplotlib.ticker", "figures")
     low, high = axes.get_ylim()
-    if high / low < 4:
-        locator = ticker.MaxNLocator(6)
-    else:
-        locator = ticker.LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 100 else (1.0,))
-    axes.yaxis.set_major_locator(locator)
+    subs: tuple[float, ...] = (1.0,)
+    if high / low < 100:
+        subs = (1.0, 2.0, 5.0) if high / low > 4 else (1.0, 1.1, 1.2, 1.5, 2.0, 2.5, 3.0, 5.0, 8.0)
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=subs, numticks=50))
     axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: _plain(value)))
     axes.yaxis.set_minor_locator(ticker.NullLocator())
 
@@ -229,21 +234,21 @@ def _stress(legs: Sequence[Leg]) -> Any:
 
 
 def _maps(legs: Sequence[Leg], title: str) -> Any:
-    legs = [leg for leg in legs if leg.mean_h_res is not None]
-    depth = len(legs[0].mean_h_res)
+    maps = [(leg, leg.mean_h_res) for leg in legs if leg.mean_h_res is not None]
+    depth = len(maps[0][1])
     shown = torch.linspace(0, depth - 1, min(depth, _MAX_MAPS)).round().int().tolist()
-    figure = _figure(1.5 * len(shown) + 1.8, 1.6 * len(legs) + 0.9, title)
-    grid = figure.subplots(len(legs), len(shown), squeeze=False)
-    limit = max(1.0, *(leg.mean_h_res.abs().max().item() for leg in legs))
-    for leg, row in zip(legs, grid, strict=True):
+    figure = _figure(1.5 * len(shown) + 1.8, 1.6 * len(maps) + 0.9, title)
+    grid = figure.subplots(len(maps), len(shown), squeeze=False)
+    limit = max(1.0, *(matrices.abs().max().item() for _, matrices in maps))
+    for (leg, matrices), row in zip(maps, grid, strict=True):
         for sublayer, axes in zip(shown, row, strict=True):
-            image = axes.imshow(leg.mean_h_res[sublayer], cmap="RdBu_r", vmin=-limit, vmax=limit)
-            _write_values(axes, leg.mean_h_res[sublayer].tolist(), limit)
-            if leg is legs[0]:
-                axes.set_title(f"sublayer {sublayer + 1}", fontsize=9)
-            if leg is legs[-1]:
-                axes.set_xlabel("from stream", fontsize=8)
+            matrix = matrices[sublayer].tolist()
+            image = axes.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit)
+            _write_values(axes, matrix, limit)
         row[0].set_ylabel(f"{leg.label}\nto stream", fontsize=10, color=COLOURS[leg.kind])
+    for sublayer, top, bottom in zip(shown, grid[0], grid[-1], strict=True):
+        top.set_title(f"sublayer {sublayer + 1}", fontsize=9)
+        bottom.set_xlabel("from stream", fontsize=8)
     figure.colorbar(image, ax=grid, shrink=0.9, label="weight")
     return figure
 

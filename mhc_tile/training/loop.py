@@ -35,8 +35,8 @@ class TrainResult:
     """What a run ended with.
 
     Args:
-        status: "done", "interrupted" (a checkpoint of this step was written) or "diverged" (the
-            loss is not finite; nothing was written over the last checkpoint).
+        status: "done", "interrupted" (a checkpoint of this step was written) or "diverged" (a
+            loss or gradient is not finite; the last checkpoint is from before).
         step: completed steps.
         run_dir: of the run.
         model: as it stands.
@@ -189,9 +189,11 @@ class _Run:
                     stopping = stop.pending
                     last = self.step == config.steps
                     saving = last or stopping or self._due(config.checkpoint_every)
-                    if (saving or self._due(config.log_every)) and not self._flush():
+                    evaluating = last or self._due(config.eval_every)
+                    writing = saving or evaluating or self._due(config.log_every)
+                    if writing and not self._flush():
                         return self._result("diverged")
-                    if last or self._due(config.eval_every):
+                    if evaluating:
                         self._evaluate()
                     if saving:
                         self._save()
@@ -254,9 +256,11 @@ class _Run:
         self.clock = time.perf_counter()
 
     def _flush(self) -> bool:
-        """Write the rows of the steps since the last flush; False if a loss is not finite."""
-        if not self.pending:
-            return True
+        """Write the rows of the steps since the last flush.
+
+        Returns:
+            Whether every loss and gradient is finite; if not, the parameters no longer are.
+        """
         losses = torch.stack([loss for _, _, loss, _, _ in self.pending]).tolist()
         norms = torch.stack([norm for _, _, _, norm, _ in self.pending]).tolist()
         elapsed = (time.perf_counter() - self.clock) * 1000 / len(self.pending)
@@ -270,7 +274,7 @@ class _Run:
         self._write(rows)
         self.pending = []
         self._start_clock()
-        return all(map(math.isfinite, losses))
+        return all(map(math.isfinite, losses + norms))
 
     def _warnings(self, gains: Row, loss: float | None) -> list[Row]:
         return [

@@ -173,10 +173,11 @@ class GainWarning:
 
     def message(self) -> str:
         """One sentence for people."""
-        what = {"composite": "composite gain", "canary": "gain of the first sublayer"}[self.signal]
+        what = {"composite": "composite gain", "canary": "first sublayer's gain"}[self.signal]
+        gain = f"{self.gain:,.0f}" if 100 <= self.gain < 1e9 else f"{self.gain:.3g}"
         loss = "while the loss looks normal" if self.loss_looks_normal else "and the loss has risen"
         return (
-            f"step {self.step}: the {what} of h_res reached {self.gain:.3g} "
+            f"step {self.step}: the {what} of h_res reached {gain} "
             f"(threshold {self.threshold:g}) {loss}"
         )
 
