@@ -94,9 +94,14 @@ def find_checkpoint(path: Path) -> Path:
         The path of a file.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or it stands outside of a run directory.
     """
     if path.is_file():
+        if path.resolve().parent.name != FOLDER:
+            raise ValueError(
+                f"resume: checkpoint must stand in the folder {FOLDER!r} of its run directory, "
+                f"got {str(path)!r}"
+            )
         return path
     found = list_checkpoints(path)
     if not found:

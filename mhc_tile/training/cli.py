@@ -113,7 +113,7 @@ def run_train(args: argparse.Namespace) -> int:
             result = train(config, out, on_rows=_Progress(config.residual, config.steps))
         return _finish_train(result)
 
-    return _guarded(start, lambda: list_checkpoints(out) and _resume_hint("train", out))
+    return _guarded(start, lambda: _resume_hint("train", out) if list_checkpoints(out) else "")
 
 
 def run_demo(args: argparse.Namespace) -> int:
@@ -149,10 +149,10 @@ def run_demo(args: argparse.Namespace) -> int:
         say(f"\n{sentence(result.legs)}\n\nReport: {result.report}")
         return 0
 
-    return _guarded(start, lambda: hint if (out / "demo.json").exists() else None)
+    return _guarded(start, lambda: hint if (out / "demo.json").exists() else "")
 
 
-def _guarded(start: Callable[[], int], hint: Callable[[], str | Any]) -> int:
+def _guarded(start: Callable[[], int], hint: Callable[[], str]) -> int:
     """Turn a Ctrl-C outside the loop into the command that continues."""
     try:
         return start()
@@ -248,6 +248,7 @@ class _Progress:
         self.shown[name] = "not finite" if value is None else f"{value:{form}}"
 
     def _close(self) -> None:
+        unseen = self.bar.disable  # closing sets it
         self.bar.close()
-        if self.bar.disable:
+        if unseen:
             say(f"{self.name}: {', '.join(f'{key} {value}' for key, value in self.shown.items())}")

@@ -57,9 +57,9 @@ class TrainConfig:
     precision: str = "auto"
     log_every: int = 10
     monitor_every: int = 10
-    eval_every: int = 0
+    eval_every: int = 200
     eval_batches: int = 8
-    checkpoint_every: int = 0
+    checkpoint_every: int = 100
     tensorboard: bool = False
 
     def __post_init__(self) -> None:

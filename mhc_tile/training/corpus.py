@@ -40,6 +40,22 @@ class Corpus:
         digest.update(self.validation.numpy().data)
         object.__setattr__(self, "fingerprint", digest.hexdigest())
 
+    def require(self, length: int) -> None:
+        """Refuse windows that do not fit.
+
+        Args:
+            length: tokens per window.
+
+        Raises:
+            ValueError: The training or the validation tokens are fewer than that.
+        """
+        for part, tokens in (("train", self.train), ("validation", self.validation)):
+            if len(tokens) < length:
+                raise ValueError(
+                    f"corpus: {part} tokens must be at least {length} for one window, "
+                    f"got {len(tokens)} from {self.name}"
+                )
+
     def batch(self, batch_size: int, length: int, *, seed: int, step: int) -> Tensor:
         """Random windows of the training tokens, the same for the same seed and step.
 
@@ -53,9 +69,9 @@ class Corpus:
             [B, S], uint8.
 
         Raises:
-            ValueError: The training tokens are fewer than `length`.
+            ValueError: As `require`.
         """
-        self._check_length("train", self.train, length)
+        self.require(length)
         # Hashed, because a CPU generator takes 32 bits of its seed: seed + step would overlap.
         key = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=4).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key, "big"))
@@ -75,20 +91,13 @@ class Corpus:
             `batches` tensors [B, S], uint8.
 
         Raises:
-            ValueError: The validation tokens are fewer than `length`.
+            ValueError: As `require`.
         """
-        self._check_length("validation", self.validation, length)
+        self.require(length)
         last = len(self.validation) - length
         starts = torch.linspace(0, last, batches * batch_size, dtype=torch.float64).long()
         windows = self.validation[starts.unsqueeze(1) + torch.arange(length)]
         return list(windows.split(batch_size))
-
-    def _check_length(self, part: str, tokens: Tensor, length: int) -> None:
-        if len(tokens) < length:
-            raise ValueError(
-                f"corpus: {part} tokens must be at least {length} for one window, "
-                f"got {len(tokens)} from {self.name}"
-            )
 
 
 def is_held_out(relative_path: str) -> bool:

@@ -91,7 +91,7 @@ def resume(path: str | Path, *, on_rows: OnRows | None = None) -> TrainResult:
     Raises:
         ValueError: There is no checkpoint, it is truncated or foreign, or the corpus has changed.
     """
-    checkpoint = find_checkpoint(Path(path))
+    checkpoint = find_checkpoint(Path(path)).resolve()
     state = load_checkpoint(checkpoint)
     config = TrainConfig.from_dict(state["config"])
     return _Run(config, checkpoint.parent.parent, on_rows, (checkpoint, state)).train()
@@ -119,20 +119,23 @@ class _StopRequest:
 
     def __init__(self) -> None:
         self.pending = False
+        self._previous = signal.getsignal(signal.SIGINT)
+        main = threading.current_thread() is threading.main_thread()
+        # Where Ctrl-C is ignored, as in a background job, or handled outside of Python, it stays so.
+        self._handles = main and self._previous not in (signal.SIG_IGN, None)
 
     def __enter__(self) -> "_StopRequest":
-        self._previous = None
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._request)
+        if self._handles:
+            signal.signal(signal.SIGINT, self._request)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
+        if self._handles:
             signal.signal(signal.SIGINT, self._previous)
 
     def _request(self, _signal: int, _frame: FrameType | None) -> None:
         self.pending = True
-        signal.signal(signal.SIGINT, self._previous)
+        signal.signal(signal.SIGINT, self._previous)  # a second one ends the process at once
 
 
 class _Run:
@@ -149,7 +152,6 @@ class _Run:
         self.run_dir = run_dir
         self.on_rows = on_rows
         self.corpus = load_corpus(config.corpus)
-        # Fail on a corpus that is too short before anything is written.
         self.validation = self.corpus.validation_batches(
             config.batch_size, config.sequence_length + 1, config.eval_batches
         )

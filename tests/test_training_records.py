@@ -1,0 +1,136 @@
+"""Checkpoints and metrics: whole or absent, refused with a reason, valid after any end."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mhc_tile.training import read_metrics
+from mhc_tile.training.checkpoint import (
+    Checkpoints,
+    checkpoint_path,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+)
+from mhc_tile.training.extras import require
+from mhc_tile.training.metrics import MetricsLog, replace_metrics, to_json_line
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_newest_and_the_previous_checkpoint_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (10, 20, 30):
+        checkpoints.save(step, {"value": torch.tensor(step)})
+    assert list_checkpoints(tmp_path) == [checkpoint_path(tmp_path, step) for step in (20, 30)]
+    newest = load_checkpoint(find_checkpoint(tmp_path))
+    assert (newest["step"], newest["value"].item()) == (30, 30)
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_truncated_checkpoint_is_refused_and_the_older_one_named_and_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    older = checkpoints.save(10, {"value": torch.zeros(100)})
+    newer = checkpoints.save(20, {"value": torch.zeros(100)})
+    whole = newer.read_bytes()
+    for length in (0, 10, len(whole) // 2, len(whole) - 1):
+        newer.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="resume: checkpoint must be a complete one") as error:
+            load_checkpoint(find_checkpoint(tmp_path))
+        assert f"the older one is kept, resume from it: '{older}'" in str(error.value)
+    assert load_checkpoint(older)["step"] == 10
+
+
+def test_after_going_back_the_older_course_survives_the_next_save(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    older = checkpoints.save(10, {})
+    checkpoints.save(20, {}).write_bytes(b"broken")
+    resumed = Checkpoints(tmp_path, resumed=older)
+    assert resumed.save(15, {}).exists()
+    assert [path.stem for path in list_checkpoints(tmp_path)] == ["step_00000010", "step_00000015"]
+
+
+def test_a_foreign_file_is_refused(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save({"weight": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match="got a file of another kind") as error:
+        load_checkpoint(path)
+    assert "older" not in str(error.value)
+    path.write_text("not a checkpoint")
+    with pytest.raises(ValueError, match="got a file that cannot be read"):
+        load_checkpoint(path)
+    with pytest.raises(ValueError, match="resume: checkpoint must stand in the folder"):
+        find_checkpoint(path)
+    with pytest.raises(ValueError, match="resume: path must be a checkpoint or a run directory"):
+        find_checkpoint(tmp_path / "nothing")
+
+
+def test_a_failed_save_leaves_the_old_checkpoint_and_no_part(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(10, {"value": 1})
+
+    def fail(_state, file):
+        file.write(b"half a checkpoint")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="no space"):
+        checkpoints.save(20, {"value": 2})
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000010.pt"]
+    assert load_checkpoint(find_checkpoint(tmp_path))["value"] == 1
+
+
+def test_metrics_are_strict_json_whatever_the_values(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.write([{"kind": "step", "step": 1, "loss": math.nan, "gains": [1.0, math.inf]}])
+    log.close()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(line, parse_constant=pytest.fail)
+    assert row == {"kind": "step", "step": 1, "loss": None, "gains": [1.0, None]}
+
+
+def test_rows_are_on_disk_as_soon_as_they_are_written(tmp_path):
+    log = MetricsLog(tmp_path)
+    for step in range(3):
+        log.write([{"kind": "step", "step": step}])
+        assert len(read_metrics(tmp_path / "metrics.jsonl")) == step + 1
+    log.close()
+
+
+def test_resuming_drops_later_rows_and_a_cut_off_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    replace_metrics(path, [{"kind": "step", "step": step} for step in range(1, 6)])
+    with path.open("a") as file:
+        file.write('{"kind": "step", "st')
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4, 5]
+    log = MetricsLog(tmp_path, resumed_step=3)
+    log.write([{"kind": "step", "step": 4, "again": True}])
+    log.close()
+    assert [row["step"] for row in log.kept] == [1, 2, 3]
+    lines = path.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    assert path.read_text().endswith(to_json_line({"kind": "step", "step": 4, "again": True}))
+
+
+def test_a_missing_package_names_the_extra():
+    with pytest.raises(RuntimeError, match=r"figures: .*'no_such_package'.*mhc-tile\[train\]"):
+        require("no_such_package.part", "figures")
+
+
+def test_training_is_importable_without_the_extra():
+    code = """
+import sys
+for name in ("matplotlib", "tabulate", "tensorboard", "tqdm", "torch.utils.tensorboard"):
+    sys.modules[name] = None
+import mhc_tile.training.cli
+from mhc_tile.training.extras import require
+require("tqdm", "progress bar")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "progress bar: the package 'tqdm' must be installed" in result.stderr.splitlines()[-1]
