@@ -198,20 +198,22 @@ def test_a_bad_token_does_not_touch_the_others(name, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", NAMES)
 def test_cuda_graph_of_forward_and_backward(name):
-    made = call(name, ORDINARY, torch.bfloat16, "cuda").to(grad=True)
-    grads = cotangents(made.run())
-
-    def step():
-        results = made.run()
-        return (*results, *torch.autograd.grad(results, made.inputs, grads))
-
-    expected = step()
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
+    with torch.cuda.stream(stream):  # leaves belong to the stream that they are made on
+        made = call(name, ORDINARY, torch.bfloat16, "cuda").to(grad=True)
+        grads = cotangents(made.run())
+
+        def step():
+            results = made.run()
+            return (*results, *torch.autograd.grad(results, made.inputs, grads))
+
+        expected = step()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = step()
+        for value in captured:
+            value.detach().zero_()
+        graph.replay()
+        stream.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))

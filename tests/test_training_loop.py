@@ -154,6 +154,7 @@ def test_tensorboard_events_are_written(config, tmp_path):
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_a_step_on_the_gpu_waits_for_nothing(config, tmp_path, residual):
     run = loop._Run(config.replace(residual=residual, device="cuda"), tmp_path / "run", None, None)
+    run._start_clock()
     for _ in range(3):
         run._train_step()
     torch.cuda.set_sync_debug_mode("error")
