@@ -41,10 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 for an error that was printed, 2 for wrong usage, 130 after Ctrl-C.
     """
+    from .training.extras import MissingExtraError
+
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, OSError, MissingExtraError) as error:
         sys.stderr.write(f"mhc-tile: {error}\n")
         return 1
     except KeyboardInterrupt:

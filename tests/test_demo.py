@@ -20,6 +20,14 @@ LEGS_OF = DemoSettings.legs
 LEGS = ["residual", "hc", "mhc", "stress-hc", "stress-mhc"]
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c_interrupts():
+    """Also where the tests run in the background, which ignores it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("corpus") / "text.txt"
@@ -107,7 +115,7 @@ def test_the_three_runs_share_everything_but_the_residual():
     assert legs["stress-hc"].learning_rate > legs["hc"].learning_rate
 
 
-# ---- the sentence follows the numbers
+# the sentence follows the numbers
 
 
 def leg(name: str, loss: float | None, gain: float = 1.0, **changes) -> Leg:

@@ -152,7 +152,7 @@ def test_a_row_has_numbers_and_the_canary():
     assert (row["forward"], row["canary"], row["composite_backward"]) == ([3.0, 3.0], 3.0, 9.0)
 
 
-# ---- the rule
+# the rule
 
 
 def record(step: int, composite: float | None, first: float = 1.0) -> dict:

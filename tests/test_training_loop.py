@@ -30,6 +30,14 @@ TINY = ModelConfig(
 )
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c_interrupts():
+    """Also where the tests run in the background, which ignores it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("corpus") / "text.txt"
@@ -71,7 +79,7 @@ def same_tensors(left: object, right: object) -> bool:
     return left == right
 
 
-# ---- schedule and optimizer
+# schedule and optimizer
 
 
 def test_learning_rate_warms_up_and_steps_down_twice():
@@ -101,7 +109,7 @@ def test_only_matrices_decay(residual):
     assert optimizer.defaults["betas"] == (0.9, 0.95)
 
 
-# ---- training
+# training
 
 
 def test_training_learns_and_records(config, tmp_path):
@@ -177,7 +185,7 @@ def test_training_on_the_gpu_learns_and_resumes(config, tmp_path, residual):
     assert resumed.validation_loss == pytest.approx(whole.validation_loss, rel=0.02)
 
 
-# ---- resume
+# resume
 
 
 @pytest.mark.parametrize("residual", RESIDUALS)
@@ -258,7 +266,7 @@ def test_what_is_not_finite_ends_the_run_and_never_reaches_a_checkpoint(
     assert all(torch.isfinite(value).all() for value in saved["model"].values())
 
 
-# ---- bad input
+# bad input
 
 
 def test_a_run_directory_is_never_overwritten(config, tmp_path):
@@ -296,7 +304,7 @@ def test_bad_settings(config, changes, message):
         config.replace(**changes)
 
 
-# ---- the command line
+# the command line
 
 
 def command(text: str, out: Path, *more: str) -> list[str]:
@@ -324,6 +332,7 @@ def test_ctrl_c_leaves_a_checkpoint_valid_files_and_the_command_to_resume(text, 
         text=True,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         metrics = out / "metrics.jsonl"

@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mhc_tile.config import MHCConfig
-from mhc_tile.models.configs import ModelConfig
-from mhc_tile.nn import (
+from ..config import MHCConfig
+from ..nn import (
     Collapse,
     Expand,
     HyperConnectedStack,
@@ -24,6 +23,7 @@ from mhc_tile.nn import (
     ManifoldHyperConnection,
     Residual,
 )
+from .configs import ModelConfig
 
 RESIDUALS = ("residual", "hc", "mhc")
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from mhc_tile.config import MHCConfig
-from mhc_tile.models import CONFIGS, RESIDUALS, model_config
-from mhc_tile.training.checkpoint import list_checkpoints
-from mhc_tile.training.config import PRECISIONS, TrainConfig
-from mhc_tile.training.demo import DemoSettings, run_legs, start_demo, stored_settings
-from mhc_tile.training.extras import require
-from mhc_tile.training.loop import TrainResult, resume, train
-from mhc_tile.training.metrics import Row
-from mhc_tile.training.report import sentence, summary, table
+from ..config import MHCConfig
+from ..models import CONFIGS, RESIDUALS, model_config
+from .checkpoint import list_checkpoints
+from .config import PRECISIONS, TrainConfig
+from .demo import DemoSettings, run_legs, start_demo, stored_settings
+from .extras import require
+from .loop import TrainResult, resume, train
+from .metrics import Row
+from .report import sentence, summary, table
 
 INTERRUPTED = 130  # the shell's code for a process that Ctrl-C ended
 _FAILED = 1

@@ -5,8 +5,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from mhc_tile.config import MHCConfig
-from mhc_tile.models import RESIDUALS, ModelConfig, model_config
+from ..config import MHCConfig
+from ..models import RESIDUALS, ModelConfig, model_config
 
 PRECISIONS = ("auto", "fp32", "bf16")
 

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 
-from mhc_tile.models import ModelConfig, model_config
-from mhc_tile.training.checkpoint import list_checkpoints
-from mhc_tile.training.config import TrainConfig
-from mhc_tile.training.figures import draw_all
-from mhc_tile.training.loop import OnRows, TrainResult, resume, train
-from mhc_tile.training.metrics import read_metrics, replace_metrics
-from mhc_tile.training.monitor import GainMonitor
-from mhc_tile.training.report import Leg, write_report
+from ..models import ModelConfig, model_config
+from .checkpoint import list_checkpoints
+from .config import TrainConfig
+from .figures import draw_all
+from .loop import OnRows, TrainResult, resume, train
+from .metrics import read_metrics, replace_metrics
+from .monitor import GainMonitor
+from .report import Leg, write_report
 
 # Unconstrained mixing multiplies over 24 sublayers and learns fast: HC's composite gain passes 100
 # within a few dozen steps on every seed tried.

@@ -4,6 +4,10 @@ import importlib
 from types import ModuleType
 
 
+class MissingExtraError(RuntimeError):
+    """A package of an extra is not installed."""
+
+
 def require(module: str, purpose: str) -> ModuleType:
     """Import a module of the extra, or say how to install it.
 
@@ -15,7 +19,7 @@ def require(module: str, purpose: str) -> ModuleType:
         The module.
 
     Raises:
-        RuntimeError: It is not installed; the message names the extra.
+        MissingExtraError: It is not installed; the message names the extra.
 
     Example:
         >>> require("json", "a demonstration").dumps([1])
@@ -24,7 +28,7 @@ def require(module: str, purpose: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise RuntimeError(
+        raise MissingExtraError(
             f"{purpose}: the package {module.split('.')[0]!r} must be installed, got "
             f"{type(error).__name__} ({error}); pip install 'mhc-tile[train]' brings it"
         ) from error

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from mhc_tile.training.extras import require
-from mhc_tile.training.report import Leg
+from .extras import require
+from .report import Leg
 
 # Okabe-Ito: told apart with every common colour blindness; line styles say the same again.
 COLOURS = {"residual": "#555555", "hc": "#D55E00", "mhc": "#0072B2"}

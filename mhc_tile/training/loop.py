@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mhc_tile.models import Decoder
-from mhc_tile.training.checkpoint import Checkpoints, find_checkpoint, load_checkpoint
-from mhc_tile.training.config import TrainConfig
-from mhc_tile.training.corpus import Corpus, load_corpus
-from mhc_tile.training.metrics import MetricsLog, Row
-from mhc_tile.training.monitor import GainMonitor, GainRule, gain_row, measure_gains
-from mhc_tile.training.optimizer import build_optimizer
-from mhc_tile.training.schedule import learning_rate
+from ..models import Decoder
+from .checkpoint import Checkpoints, find_checkpoint, load_checkpoint
+from .config import TrainConfig
+from .corpus import Corpus, load_corpus
+from .metrics import MetricsLog, Row
+from .monitor import GainMonitor, GainRule, gain_row, measure_gains
+from .optimizer import build_optimizer
+from .schedule import learning_rate
 
 OnRows = Callable[[list[Row]], None]
 
@@ -121,7 +121,7 @@ class _StopRequest:
         self.pending = False
         self._previous = signal.getsignal(signal.SIGINT)
         main = threading.current_thread() is threading.main_thread()
-        # Where Ctrl-C is ignored, as in a background job, or handled outside of Python, it stays so.
+        # Where Ctrl-C is ignored, as in a background job, or is not Python's, it stays so.
         self._handles = main and self._previous not in (signal.SIG_IGN, None)
 
     def __enter__(self) -> "_StopRequest":
@@ -177,7 +177,7 @@ class _Run:
         else:
             self._replay(self.log.kept)
 
-    # ---- the loop
+    # the loop
 
     def train(self) -> TrainResult:
         """Run the remaining steps."""
@@ -252,7 +252,7 @@ class _Run:
         self._write([{"kind": "validation", "step": self.step, "loss": self.validation_loss}])
         self._start_clock()
 
-    # ---- records
+    # records
 
     def _start_clock(self) -> None:
         self.clock = time.perf_counter()
@@ -307,7 +307,7 @@ class _Run:
         if self.on_rows is not None:
             self.on_rows(rows)
 
-    # ---- checkpoints
+    # checkpoints
 
     def _save(self) -> None:
         self.checkpoints.save(

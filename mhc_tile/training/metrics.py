@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mhc_tile.training.extras import require
+from .extras import require
 
 Row = dict[str, Any]
 

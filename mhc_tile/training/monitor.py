@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhc_tile.nn import HyperConnection, ManifoldHyperConnection
+from ..nn import HyperConnection, ManifoldHyperConnection
 
 MAX_TOKENS = 512
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhc_tile.training.config import TrainConfig
-from mhc_tile.training.extras import require
-from mhc_tile.training.metrics import Row
+from .config import TrainConfig
+from .extras import require
+from .metrics import Row
 
 LABELS = {"residual": "residual", "hc": "HC", "mhc": "mHC"}
 VISIBLE_GAIN = 2.0  # a composite gain under this is not said to have left 1
