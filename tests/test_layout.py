@@ -118,14 +118,13 @@ def test_files_stay_readable(path):
 
 
 def python_in(venv: Path, code: str, *paths: Path, cwd: Path) -> str:
-    """Run code in a bare environment with this one's packages, but not its editable install."""
-    search = os.pathsep.join([*map(str, paths), sysconfig.get_path("purelib")])
+    """Run code in a bare environment, which finds torch where the tests run."""
     result = subprocess.run(
         [venv / "bin" / "python", "-c", code],
         capture_output=True,
         text=True,
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": search},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -153,6 +152,9 @@ def checkout(tmp_path_factory) -> Path:
 @pytest.fixture
 def venv(tmp_path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    (packages,) = (tmp_path / "venv").glob("lib/*/site-packages")
+    # Behind the environment's own packages, and without the editable installs among these.
+    (packages / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return tmp_path / "venv"
 
 
