@@ -1,0 +1,167 @@
+"""From a TileLang program to CUDA source and launch parameters, on any machine.
+
+Nothing is compiled here and no GPU is needed. `_static.py` compiles the source to read what ptxas
+says about it; `tests/emulator.py` runs it on the CPU.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+# What a block may ask for as dynamic shared memory, in bytes (CUDA C++ programming guide, technical
+# specifications per compute capability). nvcc does not check it; the launch fails.
+SHARED_MEMORY_LIMITS = {
+    "sm_80": 166_912,
+    "sm_86": 101_376,
+    "sm_87": 166_912,
+    "sm_89": 101_376,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "sm_103": 232_448,
+    "sm_110": 232_448,
+    "sm_120": 101_376,
+    "sm_121": 101_376,
+}
+
+
+@dataclass(frozen=True)
+class DeviceFunction:
+    """One CUDA kernel of a program, and how it is launched.
+
+    name: as in the source. parameters: (name, dtype) in order, "handle" for a tensor. grid, block:
+    (x, y, z), each an int or a TVM expression of the program's sizes; see `evaluate`.
+    dynamic_shared: bytes. cooperative: the launch must have all blocks resident at once.
+    """
+
+    name: str
+    parameters: tuple[tuple[str, str], ...]
+    grid: tuple[Any, Any, Any]
+    block: tuple[int, int, int]
+    dynamic_shared: int
+    cooperative: bool
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        x, y, z = self.block
+        return x * y * z
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A program's CUDA source and its kernels, in the order in which they are launched."""
+
+    source: str
+    functions: tuple[DeviceFunction, ...]
+
+
+def shared_memory_limit(arch: str) -> int:
+    """Dynamic shared memory that a block can have, in bytes.
+
+    Raises:
+        ValueError: The architecture is not in the table.
+
+    Example:
+        >>> shared_memory_limit("sm_90a")
+        232448
+    """
+    base = arch.rstrip("af")
+    if base not in SHARED_MEMORY_LIMITS:
+        known = ", ".join(SHARED_MEMORY_LIMITS)
+        raise ValueError(f"shared_memory_limit: arch must be one of {known}, got {arch}")
+    return SHARED_MEMORY_LIMITS[base]
+
+
+def lower(prim_func: Any, arch: str, pass_configs: dict[str, Any] | None = None) -> Lowered:
+    """Generate CUDA source for an architecture.
+
+    Args:
+        prim_func: what a `@T.prim_func` factory returns.
+        arch: such as "sm_80" or "sm_90a".
+        pass_configs: as for `tilelang.compile`.
+
+    Returns:
+        The source and, per kernel, what a launch needs.
+    """
+    import tilelang
+    from tilelang import tvm
+
+    # Passes name target and configuration by their context, not by an argument.
+    configs = {getattr(key, "value", key): value for key, value in (pass_configs or {}).items()}
+    target = tvm.target.Target({"kind": "cuda", "arch": arch})
+    with target, tvm.transform.PassContext(opt_level=3, config=configs):
+        artifact = tilelang.lower(prim_func, target=target)
+    functions = {
+        str(function.attrs["global_symbol"]): _device_function(function)
+        for function in artifact.device_mod.functions.values()
+    }
+    order = _launches(artifact.host_mod, functions)
+    return Lowered(artifact.kernel_source, tuple(functions[name] for name in order))
+
+
+def evaluate(expression: Any, sizes: dict[str, int]) -> int:
+    """The value of a TVM expression, such as a grid extent or a dimension.
+
+    Raises:
+        ValueError: It depends on a size that is not given.
+    """
+    if isinstance(expression, int):
+        return expression
+    from tilelang import tvm
+
+    values = {}
+
+    def bind(node: Any) -> None:
+        if isinstance(node, tvm.tirx.Var) and node.name in sizes:
+            values[node] = tvm.tirx.IntImm(node.dtype, sizes[node.name])
+
+    tvm.tirx.stmt_functor.post_order_visit(expression, bind)
+    result = tvm.arith.Analyzer().simplify(tvm.tirx.stmt_functor.substitute(expression, values))
+    if not isinstance(result, tvm.tirx.IntImm):
+        raise ValueError(f"evaluate: {expression} must follow from {sizes}, left with {result}")
+    return int(result)
+
+
+def _device_function(function: Any) -> DeviceFunction:
+    attributes = function.attrs
+    extents = {str(name): value for name, value in attributes["thread_extent"].items()}
+    grid, block = (
+        tuple(_plain(extents.get(f"{index}.{axis}", 1)) for axis in "xyz")
+        for index in ("blockIdx", "threadIdx")
+    )
+    return DeviceFunction(
+        name=str(attributes["global_symbol"]),
+        parameters=tuple((p.name, str(p.dtype)) for p in function.params),
+        grid=grid,
+        block=block,
+        dynamic_shared=int(attributes.get("dyn_shared_memory_buf", 0)),
+        cooperative="use_cooperative_groups" in attributes,
+    )
+
+
+def _plain(extent: Any) -> Any:
+    """An int where the extent is a constant."""
+    try:
+        return int(extent)
+    except (TypeError, ValueError):
+        return extent
+
+
+def _launches(host: Any, functions: dict[str, DeviceFunction]) -> list[str]:
+    """Names of the kernels in the order in which the host program calls them."""
+    if len(functions) == 1:
+        return list(functions)
+    from tilelang import tvm
+
+    order: list[str] = []
+
+    def visit(node: Any) -> None:
+        if isinstance(node, tvm.tirx.Call) and node.args:
+            name = getattr(node.args[0], "value", None)
+            if isinstance(name, str) and name in functions:
+                order.append(name)
+
+    for function in host.functions.values():
+        tvm.tirx.stmt_functor.post_order_visit(function.body, visit)
+    if set(order) != set(functions):
+        raise RuntimeError(f"lower: found no launch order of {list(functions)} in the host program")
+    return order
