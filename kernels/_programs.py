@@ -1,0 +1,87 @@
+"""What every kernel shares: compiling a program for a named target, pass configurations, sizes.
+
+A kernel module writes its program as a factory of constants that returns a `T.prim_func`, under
+`@program()`. Calling the decorated factory compiles it once per architecture and arguments.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import tilelang
+import torch
+
+from . import _toolchain
+
+F32 = "float32"
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+STREAMS = (1, 2, 4, 8)  # what the kernels are written and checked for
+
+# Warp specialisation gains nothing on kernels that memory bounds and raced where A is in registers
+# (TileLang 0.1.15). The baseline reducer is the one whose cross-lane sum is always emitted. 32-byte
+# loads of sm_100 split mixed bf16 and fp32 accesses into 8-byte ones.
+PASS_CONFIGS = {
+    "tl.disable_warp_specialized": True,
+    "tl.disable_tma_lower": True,
+    "tl.disable_vectorize_256": True,
+    "tl.reducer_force_baseline": True,
+}
+
+
+def program(pass_configs: dict[str, Any] | None = None) -> Callable[..., Any]:
+    """Decorate a factory of a PrimFunc: `decorated(arch, *constants)` is the compiled kernel.
+
+    The factory itself stays reachable as `decorated.factory`, its pass configurations as
+    `decorated.pass_configs`, for the emulator and for static checks.
+
+    Args:
+        pass_configs: of `tilelang.compile`; `PASS_CONFIGS` if None.
+    """
+    configs = dict(PASS_CONFIGS if pass_configs is None else pass_configs)
+
+    def decorate(factory: Callable[..., Any]) -> Any:
+        @functools.cache
+        def build(arch: str, *constants: Any) -> Any:
+            target = {"kind": "cuda", "arch": arch}
+            try:
+                return tilelang.compile(factory(*constants), target=target, pass_configs=configs)
+            except Exception as error:
+                name = f"{factory.__module__}.{factory.__name__}"
+                raise RuntimeError(
+                    f"{name}: TileLang {tilelang.__version__} must compile it for {arch} with "
+                    f"{constants}, got {type(error).__name__}: {error}; `mhc-tile doctor` checks "
+                    "the compilers"
+                ) from error
+
+        build.factory = factory
+        build.pass_configs = configs
+        return build
+
+    return decorate
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The target architecture of a CUDA device, such as "sm_90a"."""
+    return _toolchain.target(torch.cuda.get_device_capability(device))["arch"]
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a CUDA device has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """TileLang's name of a tensor's dtype: "bfloat16", "float16" or "float32"."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def ceil_div(value: int, divisor: int) -> int:
+    """Smallest integer at or above value / divisor."""
+    return -(-value // divisor)
+
+
+def logits_per_token(n: int) -> int:
+    """Rows of phi: pre (n), post (n), res (n * n)."""
+    return n * n + 2 * n

@@ -1,0 +1,323 @@
+"""What kernels that map tokens share: projecting a tile of tokens, sigmoid, Sinkhorn in registers.
+
+The projection keeps phi in registers and lets tokens stream past. In one warp's `mma.m16n8k16`
+(lane = 4 * g + t) phi is the A operand and eight tokens are the B operand:
+
+* A holds eight rows of phi twice: rows 0-7 are their high parts, rows 8-15 what rounding left over
+  (phi = high + low: 16 mantissa bits in bf16, 22 in fp16), so a thread adds the two products with
+  one instruction.
+* The order of the K axis is free as long as A and B agree. One 16-byte read gives a lane eight
+  neighbouring elements of a token; elements 0-3 feed one instruction, 4-7 the next. Neither operand
+  needs `ldmatrix` or a shuffle.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import tilelang.language as T
+
+from ._programs import F32, PASS_CONFIGS, ceil_div
+
+WARP = 32
+STEP = 32  # elements of a token that a warp consumes with one 16-byte read a lane: two k16 steps
+TILE_ROWS = 8  # rows of phi in one A operand
+MMA_NAMES = {"bfloat16": "bf16", "float16": "fp16"}
+
+# Bytes of shared memory that one block may use; other architectures from 8.0 on allow 99 KiB.
+SHARED_LIMITS = {"sm_80": 166912, "sm_90a": 232448, "sm_100a": 232448, "sm_103a": 232448}
+
+# Roles per warp: every shared-memory hazard is ordered by hand, nothing is a TileLang pipeline, and
+# the programs guard their tails (a guard that TileLang adds to an index would split 16-byte
+# accesses). Subnormals are zero, which makes a reciprocal one instruction instead of ten.
+WARP_ROLE_CONFIGS = {
+    **PASS_CONFIGS,
+    "tl.disable_thread_storage_sync": True,
+    "tl.disable_safe_memory_legalize": True,
+    "tl.device_compile_flags": ["-ftz=true"],
+}
+
+
+def shared_limit(arch: str) -> int:
+    """Bytes of shared memory that one block may use on an architecture."""
+    return SHARED_LIMITS.get(arch, 101376)
+
+
+def segment_width(channels: int, members: int) -> int:
+    """Channels of each of `members` segments: a multiple of 8, so that accesses have 16 bytes."""
+    return ceil_div(ceil_div(channels, members), 8) * 8
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One block's share of phi: `width` channels of every stream, `steps` x 32 elements a warp.
+
+    Args:
+        n: streams.
+        channels: C.
+        rows: rows of phi.
+        width: channels of the segment, a multiple of 8.
+        steps: pieces of 32 elements that each warp holds.
+        group: tokens that travel together, a multiple of 8 * batches.
+        batches: a warp projects `batches` x 8 tokens at a time.
+    """
+
+    n: int
+    channels: int
+    rows: int
+    width: int
+    steps: int
+    group: int
+    batches: int = 1
+
+    @property
+    def warps(self) -> int:
+        """Warps that together hold the segment."""
+        return ceil_div(self.n * self.width, STEP * self.steps)
+
+    @property
+    def threads(self) -> int:
+        """Threads of those warps."""
+        return WARP * self.warps
+
+    @property
+    def chunks(self) -> int:
+        """16-byte pieces of a token's row that carry data or zeros."""
+        return self.warps * self.steps * STEP // 8
+
+    @property
+    def row(self) -> int:
+        """Elements of a token in shared memory: odd in 64-byte units, to spread over the banks."""
+        units = self.warps * self.steps
+        return STEP * (units + 1 - units % 2)
+
+    @property
+    def phi_tiles(self) -> int:
+        """A operands that hold the rows of phi."""
+        return ceil_div(self.rows, TILE_ROWS)
+
+    @property
+    def columns(self) -> int:
+        """Partial sums of a token: the sum of squares, then the rows of phi."""
+        return self.rows + 1
+
+    @property
+    def sums_row(self) -> int:
+        """Floats of a token in `sums`, at least one of them spare.
+
+        With 4 modulo 8 a warp's accumulators land in 32 different banks.
+        """
+        return ceil_div(self.columns + 1 - 4, 8) * 8 + 4
+
+    @property
+    def fragment_registers(self) -> int:
+        """32-bit registers a thread needs for phi."""
+        return self.steps * 2 * self.phi_tiles * 4
+
+    def shared_bytes(self, tiles: int) -> int:
+        """Shared memory of a ring of `tiles` tiles and of two groups' sums."""
+        return self.group * (tiles * self.row * 2 + 2 * self.warps * self.sums_row * 4)
+
+    def load_macro(self, dtype: str) -> Callable[..., None]:
+        """The macro `load_phi(fragments, phi, member, tx)`."""
+        n, C, rows, width, steps = self.n, self.channels, self.rows, self.width, self.steps
+        phi_tiles = self.phi_tiles
+
+        @T.macro
+        def load_phi(fragments, phi, member, tx):
+            """phi[:, :, segment] into registers, high and low parts, in the A operand's order."""
+            values = T.alloc_local((8,), F32)
+            lane_row = tx % WARP // 4
+            for step in T.unroll(steps):
+                inner = (tx // WARP * steps + step) * STEP + tx % 4 * 8
+                stream = inner // width
+                channel = member * width + inner % width
+                for tile in T.unroll(phi_tiles):
+                    for v in T.vectorized(8):
+                        values[v] = 0.0
+                    row = tile * TILE_ROWS + lane_row
+                    if (stream < n) and (channel < C) and (row < rows):
+                        for v in T.vectorized(8):
+                            values[v] = phi[row, stream, channel + v]
+                    for half in T.unroll(2):
+                        for pair in T.unroll(2):
+                            for e in T.unroll(2):
+                                base = ((step * 2 + half) * phi_tiles + tile) * 8 + pair * 4 + e
+                                value = values[half * 4 + pair * 2 + e]
+                                fragments[base] = T.cast(value, dtype)
+                                rest = value - T.cast(fragments[base], F32)
+                                fragments[base + 2] = T.cast(rest, dtype)
+
+        return load_phi
+
+    def fetch_macro(self, tokens: object) -> Callable[..., None]:
+        """The macro `fetch(tile, slot, x, first, member, tx)`; `tokens` is the dynamic T."""
+        n, C, G, width = self.n, self.channels, self.group, self.width
+        chunks, threads = self.chunks, self.threads
+
+        @T.macro
+        def fetch(tile, slot, x, first, member, tx):
+            """x[first : first + group, :, segment] on its way into tile[slot], zeros beyond x."""
+            present = T.min(tokens - first, G)
+            for f in T.unroll(ceil_div(G * chunks, threads)):
+                chunk = f * threads + tx
+                if chunk < G * chunks:
+                    inner = chunk % chunks * 8
+                    token = first + chunk // chunks
+                    stream = inner // width
+                    channel = member * width + inner % width
+                    inside = (chunk // chunks < present) and (stream < n) and (channel < C)
+                    T.ptx_cp_async(
+                        T.access_ptr(tile[slot, chunk // chunks, inner], "w", 8),
+                        T.access_ptr(x[token, stream, channel], "r", 8),
+                        8,
+                        predicate=inside,
+                    )
+
+        return fetch
+
+    def project_macro(self, dtype: str) -> Callable[..., None]:
+        """The macro `project(sums, buffer, fragments, tile, slot, tx)`."""
+        G, rows, steps, batches = self.group, self.rows, self.steps, self.batches
+        phi_tiles = self.phi_tiles
+        name = MMA_NAMES[dtype]
+
+        @T.macro
+        def project(sums, buffer, fragments, tile, slot, tx):
+            """sums[buffer, warp] = [sum_k x[k]^2, sum_k phi[r, k] * x[k]] of a group of tokens.
+
+            k runs over the warp's elements. The sum of squares is the diagonal of x @ x^T: one
+            instruction for the tensor cores, sixteen for the ALUs.
+            """
+            accumulators = T.alloc_local((batches, phi_tiles * 4), F32)
+            squares = T.alloc_local((batches, 4), F32)
+            square_rows = T.alloc_local((8,), dtype)
+            x_lane = T.alloc_local((batches, 8), dtype)
+            warp = tx // WARP
+            lane_row = tx % WARP // 4
+            lane_pair = tx % 4
+            for turn in T.serial(G // 8 // batches):
+                for v in T.unroll(8):
+                    square_rows[v] = T.cast(0.0, dtype)
+                for b in T.unroll(batches):
+                    for v in T.unroll(phi_tiles * 4):
+                        accumulators[b, v] = 0.0
+                    for v in T.unroll(4):
+                        squares[b, v] = 0.0
+                # instructions issue in this order: the batches are independent chains
+                for step in T.unroll(steps):
+                    for b in T.unroll(batches):
+                        for v in T.vectorized(8):
+                            x_lane[b, v] = tile[
+                                slot, (turn * batches + b) * 8 + lane_row,
+                                (warp * steps + step) * STEP + lane_pair * 8 + v,
+                            ]  # fmt: skip
+                    for half in T.unroll(2):
+                        for phi_tile in T.unroll(phi_tiles):
+                            for b in T.unroll(batches):
+                                T.ptx_mma(
+                                    F32, "m16n8k16", "row", "col", name, name, "fp32",
+                                    fragments.data, ((step * 2 + half) * phi_tiles + phi_tile) * 8,
+                                    x_lane.data, b * 8 + half * 4, accumulators.data,
+                                    (b * phi_tiles + phi_tile) * 4, T.bool(False),
+                                )  # fmt: skip
+                        for b in T.unroll(batches):
+                            for e in T.unroll(2):
+                                square_rows[e] = x_lane[b, half * 4 + e]
+                                square_rows[4 + e] = x_lane[b, half * 4 + 2 + e]
+                            T.ptx_mma(
+                                F32, "m16n8k16", "row", "col", name, name, "fp32",
+                                square_rows.data, 0, x_lane.data, b * 8 + half * 4,
+                                squares.data, b * 4, T.bool(False),
+                            )  # fmt: skip
+                for b in T.unroll(batches):
+                    token = (turn * batches + b) * 8
+                    if lane_row // 2 == lane_pair:
+                        sums[buffer, warp, token + lane_row, 0] = T.if_then_else(
+                            lane_row % 2 == 0, squares[b, 0], squares[b, 1]
+                        )
+                    for phi_tile in T.unroll(phi_tiles):
+                        row = phi_tile * TILE_ROWS + lane_row
+                        if row < rows:
+                            for e in T.unroll(2):
+                                sums[buffer, warp, token + lane_pair * 2 + e, 1 + row] = (
+                                    accumulators[b, phi_tile * 4 + e]
+                                    + accumulators[b, phi_tile * 4 + 2 + e]
+                                )
+
+        return project
+
+
+@T.macro
+def inverse_rms(scale: T.Ref, elements, norm_eps):
+    """From the sum of squares to `1 / sqrt(sum / elements + norm_eps)`; 0 where the sum is 0."""
+    scale = T.if_then_else(scale == 0.0, 0.0, T.rsqrt(scale * (1.0 / elements) + norm_eps))
+
+
+@T.macro
+def sigmoid(value: T.Ref):
+    """Value = 1 / (1 + exp(-value)); 0 far below, where 1 / infinity is 0, and never NaN."""
+    value = T.call_extern(F32, "__fdividef", 1.0, 1.0 + T.exp(-value))
+
+
+@T.macro
+def sinkhorn_registers(matrix, n, iters, eps):
+    """`iters` x (columns, rows) on `matrix[out * n + in]`, logits on entry; a thread, a token."""
+    scale = T.alloc_var(F32, 0.0)
+    total = T.alloc_var(F32, 0.0)
+    if eps == 0:
+        # M[o, i] = logits[o, i] - log sum_o exp(logits[o, i])
+        for i in T.unroll(n):
+            column_maximum(matrix, scale, n, i)
+            total = 0.0
+            for o in T.unroll(n):
+                matrix[o * n + i] = matrix[o * n + i] - scale
+                total = total + T.exp(matrix[o * n + i])
+            total = T.log(total)
+            for o in T.unroll(n):
+                matrix[o * n + i] = matrix[o * n + i] - total
+        # M[o, i] = exp(M[o, i] - max_i M[o, i]) ; M[o, i] /= sum_i M[o, i]
+        for o in T.unroll(n):
+            scale = matrix[o * n]
+            for i in T.unroll(1, n):
+                scale = T.max(scale, matrix[o * n + i])
+            for i in T.unroll(n):
+                matrix[o * n + i] = T.exp(matrix[o * n + i] - scale)
+    else:
+        # M = exp(logits - column maximum) ; M[o, i] = M[o, i] / sum_o M[o, i] + eps
+        for i in T.unroll(n):
+            column_maximum(matrix, scale, n, i)
+            total = 0.0
+            for o in T.unroll(n):
+                matrix[o * n + i] = T.exp(matrix[o * n + i] - scale)
+                total = total + matrix[o * n + i]
+            total = T.call_extern(F32, "__fdividef", 1.0, total)
+            for o in T.unroll(n):
+                matrix[o * n + i] = matrix[o * n + i] * total + eps
+    # M[o, i] /= sum_i M[o, i] + eps
+    normalise(matrix, scale, n, n, 1, eps)
+    for _ in T.serial(iters - 1):
+        # M[o, i] /= sum_o M[o, i] + eps
+        normalise(matrix, scale, n, 1, n, eps)
+        # M[o, i] /= sum_i M[o, i] + eps
+        normalise(matrix, scale, n, n, 1, eps)
+
+
+@T.macro
+def column_maximum(matrix, scale: T.Ref, n, i):
+    """Scale = max_o M[o, i]."""
+    scale = matrix[i]
+    for o in T.unroll(1, n):
+        scale = T.max(scale, matrix[o * n + i])
+
+
+@T.macro
+def normalise(matrix, scale: T.Ref, n, line_stride, item_stride, eps):
+    """Divide every line (a row: strides n, 1; a column: strides 1, n) by its sum + eps."""
+    for line in T.unroll(n):
+        scale = matrix[line * line_stride] + eps
+        for item in T.unroll(1, n):
+            scale = scale + matrix[line * line_stride + item * item_stride]
+        scale = T.call_extern(F32, "__fdividef", 1.0, scale)
+        for item in T.unroll(n):
+            index = line * line_stride + item * item_stride
+            matrix[index] = matrix[index] * scale

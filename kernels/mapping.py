@@ -1,0 +1,370 @@
+"""The mapping: one pass over x for the projection and the sum of squares, then the maps.
+
+    inv_rms    = 1 / sqrt(mean over n * C of x^2 + norm_eps), 0 where all of x is 0
+    projection = (vec(x) @ phi^T) * inv_rms
+    logits     = projection * [alpha_pre | alpha_post | alpha_res] + bias
+    h_pre      = sigmoid(logits_pre) + pre_eps
+    h_post     = post_scale * sigmoid(logits_post)
+
+`project` splits nC over `members` blocks, each with its columns of phi stationary in registers;
+groups of tokens stream past through a ring of shared-memory tiles. It reads n * C elements a token,
+phi once a block, and writes n * n + 2n + 1 floats a token and member (5% of x at 1024 elements a
+member, n = 4). `finish` adds these parts in the order of the members and forms the maps; `pre` has
+a finish of its own. The segments of nC follow from C alone, so a token's bits never depend on its
+neighbours.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import tilelang.language as T
+import torch
+from torch import Tensor
+
+from ._programs import (
+    F32,
+    ITEM_BYTES,
+    architecture,
+    ceil_div,
+    dtype_name,
+    logits_per_token,
+    multiprocessors,
+    program,
+)
+from ._projection import (
+    WARP,
+    WARP_ROLE_CONFIGS,
+    Segment,
+    inverse_rms,
+    segment_width,
+    shared_limit,
+    sigmoid,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Launch knobs of both programs.
+
+    Args:
+        members: blocks that share nC; each owns ceil(C / members) channels of every stream.
+        blocks: blocks that share the tokens, at most (a launch has no more than it has groups).
+        steps: pieces of 32 elements of nC that a warp holds; phi takes 8 * steps * ceil(rows / 8)
+            of its registers.
+        group: tokens that travel together.
+        ahead: groups in flight from memory.
+        warps: warps of a block of `finish`.
+    """
+
+    members: int
+    blocks: int
+    steps: int = 4
+    group: int = 16
+    ahead: int = 3
+    warps: int = 4
+
+    def __post_init__(self) -> None:
+        """Reject what cannot launch on any GPU."""
+        smallest = min(self.members, self.blocks, self.steps, self.group, self.ahead)
+        if self.group % 8 or smallest < 1 or not 1 <= self.warps <= 32:
+            raise ValueError(f"mapping: config must be one that can launch, got {self}")
+
+    def segment(self, n: int, channels: int) -> Segment:
+        """The share of a member."""
+        width = segment_width(channels, self.members)
+        return Segment(n, channels, logits_per_token(n), width, self.steps, self.group)
+
+    def launches(self, n: int, channels: int, arch: str) -> bool:
+        """Whether shared memory and threads allow `project`."""
+        segment = self.segment(n, channels)
+        shared = segment.shared_bytes(self.ahead + 1)
+        return shared <= shared_limit(arch) and segment.threads <= 1024
+
+    def projection(self) -> tuple[int, int, int, int, int]:
+        """The knobs of `project`."""
+        return self.members, self.blocks, self.steps, self.group, self.ahead
+
+
+@lru_cache(maxsize=1024)
+def default_config(
+    tokens: int, n: int, channels: int, *, arch: str, multiprocessors: int
+) -> Config:
+    """Segments of about 1024 elements (n = 4), as many groups in flight as shared memory allows.
+
+    256 channels of every stream at n = 4 are 96 registers a thread for phi. The H200, 2026-11-22,
+    runs `project` alone at 73% (1280 and 7168 channels) to 82% (2560) of its copy bandwidth.
+
+    Raises:
+        RuntimeError: the GPU has too little shared memory for any configuration.
+    """
+    width = max(32, 1024 // n // ceil_div(logits_per_token(n), 24))
+    members = ceil_div(channels, width)
+    blocks = max(1, multiprocessors // members)
+    steps = 4 if n <= 4 else 1
+    for group in (16, 8):
+        # one group a block: nothing to keep in flight behind it
+        for ahead in (3, 2, 1) if tokens > group * blocks else (1,):
+            config = Config(members, blocks, steps, group, ahead)
+            if config.launches(n, channels, arch):
+                return config
+    raise RuntimeError(
+        f"mapping: the GPU must have more shared memory for n {n}, C {channels}, got {arch} with "
+        f"{shared_limit(arch)} bytes a block; run the reference on it"
+    )
+
+
+def candidates(
+    tokens: int, n: int, channels: int, *, arch: str, multiprocessors: int
+) -> Iterator[Config]:
+    """Every configuration worth timing; impossible ones never leave."""
+    default = default_config(tokens, n, channels, arch=arch, multiprocessors=multiprocessors)
+    yield default
+    smallest = ceil_div(channels, 512)
+    counts = {ceil_div(channels, width) for width in (192, 224, 256, 320, 512)}
+    for members in sorted(counts | {default.members} if n == 4 else {default.members, smallest}):
+        for blocks in sorted({max(1, k * multiprocessors // members) for k in (1, 2)}):
+            for ahead in (1, 2, 3):
+                config = Config(members, blocks, default.steps, default.group, ahead)
+                if config != default and config.launches(n, channels, arch):
+                    yield config
+
+
+@program(WARP_ROLE_CONFIGS)
+def project_program(
+    n: int,
+    channels: int,
+    dtype: str,
+    members: int,
+    most_blocks: int,
+    steps: int,
+    group: int,
+    ahead: int,
+) -> Any:
+    """parts[member, token] = [sum x^2, sum phi[r] * x] over the member's segment of nC."""
+    C, G = channels, group
+    rows = logits_per_token(n)
+    segment = Segment(n, C, rows, segment_width(C, members), steps, G)
+    columns, warps, threads = segment.columns, segment.warps, segment.threads
+    tokens = T.dynamic("tokens")
+    load_phi = segment.load_macro(dtype)
+    fetch = segment.fetch_macro(tokens)
+    project = segment.project_macro(dtype)
+    blocks = T.min(most_blocks, T.ceildiv(tokens, G))
+
+    @T.prim_func
+    def mhc_project(
+        x: T.Tensor((tokens, n, C), dtype),
+        phi: T.Tensor((rows, n, C), F32),
+        parts: T.Tensor((members, tokens, columns), F32),
+    ):
+        with T.Kernel(members, blocks, threads=threads) as (member, block):
+            tx = T.get_thread_binding()
+            x_tile = T.alloc_shared((ahead + 1, G, segment.row), dtype)
+            sums = T.alloc_shared((2, warps, G, segment.sums_row), F32)
+            fragments = T.alloc_local((segment.fragment_registers * 2,), dtype)
+            total = T.alloc_var(F32, 0.0)
+            rounds = T.alloc_var(
+                "int32", (T.ceildiv(tokens, G) + most_blocks - 1 - block) // most_blocks
+            )
+
+            for j in T.serial(ahead):
+                fetch(x_tile, j, x, T.cast(j * most_blocks + block, "int64") * G, member, tx)
+                T.ptx_commit_group()
+            load_phi(fragments, phi, member, tx)
+
+            for j in T.serial(rounds + 1):
+                T.ptx_wait_group(ahead - 1)
+                T.sync_threads()
+                if j + ahead < rounds:
+                    first = T.cast((j + ahead) * most_blocks + block, "int64") * G
+                    fetch(x_tile, (j + ahead) % (ahead + 1), x, first, member, tx)
+                T.ptx_commit_group()
+                if j < rounds:
+                    project(sums, j % 2, fragments, x_tile, j % (ahead + 1), tx)
+                # parts[member, token] = sum over the warps of group j - 1
+                if j >= 1:
+                    for p in T.serial(ceil_div(G * columns, threads)):
+                        entry = p * threads + tx
+                        row = entry // columns
+                        token = T.cast((j - 1) * most_blocks + block, "int64") * G + row
+                        if (entry < G * columns) and (token < tokens):
+                            total = sums[(j - 1) % 2, 0, row, entry % columns]
+                            for w in T.unroll(1, warps):
+                                total = total + sums[(j - 1) % 2, w, row, entry % columns]
+                            parts[member, token, entry % columns] = total
+
+    return mhc_project
+
+
+def gather_macro(n: int, channels: int, members: int, norm_eps: float) -> Callable[..., None]:
+    """The macro `gather(totals, scale, parts, token, lane)` that begins a `finish`."""
+    columns = logits_per_token(n) + 1
+
+    @T.macro
+    def gather(totals, scale: T.Ref, parts, token, lane):
+        """Scale = inv_rms of the token, totals[q] = its projection[q * 32 + lane - 1]."""
+        # every lane adds the members' parts of its columns, in order
+        for q in T.unroll(ceil_div(columns, WARP)):
+            totals[q] = 0.0
+            if q * WARP + lane < columns:
+                for m in T.unroll(members):
+                    totals[q] += parts[m, token, q * WARP + lane]
+        scale = T.shfl_sync(totals[0], 0)
+        inverse_rms(scale, n * channels, norm_eps)
+        for q in T.unroll(ceil_div(columns, WARP)):
+            totals[q] = totals[q] * scale
+
+    return gather
+
+
+@T.macro
+def logit(value: T.Ref, projection, alpha, bias, r, n):
+    """Value = projection * [alpha_pre | alpha_post | alpha_res][r] + bias[r]."""
+    value = alpha[2]
+    if r < 2 * n:
+        value = alpha[1]
+    if r < n:
+        value = alpha[0]
+    value = projection * value + bias[r]
+
+
+@program(WARP_ROLE_CONFIGS)
+def finish_program(
+    n: int,
+    channels: int,
+    members: int,
+    warps: int,
+    norm_eps: float,
+    pre_eps: float,
+    post_scale: float,
+) -> Any:
+    """From the members' parts to the maps, one warp a token."""
+    rows = logits_per_token(n)
+    lanes = ceil_div(rows + 1, WARP)
+    tokens = T.dynamic("tokens")
+    gather = gather_macro(n, channels, members, norm_eps)
+
+    @T.prim_func
+    def mhc_mapping_finish(
+        parts: T.Tensor((members, tokens, rows + 1), F32),
+        alpha: T.Tensor((3,), F32),
+        bias: T.Tensor((rows,), F32),
+        h_pre: T.Tensor((tokens, n), F32),
+        h_post: T.Tensor((tokens, n), F32),
+        h_res_logits: T.Tensor((tokens, n * n), F32),
+        projection: T.Tensor((tokens, rows), F32),
+        inv_rms: T.Tensor((tokens,), F32),
+    ):
+        with T.Kernel(T.ceildiv(tokens, warps), threads=warps * WARP) as block:
+            tx = T.get_thread_binding()
+            lane = tx % WARP
+            token = T.cast(block, "int64") * warps + tx // WARP
+            totals = T.alloc_local((lanes,), F32)
+            scale = T.alloc_var(F32, 0.0)
+            value = T.alloc_var(F32, 0.0)
+
+            if token < tokens:
+                gather(totals, scale, parts, token, lane)
+                if lane == 0:
+                    inv_rms[token] = scale
+                for q in T.unroll(lanes):
+                    r = q * WARP + lane - 1
+                    if (r >= 0) and (r < rows):
+                        projection[token, r] = totals[q]
+                        logit(value, totals[q], alpha, bias, r, n)
+                        if r >= 2 * n:
+                            h_res_logits[token, r - 2 * n] = value
+                        sigmoid(value)
+                        # h_pre = sigmoid(logits_pre) + pre_eps
+                        if r < n:
+                            h_pre[token, r] = value + pre_eps
+                        # h_post = post_scale * sigmoid(logits_post)
+                        if (r >= n) and (r < 2 * n):
+                            h_post[token, r - n] = value * post_scale
+
+    return mhc_mapping_finish
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor where its first element is 16-byte aligned, else a copy."""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def project(x: Tensor, phi: Tensor, config: Config) -> Tensor:
+    """Launch `project_program`.
+
+    Args:
+        x: [T, n, C], bf16 or fp16, T at least 1.
+        phi: [n*n + 2n, n*C], fp32.
+        config: of the launch.
+
+    Returns:
+        parts [members, T, 1 + n*n + 2n], fp32.
+    """
+    tokens, n, channels = x.shape
+    rows = logits_per_token(n)
+    assert channels % 8 == 0
+    assert x.dtype in (torch.bfloat16, torch.float16)
+    assert phi.shape == (rows, n * channels)
+    parts = x.new_empty(config.members, tokens, rows + 1, dtype=torch.float32)
+    knobs = config.projection()
+    kernel = project_program(architecture(x.device), n, channels, dtype_name(x), *knobs)
+    kernel(aligned(x), aligned(phi).view(rows, n, channels), parts)
+    return parts
+
+
+def forward(
+    x: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    *,
+    norm_eps: float,
+    pre_eps: float,
+    post_scale: float,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """From the streams to h_pre, h_post and the logits of h_res (eqs. 14-18).
+
+    Args:
+        x: [T, n, C], bf16 or fp16, C a multiple of 8. Residual streams.
+        phi: [n*n + 2n, n*C], fp32.
+        alpha: [3], fp32.
+        bias: [n*n + 2n], fp32.
+        norm_eps: added to the mean of squares, at least 0.
+        pre_eps: added to h_pre.
+        post_scale: factor of h_post.
+        config: of the launch; `default_config` if None.
+
+    Returns:
+        h_pre [T, n], h_post [T, n], h_res_logits [T, n, n], projection [T, n*n + 2n], inv_rms [T],
+        all fp32.
+    """
+    tokens, n, channels = x.shape
+    rows = logits_per_token(n)
+    h_pre, h_post, h_res_logits, projection = (
+        x.new_empty(tokens, columns, dtype=torch.float32) for columns in (n, n, n * n, rows)
+    )
+    inv_rms = x.new_empty(tokens, dtype=torch.float32)
+    if tokens:
+        arch = architecture(x.device)
+        config = config or default_config(
+            tokens, n, channels, arch=arch, multiprocessors=multiprocessors(x.device)
+        )
+        parts = project(x, phi, config)
+        constants = float(norm_eps), float(pre_eps), float(post_scale)
+        kernel = finish_program(arch, n, channels, config.members, config.warps, *constants)
+        kernel(parts, alpha, bias, h_pre, h_post, h_res_logits, projection, inv_rms)
+    return h_pre, h_post, h_res_logits.view(tokens, n, n), projection, inv_rms
+
+
+def traffic(tokens: int, n: int, channels: int, dtype: str = "bfloat16") -> dict[str, int]:
+    """Bytes that must move (x and phi once, the maps) and floating-point operations, forward."""
+    rows = logits_per_token(n)
+    maps = 4 * (2 * rows + 1)
+    return {
+        "bytes": tokens * (n * channels * ITEM_BYTES[dtype] + maps) + 4 * rows * n * channels,
+        "flops": tokens * n * channels * 2 * (rows + 1),
+    }

@@ -1,0 +1,331 @@
+"""Post-apply fused with the residual merge, and its gradient.
+
+    forward:   x_next[o, c] = sum_i h_res[o, i] * x[i, c] + h_post[o] * layer_output[c]
+    backward:  grad_x[i, c] = sum_o h_res[o, i] * grad_x_next[o, c]
+               grad_layer_output[c] = sum_o h_post[o] * grad_x_next[o, c]
+               grad_h_post[o] = sum_c grad_x_next[o, c] * layer_output[c]
+               grad_h_res[o, i] = sum_c grad_x_next[o, c] * x[i, c]
+
+Per token the forward reads (n + 1)*C elements and writes n*C (9*C at n = 4), the backward reads
+(2n + 1)*C and writes (n + 1)*C (14*C); the maps add 4 * (n*n + n) bytes in each direction that they
+go. Everything moves once, 16 bytes a lane, and stays in registers: a block owns one token (or, in
+the forward, a part of one), so the maps are uniform in it and a token's bits follow from the token
+and the configuration. In the backward a loaded vector serves the matrix products and the n*n + n
+dot products; those stay in per-lane sums over the whole row and are combined once a token, in one
+warp a block by shuffles alone. Shared memory would only add a trip.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import tilelang.language as T
+import torch
+from torch import Tensor
+
+from ._programs import F32, ITEM_BYTES, PASS_CONFIGS, architecture, ceil_div, dtype_name, program
+from ._rows import block_threads, is_block, vector_width
+
+# The forward guards its tails itself; a guard added to an index would split 16-byte accesses.
+UNGUARDED = {**PASS_CONFIGS, "tl.disable_safe_memory_legalize": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardConfig:
+    """Launch knobs of the forward.
+
+    Attributes:
+        threads: of a block.
+        vectors: of channels, at most 16 bytes each, that a thread handles.
+    """
+
+    threads: int
+    vectors: int = 1
+
+    def __post_init__(self):
+        if not is_block(self.threads):
+            raise ValueError(
+                f"merge: config.threads must be a multiple of 32 up to 1024, got {self.threads}"
+            )
+        if self.vectors < 1:
+            raise ValueError(f"merge: config.vectors must be at least 1, got {self.vectors}")
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardConfig:
+    """Launch knobs of the backward.
+
+    Attributes:
+        threads: of a block, which owns one token.
+        vector: neighbouring channels that a thread handles in one step.
+        min_blocks: blocks a multiprocessor that the registers must allow.
+    """
+
+    threads: int = 32
+    vector: int = 8
+    min_blocks: int = 1
+
+    def __post_init__(self):
+        if self.threads not in (32, 64, 128, 256, 512):
+            raise ValueError(
+                f"merge: config.threads must be 32, 64, 128, 256 or 512, got {self.threads}"
+            )
+        if self.vector not in (1, 2, 4, 8):
+            raise ValueError(f"merge: config.vector must be 1, 2, 4 or 8, got {self.vector}")
+        if not 1 <= self.min_blocks * self.threads <= 2048:
+            raise ValueError(
+                "merge: config.min_blocks must be at least 1 and at most 2048 / threads, "
+                f"got {self.min_blocks}"
+            )
+
+
+def default_config(
+    backward: bool, tokens: int, n: int, channels: int, dtype: str
+) -> ForwardConfig | BackwardConfig:
+    """A configuration that is safe on every supported GPU.
+
+    Forward: one block a token where it fits. Every choice of `candidates` was within 4% of copy
+    bandwidth (H200, 2026-11-22).
+
+    Backward: one warp a token, with registers for 16 of them a multiprocessor; few tokens: up to
+    eight warps share a row's latency, so that the dot products add in another order. 8192 x 2560
+    (n = 4, bf16, H200, 2026-11-22): 145.3 us; 156.2 with 12 warps (161 registers), 152.9 with 20
+    (95 registers).
+    """
+    if not backward:
+        pieces = channels // vector_width(channels, dtype)
+        vectors = 2 if pieces > 256 and n <= 4 else 1
+        blocks = ceil_div(pieces, 512 * vectors)
+        return ForwardConfig(block_threads(channels, dtype, vectors, blocks), vectors)
+    vector = _backward_vector(n, channels, dtype)
+    if tokens >= 1024:
+        return BackwardConfig(32, vector, 16 if n <= 4 else 8)
+    threads = 256
+    while threads > 32 and threads // 2 * vector >= channels:
+        threads //= 2
+    return BackwardConfig(threads, vector)
+
+
+def candidates(
+    backward: bool, tokens: int, n: int, channels: int, dtype: str
+) -> Iterator[ForwardConfig | BackwardConfig]:
+    """Configurations worth measuring."""
+    if not backward:
+        pieces = channels // vector_width(channels, dtype)
+        for vectors in (1, 2) if n <= 4 else (1,):
+            for blocks in (1, 2, 4, 8, 16):
+                threads = block_threads(channels, dtype, vectors, blocks)
+                if is_block(threads) and threads * vectors * (blocks - 1) < pieces:
+                    yield ForwardConfig(threads, vectors)
+        return
+    vector = _backward_vector(n, channels, dtype)
+    for threads in (32, 64, 128, 256):
+        if threads == 32 or threads * vector <= 2 * channels:
+            for warps in (threads // 32, 16, 20):
+                if warps * 32 % threads == 0:
+                    yield BackwardConfig(threads, vector, warps * 32 // threads)
+
+
+def _backward_vector(n: int, channels: int, dtype: str) -> int:
+    """Channels a lane; four at most with eight streams, whose 72 sums and 64 weights fill it."""
+    return min(vector_width(channels, dtype), 8 if n <= 4 else 4)
+
+
+@program(UNGUARDED)
+def forward_program(n: int, channels: int, dtype: str, threads: int, vectors: int) -> Any:
+    """One token, or a part of one, a block; see the module's docstring."""
+    width = vector_width(channels, dtype)
+    block_channels = threads * vectors * width
+    blocks = ceil_div(channels, block_channels)
+    tokens = T.dynamic("tokens")
+
+    @T.prim_func
+    def merge_forward(
+        x: T.Tensor((tokens, n, channels), dtype),
+        layer_output: T.Tensor((tokens, channels), dtype),
+        h_post: T.Tensor((tokens, n), F32),
+        h_res: T.Tensor((tokens, n * n), F32),
+        x_next: T.Tensor((tokens, n, channels), dtype),
+    ):
+        with T.Kernel(tokens * blocks, threads=threads) as block:
+            tx = T.get_thread_binding()
+            token = T.cast(block // blocks, "int64")
+            x_vector = T.alloc_local((n, width), dtype)
+            output_vector = T.alloc_local((width,), dtype)
+            residual = T.alloc_local((n * n,), F32)
+            post = T.alloc_local((n,), F32)
+            merged = T.alloc_local((width,), F32)
+            for v in T.vectorized(n * n):
+                residual[v] = h_res[token, v]
+            for v in T.vectorized(n):
+                post[v] = h_post[token, v]
+            for piece in T.unroll(vectors):
+                channel = block % blocks * block_channels + (piece * threads + tx) * width
+                if channel < channels:
+                    for i in T.unroll(n):
+                        for v in T.vectorized(width):
+                            x_vector[i, v] = x[token, i, channel + v]
+                    for v in T.vectorized(width):
+                        output_vector[v] = layer_output[token, channel + v]
+                    for o in T.unroll(n):
+                        # x_next[o, c] = sum_i h_res[o, i] * x[i, c] + h_post[o] * layer_output[c]
+                        for v in T.unroll(width):
+                            merged[v] = post[o] * T.cast(output_vector[v], F32)
+                        for i in T.unroll(n):
+                            for v in T.unroll(width):
+                                merged[v] += residual[o * n + i] * T.cast(x_vector[i, v], F32)
+                        for v in T.vectorized(width):
+                            x_next[token, o, channel + v] = T.cast(merged[v], dtype)
+
+    return merge_forward
+
+
+@program()
+def backward_program(
+    n: int, channels: int, dtype: str, threads: int, vector: int, min_blocks: int
+) -> Any:
+    """One token a block; see the module's docstring."""
+    tokens = T.dynamic("tokens")
+    tile = threads * vector
+
+    @T.prim_func
+    def merge_backward(
+        grad_x_next: T.Tensor((tokens, n, channels), dtype),
+        x: T.Tensor((tokens, n, channels), dtype),
+        layer_output: T.Tensor((tokens, channels), dtype),
+        h_post: T.Tensor((tokens, n), F32),
+        h_res: T.Tensor((tokens, n, n), F32),
+        grad_x: T.Tensor((tokens, n, channels), dtype),
+        grad_layer_output: T.Tensor((tokens, channels), dtype),
+        grad_h_post: T.Tensor((tokens, n), F32),
+        grad_h_res: T.Tensor((tokens, n, n), F32),
+    ):
+        with T.Kernel(tokens, threads=threads) as token:
+            T.annotate_min_blocks_per_sm(min_blocks)
+            grad = T.alloc_fragment((n, tile), dtype)
+            stream = T.alloc_fragment((n, tile), dtype)
+            output = T.alloc_fragment((tile,), dtype)
+            grad_stream = T.alloc_fragment((n, tile), F32)
+            grad_output = T.alloc_fragment((tile,), F32)
+            post = T.alloc_fragment((n,), F32)
+            res = T.alloc_fragment((n, n), F32)
+            post_dots = T.alloc_reducer((n,), F32, op="sum")
+            res_dots = T.alloc_reducer((n, n), F32, op="sum")
+            T.copy(h_post[token, 0:n], post)
+            T.copy(h_res[token, 0:n, 0:n], res)
+            T.reducer_init(post_dots)
+            T.reducer_init(res_dots)
+            for step in T.serial(T.ceildiv(channels, tile)):
+                first = step * tile
+                T.copy(grad_x_next[token, 0:n, first : first + tile], grad)
+                T.copy(x[token, 0:n, first : first + tile], stream)
+                T.copy(layer_output[token, first : first + tile], output)
+                T.clear(grad_stream)
+                T.clear(grad_output)
+                for o in T.serial(n):
+                    # grad_x[i, c] = sum_o h_res[o, i] * grad_x_next[o, c]
+                    for i in T.serial(n):
+                        for c in T.Parallel(tile):
+                            grad_stream[i, c] += res[o, i] * T.cast(grad[o, c], F32)
+                    # grad_layer_output[c] = sum_o h_post[o] * grad_x_next[o, c]
+                    for c in T.Parallel(tile):
+                        grad_output[c] += post[o] * T.cast(grad[o, c], F32)
+                # grad_h_res[o, i] = sum_c grad_x_next[o, c] * x[i, c]
+                for o, i, c in T.Parallel(n, n, tile):
+                    T.reducer_update(
+                        res_dots[o, i], T.cast(grad[o, c], F32) * T.cast(stream[i, c], F32)
+                    )
+                # grad_h_post[o] = sum_c grad_x_next[o, c] * layer_output[c]
+                for o, c in T.Parallel(n, tile):
+                    T.reducer_update(post_dots[o], T.cast(grad[o, c], F32) * T.cast(output[c], F32))
+                T.copy(grad_stream, grad_x[token, 0:n, first : first + tile])
+                T.copy(grad_output, grad_layer_output[token, first : first + tile])
+            T.finalize_reducer(res_dots, res)
+            T.finalize_reducer(post_dots, post)
+            T.copy(res, grad_h_res[token, 0:n, 0:n])
+            T.copy(post, grad_h_post[token, 0:n])
+
+    return merge_backward
+
+
+def forward(
+    x: Tensor,
+    layer_output: Tensor,
+    h_post: Tensor,
+    h_res: Tensor,
+    *,
+    config: ForwardConfig | None = None,
+) -> Tensor:
+    """The streams after the sublayer (eq. 7).
+
+    `x_next[o, c] = sum_i h_res[o, i] * x[i, c] + h_post[o] * layer_output[c]`
+
+    Args:
+        x: [T, n, C], bf16, fp16 or fp32, contiguous. The streams.
+        layer_output: [T, C], dtype of x. What the layer returned.
+        h_post: [T, n], fp32. Write-in weights.
+        h_res: [T, n, n], fp32. Residual mixing, [out, in].
+        config: launch knobs; `default_config` if None.
+
+    Returns:
+        x_next: [T, n, C] in x's dtype, rounded once.
+    """
+    tokens, n, channels = x.shape
+    x_next = torch.empty_like(x)
+    if tokens:
+        dtype = dtype_name(x)
+        config = config or default_config(False, tokens, n, channels, dtype)
+        constants = (n, channels, dtype, *dataclasses.astuple(config))
+        kernel = forward_program(architecture(x.device), *constants)
+        kernel(x, layer_output, h_post, h_res.view(tokens, n * n), x_next)
+    return x_next
+
+
+def backward(
+    grad_x_next: Tensor,
+    x: Tensor,
+    layer_output: Tensor,
+    h_post: Tensor,
+    h_res: Tensor,
+    *,
+    config: BackwardConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradient of `forward`; the equations are the module's.
+
+    Args:
+        grad_x_next: [T, n, C], dtype of x, contiguous.
+        x: [T, n, C], bf16, fp16 or fp32. What `forward` read, as are the next three.
+        layer_output: [T, C], dtype of x.
+        h_post: [T, n], fp32.
+        h_res: [T, n, n], fp32, [out, in].
+        config: launch knobs; `default_config` if None.
+
+    Returns:
+        grad_x [T, n, C], grad_layer_output [T, C] in x's dtype; grad_h_post [T, n], grad_h_res
+        [T, n, n], fp32.
+    """
+    tokens, n, channels = x.shape
+    inputs = (grad_x_next, x, layer_output, h_post, h_res)
+    grads = tuple(torch.empty_like(read) for read in inputs[1:])
+    if tokens:
+        dtype = dtype_name(x)
+        config = config or default_config(True, tokens, n, channels, dtype)
+        constants = (n, channels, dtype, *dataclasses.astuple(config))
+        backward_program(architecture(x.device), *constants)(*inputs, *grads)
+    return grads
+
+
+def traffic(
+    tokens: int, n: int, channels: int, dtype: str = "bfloat16"
+) -> dict[str, tuple[int, int]]:
+    """Bytes that must move and floating-point operations.
+
+    Returns:
+        {"forward": (bytes, flops), "backward": (bytes, flops)}.
+    """
+    item, maps = ITEM_BYTES[dtype], 4 * (n * n + n)
+    flops = tokens * channels * 2 * (n * n + n)
+    return {
+        "forward": (tokens * ((2 * n + 1) * channels * item + maps), flops),
+        "backward": (tokens * ((3 * n + 2) * channels * item + 2 * maps), 2 * flops),
+    }

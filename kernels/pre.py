@@ -1,0 +1,263 @@
+"""Mapping, Sinkhorn and pre-apply: everything before the layer, in two launches.
+
+    inv_rms, projection, logits, h_pre, h_post: as in mapping.py
+    h_res          = sinkhorn(logits_res as [out, in])
+    layer_input[c] = sum_i h_pre[i] * x[i, c]
+
+`mapping.project` reads n * C elements a token and `finish` reads them again (last token first, so
+that some come from L2) and writes C: 2n + 1 where n + 1 must move. `pre_team` reads x once, in one
+cooperative launch.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any
+
+import tilelang.language as T
+import torch
+from torch import Tensor
+
+from . import mapping, pre_team
+from ._programs import (
+    F32,
+    ITEM_BYTES,
+    architecture,
+    ceil_div,
+    dtype_name,
+    logits_per_token,
+    multiprocessors,
+    program,
+)
+from ._projection import WARP, WARP_ROLE_CONFIGS, sigmoid, sinkhorn_registers
+
+PIECE = WARP * 8  # channels that a warp reads at once
+
+
+@dataclass(frozen=True)
+class Config(mapping.Config):
+    """Launch knobs of the two launches: those of the mapping, and of pre-apply.
+
+    Args:
+        splits: warps that share a token's channels in `finish`.
+    """
+
+    splits: int = 1
+
+    def __post_init__(self) -> None:
+        """Reject what cannot launch on any GPU."""
+        super().__post_init__()
+        if self.splits < 1:
+            raise ValueError(f"pre: config must be one that can launch, got {self}")
+
+
+@lru_cache(maxsize=1024)
+def default_config(
+    tokens: int, n: int, channels: int, *, arch: str, multiprocessors: int
+) -> Config:
+    """Two launches; few tokens are split over warps until about 14 warps a multiprocessor run.
+
+    H200, 2026-11-22, us, team / two launches: 8192x1280 50 / 56, 8192x2560 87 / 104, 8192x4096
+    152 / 162, 4096x7168 176 / 149, 64x7168 13 / 10. The team form is not chosen here before its
+    exchange has passed a race check.
+    """
+    base = mapping.default_config(tokens, n, channels, arch=arch, multiprocessors=multiprocessors)
+    pieces = ceil_div(channels, PIECE)
+    wanted = 14 * multiprocessors // max(tokens, 1)
+    # a power of two or all: the number of tokens chooses among few programs
+    splits = pieces if wanted >= pieces else 1 << max(0, wanted.bit_length() - 1)
+    return _with_splits(base, splits)
+
+
+def _with_splits(base: mapping.Config, splits: int) -> Config:
+    return Config(
+        **{field.name: getattr(base, field.name) for field in fields(base)}, splits=splits
+    )
+
+
+def candidates(
+    tokens: int, n: int, channels: int, *, arch: str, multiprocessors: int
+) -> Iterator["Config | pre_team.Config"]:
+    """Every configuration worth timing; impossible ones never leave."""
+    target: dict[str, Any] = {"arch": arch, "multiprocessors": multiprocessors}
+    default = default_config(tokens, n, channels, **target)
+    yield default
+    for base in mapping.candidates(tokens, n, channels, **target):
+        for splits in sorted({1, 4, default.splits, ceil_div(channels, PIECE)}):
+            config = _with_splits(base, splits)
+            if config != default:
+                yield config
+    yield from pre_team.candidates(n, channels, **target)
+
+
+@program(WARP_ROLE_CONFIGS)
+def finish_program(
+    n: int,
+    channels: int,
+    dtype: str,
+    members: int,
+    warps: int,
+    splits: int,
+    norm_eps: float,
+    pre_eps: float,
+    post_scale: float,
+    iters: int,
+    sinkhorn_eps: float,
+) -> Any:
+    """From the members' parts to the maps, h_res and layer_input, `splits` warps a token."""
+    C = channels
+    rows = logits_per_token(n)
+    lanes = ceil_div(rows + 1, WARP)
+    pieces = ceil_div(ceil_div(C, PIECE), splits)
+    tokens = T.dynamic("tokens")
+    gather = mapping.gather_macro(n, C, members, norm_eps)
+    logit = mapping.logit
+
+    @T.prim_func
+    def mhc_pre_finish(
+        x: T.Tensor((tokens, n, C), dtype),
+        parts: T.Tensor((members, tokens, rows + 1), F32),
+        alpha: T.Tensor((3,), F32),
+        bias: T.Tensor((rows,), F32),
+        layer_input: T.Tensor((tokens, C), dtype),
+        h_post: T.Tensor((tokens, n), F32),
+        h_res: T.Tensor((tokens, n * n), F32),
+        projection: T.Tensor((tokens, rows), F32),
+        inv_rms: T.Tensor((tokens,), F32),
+    ):
+        with T.Kernel(T.ceildiv(tokens * splits, warps), threads=warps * WARP) as block:
+            tx = T.get_thread_binding()
+            lane = tx % WARP
+            # from the last token to the first: `project` left the last ones in L2
+            order = T.cast(block, "int64") * warps + tx // WARP
+            token = tokens - 1 - order // splits
+            split = T.cast(order % splits, "int32")
+            residual = T.alloc_shared((warps, n * n), F32)
+            totals = T.alloc_local((lanes,), F32)
+            weights = T.alloc_local((n,), F32)
+            x_vector = T.alloc_local((n, 8), dtype)
+            applied = T.alloc_local((8,), F32)
+            matrix = T.alloc_local((n * n,), F32)
+            scale = T.alloc_var(F32, 0.0)
+            value = T.alloc_var(F32, 0.0)
+
+            if token >= 0:
+                gather(totals, scale, parts, token, lane)
+                if (split == 0) and (lane == 0):
+                    inv_rms[token] = scale
+                for q in T.unroll(lanes):
+                    r = q * WARP + lane - 1
+                    if (r >= 0) and (r < rows):
+                        if split == 0:
+                            projection[token, r] = totals[q]
+                        logit(value, totals[q], alpha, bias, r, n)
+                        if (split == 0) and (r >= 2 * n):
+                            residual[tx // WARP, r - 2 * n] = value
+                        sigmoid(value)
+                        # h_pre = sigmoid(logits_pre) + pre_eps
+                        if r < n:
+                            totals[q] = value + pre_eps
+                        # h_post = post_scale * sigmoid(logits_post)
+                        if (split == 0) and (r >= n) and (r < 2 * n):
+                            h_post[token, r - n] = value * post_scale
+                for i in T.unroll(n):
+                    weights[i] = T.shfl_sync(totals[0], 1 + i)
+
+                # layer_input[c] = sum_i h_pre[i] * x[i, c]
+                for p in T.serial(pieces):
+                    channel = (split * pieces + p) * PIECE + lane * 8
+                    if channel < C:
+                        for i in T.unroll(n):
+                            for v in T.vectorized(8):
+                                x_vector[i, v] = x[token, i, channel + v]
+                        for v in T.unroll(8):
+                            applied[v] = 0.0
+                        for i in T.unroll(n):
+                            for v in T.unroll(8):
+                                applied[v] += weights[i] * T.cast(x_vector[i, v], F32)
+                        for v in T.vectorized(8):
+                            layer_input[token, channel + v] = T.cast(applied[v], dtype)
+
+            # h_res = sinkhorn(logits_res): one thread for each token that this block mapped
+            T.sync_threads()
+            if tx < warps:
+                owned = T.cast(block, "int64") * warps + tx
+                if (owned % splits == 0) and (owned < T.cast(tokens, "int64") * splits):
+                    for v in T.vectorized(n * n):
+                        matrix[v] = residual[tx, v]
+                    sinkhorn_registers(matrix, n, iters, sinkhorn_eps)
+                    for v in T.vectorized(n * n):
+                        h_res[tokens - 1 - owned // splits, v] = matrix[v]
+
+    return mhc_pre_finish
+
+
+def forward(
+    x: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    *,
+    norm_eps: float,
+    pre_eps: float,
+    post_scale: float,
+    iters: int,
+    sinkhorn_eps: float,
+    config: "Config | pre_team.Config | None" = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Everything before the layer (eqs. 8, 9 and 14-19).
+
+    Args:
+        x: [T, n, C], bf16 or fp16, C a multiple of 8. Residual streams.
+        phi: [n*n + 2n, n*C], fp32.
+        alpha: [3], fp32.
+        bias: [n*n + 2n], fp32.
+        norm_eps: added to the mean of squares, at least 0.
+        pre_eps: added to h_pre.
+        post_scale: factor of h_post.
+        iters: Sinkhorn iterations, at least 1.
+        sinkhorn_eps: as in `reference.sinkhorn`.
+        config: of the launch, `default_config` if None; a `pre_team.Config` asks for one launch.
+
+    Returns:
+        layer_input [T, C] in x's dtype; h_post [T, n], h_res [T, n, n], projection [T, n*n + 2n],
+        inv_rms [T], fp32.
+    """
+    tokens, n, channels = x.shape
+    rows = logits_per_token(n)
+    assert channels % 8 == 0
+    assert x.dtype in (torch.bfloat16, torch.float16)
+    layer_input = x.new_empty(tokens, channels)
+    h_post, h_res, projection = (
+        x.new_empty(tokens, columns, dtype=torch.float32) for columns in (n, n * n, rows)
+    )
+    inv_rms = x.new_empty(tokens, dtype=torch.float32)
+    outputs = layer_input, h_post, h_res, projection, inv_rms
+    constants = float(norm_eps), float(pre_eps), float(post_scale), int(iters), float(sinkhorn_eps)
+    if tokens:
+        arch = architecture(x.device)
+        config = config or default_config(
+            tokens, n, channels, arch=arch, multiprocessors=multiprocessors(x.device)
+        )
+        x, phi = mapping.aligned(x), mapping.aligned(phi)
+        if isinstance(config, pre_team.Config):
+            pre_team.launch(config, x, phi, alpha, bias, outputs, constants)
+        else:
+            parts = mapping.project(x, phi, config)
+            knobs = config.members, config.warps, config.splits
+            kernel = finish_program(arch, n, channels, dtype_name(x), *knobs, *constants)
+            kernel(x, parts, alpha, bias, *outputs)
+    return layer_input, h_post, h_res.view(tokens, n, n), projection, inv_rms
+
+
+def traffic(
+    tokens: int, n: int, channels: int, dtype: str = "bfloat16", iters: int = 20
+) -> dict[str, int]:
+    """Bytes that must move (x once, phi once) and floating-point operations, forward."""
+    rows = logits_per_token(n)
+    maps = 4 * (n * n + n + rows + 1)
+    moved = (n + 1) * channels * ITEM_BYTES[dtype] + maps
+    return {
+        "bytes": tokens * moved + 4 * rows * n * channels,
+        "flops": tokens * (n * channels * 2 * (rows + 2) + n * n * 4 * iters),
+    }

@@ -1,0 +1,188 @@
+"""Sinkhorn normalisation of the residual mixing logits (eqs. 9 and 19), and its gradient.
+
+    forward:   M = exp(logits); iters times: M[o, i] /= sum_o M[o, i], M[o, i] /= sum_i M[o, i]
+    backward:  each step `after = before / sum`, last to first:
+               grad_before = (grad_after - sum over the axis of grad_after * after) / sum
+
+Epsilons, and the first iteration in the log domain where eps is 0, are those of
+`reference.sinkhorn`. Per token the forward reads and writes 4 * n*n bytes, the backward reads
+8 * n*n and writes 4 * n*n. One thread holds one token's matrix in registers for all iterations: no
+shuffle, no barrier; the kernels are bound by that chain's latency, not by memory. The backward
+replays the iteration and keeps its sums, 8 * iters * n bytes a token, in shared memory: they
+rebuild the matrix on the way back, so nothing of the history reaches device memory. `pre` fuses
+both; these serve logits that come from elsewhere.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import tilelang.language as T
+import torch
+from torch import Tensor
+
+from ._programs import F32, PASS_CONFIGS, architecture, program
+from ._projection import shared_limit, sinkhorn_registers
+from ._sinkhorn_walk import sinkhorn_replay, sinkhorn_walk_back
+
+UNGUARDED = {**PASS_CONFIGS, "tl.disable_safe_memory_legalize": True}
+CANDIDATE_SHARED_BYTES = 99 * 1024  # what a block may have on every supported GPU (sm_86, sm_89)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Launch knobs, of the forward and of the backward.
+
+    Attributes:
+        threads: of a block; each handles one token.
+    """
+
+    threads: int = 32
+
+    def __post_init__(self):
+        if self.threads not in (32, 64, 128):
+            raise ValueError(f"sinkhorn: config.threads must be 32, 64 or 128, got {self.threads}")
+
+
+def default_config() -> Config:
+    """One warp a block: few tokens, too, spread over many multiprocessors."""
+    return Config()
+
+
+def candidates(backward: bool, n: int, iters: int) -> Iterator[Config]:
+    """Configurations worth measuring."""
+    for threads in (32, 64, 128):
+        if not backward or shared_bytes(n, iters, threads) <= CANDIDATE_SHARED_BYTES:
+            yield Config(threads)
+
+
+def shared_bytes(n: int, iters: int, threads: int) -> int:
+    """Shared memory of a block of the backward: every step's sums."""
+    return 4 * 2 * iters * n * threads
+
+
+@program(UNGUARDED)
+def forward_program(n: int, iters: int, eps: float, threads: int) -> Any:
+    """One token a thread; see the module's docstring."""
+    tokens = T.dynamic("tokens")
+
+    @T.prim_func
+    def sinkhorn_forward(
+        logits: T.Tensor((tokens, n * n), F32), h_res: T.Tensor((tokens, n * n), F32)
+    ):
+        with T.Kernel(T.ceildiv(tokens, threads), threads=threads) as block:
+            token = T.cast(block, "int64") * threads + T.get_thread_binding()
+            matrix = T.alloc_local((n * n,), F32)
+            if token < tokens:
+                for v in T.vectorized(n * n):
+                    matrix[v] = logits[token, v]
+                # h_res = sinkhorn(logits)
+                sinkhorn_registers(matrix, n, iters, eps)
+                for v in T.vectorized(n * n):
+                    h_res[token, v] = matrix[v]
+
+    return sinkhorn_forward
+
+
+@program()
+def backward_program(n: int, iters: int, eps: float, threads: int) -> Any:
+    """One token a thread; see the module's docstring."""
+    tokens = T.dynamic("tokens")
+
+    @T.prim_func
+    def sinkhorn_backward(
+        grad_h_res: T.Tensor((tokens, n, n), F32),
+        logits: T.Tensor((tokens, n, n), F32),
+        grad_logits: T.Tensor((tokens, n, n), F32),
+    ):
+        with T.Kernel(T.ceildiv(tokens, threads), threads=threads) as block:
+            lane = T.get_thread_binding()
+            token = T.cast(block, "int64") * threads + lane
+            matrix = T.alloc_local((n, n), F32)
+            grad = T.alloc_local((n, n), F32)
+            sums = T.alloc_shared((2 * iters, n, threads), F32)
+            if token < tokens:
+                for o in T.unroll(n):
+                    for i in T.vectorized(n):
+                        matrix[o, i] = logits[token, o, i]
+                    for i in T.vectorized(n):
+                        grad[o, i] = grad_h_res[token, o, i]
+                # h_res = sinkhorn(logits), then back along its steps
+                sinkhorn_replay(matrix, sums, lane, n, iters, eps)
+                sinkhorn_walk_back(matrix, grad, sums, lane, n, iters, eps)
+                for o in T.unroll(n):
+                    for i in T.vectorized(n):
+                        grad_logits[token, o, i] = grad[o, i]
+
+    return sinkhorn_backward
+
+
+def forward(logits: Tensor, *, iters: int, eps: float, config: Config | None = None) -> Tensor:
+    """Doubly stochastic matrix by `iters` normalisations of columns, then rows (eqs. 9 and 19).
+
+    `M = exp(logits)`, then `iters` times: `M[o, i] /= sum_o M[o, i]`, `M[o, i] /= sum_i M[o, i]`.
+
+    Args:
+        logits: [T, n, n], fp32, contiguous, [out, in].
+        iters: at least 1.
+        eps: at least 0; added as `reference.sinkhorn` says.
+        config: launch knobs; `default_config` if None.
+
+    Returns:
+        h_res: [T, n, n], fp32, [out, in].
+    """
+    tokens, n, _ = logits.shape
+    h_res = torch.empty_like(logits)
+    if tokens:
+        config = config or default_config()
+        kernel = forward_program(architecture(logits.device), n, iters, float(eps), config.threads)
+        kernel(logits.view(tokens, n * n), h_res.view(tokens, n * n))
+    return h_res
+
+
+def backward(
+    grad_h_res: Tensor, logits: Tensor, *, iters: int, eps: float, config: Config | None = None
+) -> Tensor:
+    """Gradient of `forward`: replay the iteration, then walk back through it.
+
+    Args:
+        grad_h_res: [T, n, n], fp32, contiguous.
+        logits: [T, n, n], fp32. What `forward` read.
+        iters: as in `forward`.
+        eps: as in `forward`.
+        config: launch knobs; `default_config` if None.
+
+    Returns:
+        grad_logits: [T, n, n], fp32.
+
+    Raises:
+        RuntimeError: The sums of so many iterations do not fit this GPU's shared memory.
+    """
+    tokens, n, _ = logits.shape
+    grad_logits = torch.empty_like(logits)
+    if tokens:
+        config = config or default_config()
+        arch = architecture(logits.device)
+        limit = shared_limit(arch)
+        if shared_bytes(n, iters, config.threads) > limit:
+            most = limit // shared_bytes(n, 1, config.threads)
+            raise RuntimeError(
+                f"sinkhorn: iters must be at most {most} for the backward of {n} streams with "
+                f"{config.threads} threads on this GPU, got {iters}"
+            )
+        kernel = backward_program(arch, n, iters, float(eps), config.threads)
+        kernel(grad_h_res, logits, grad_logits)
+    return grad_logits
+
+
+def traffic(tokens: int, n: int, iters: int = 20) -> dict[str, tuple[int, int]]:
+    """Bytes that must move and floating-point operations.
+
+    Returns:
+        {"forward": (bytes, flops), "backward": (bytes, flops)}.
+    """
+    entries = n * n
+    return {
+        "forward": (tokens * 8 * entries, tokens * entries * (4 * iters + 1)),
+        "backward": (tokens * 12 * entries, tokens * entries * 16 * iters),
+    }

@@ -1,0 +1,195 @@
+"""Entry to and exit from the streams, each the other's gradient.
+
+    expand:    x[i, c] = scale * hidden[c]
+    collapse:  hidden[c] = scale * sum_i x[i, c]
+
+Scale is 1, or 1/n for the mean and its gradient. Per token `expand` reads C elements and writes
+n*C, `collapse` reads n*C and writes C (5*C at n = 4). A thread holds 16 bytes of every stream in
+registers; each element is used once, so nothing is kept in shared memory.
+A learned head is `pre_apply` with the weights of its own mapping.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import tilelang.language as T
+from torch import Tensor
+
+from ._programs import F32, ITEM_BYTES, PASS_CONFIGS, architecture, dtype_name, program
+from ._rows import is_block, vector_width
+
+# The programs guard their tails themselves; a guard added to an index would split 16-byte accesses.
+UNGUARDED = {**PASS_CONFIGS, "tl.disable_safe_memory_legalize": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Launch knobs.
+
+    Attributes:
+        threads: of a block; each handles one vector of channels of one token.
+    """
+
+    threads: int = 256
+
+    def __post_init__(self):
+        if not is_block(self.threads):
+            raise ValueError(
+                f"streams: config.threads must be a multiple of 32 up to 1024, got {self.threads}"
+            )
+
+
+def default_config() -> Config:
+    """256 threads, whatever the sizes: a block is a stretch of memory, not a token."""
+    return Config()
+
+
+def candidates() -> Iterator[Config]:
+    """Configurations worth measuring."""
+    for threads in (128, 256, 512):
+        yield Config(threads)
+
+
+@program(UNGUARDED)
+def expand_program(n: int, channels: int, dtype: str, scale: float, threads: int) -> Any:
+    """Copies one vector of `hidden` a thread into every stream; see the module's docstring."""
+    width = vector_width(channels, dtype)
+    pieces = channels // width
+    tokens = T.dynamic("tokens")
+
+    @T.prim_func
+    def expand_forward(
+        hidden: T.Tensor((tokens, channels), dtype), x: T.Tensor((tokens, n, channels), dtype)
+    ):
+        with T.Kernel(
+            T.ceildiv(T.cast(tokens, "int64") * pieces, threads), threads=threads
+        ) as block:
+            piece = T.cast(block, "int64") * threads + T.get_thread_binding()
+            token = piece // pieces
+            channel = piece % pieces * width
+            vector = T.alloc_local((width,), dtype)
+            if token < tokens:
+                for v in T.vectorized(width):
+                    vector[v] = hidden[token, channel + v]
+                if scale != 1.0:
+                    for v in T.unroll(width):
+                        vector[v] = T.cast(T.cast(vector[v], F32) * scale, dtype)
+                # x[i, c] = scale * hidden[c]
+                for i in T.unroll(n):
+                    for v in T.vectorized(width):
+                        x[token, i, channel + v] = vector[v]
+
+    return expand_forward
+
+
+@program(UNGUARDED)
+def collapse_program(n: int, channels: int, dtype: str, scale: float, threads: int) -> Any:
+    """Sums one vector of channels a thread over the streams; see the module's docstring."""
+    width = vector_width(channels, dtype)
+    pieces = channels // width
+    tokens = T.dynamic("tokens")
+
+    @T.prim_func
+    def collapse_forward(
+        x: T.Tensor((tokens, n, channels), dtype), hidden: T.Tensor((tokens, channels), dtype)
+    ):
+        with T.Kernel(
+            T.ceildiv(T.cast(tokens, "int64") * pieces, threads), threads=threads
+        ) as block:
+            piece = T.cast(block, "int64") * threads + T.get_thread_binding()
+            token = piece // pieces
+            channel = piece % pieces * width
+            vectors = T.alloc_local((n, width), dtype)
+            collapsed = T.alloc_local((width,), F32)
+            if token < tokens:
+                for i in T.unroll(n):
+                    for v in T.vectorized(width):
+                        vectors[i, v] = x[token, i, channel + v]
+                # hidden[c] = scale * sum_i x[i, c]
+                for v in T.unroll(width):
+                    collapsed[v] = T.cast(vectors[0, v], F32)
+                for i in T.unroll(1, n):
+                    for v in T.unroll(width):
+                        collapsed[v] += T.cast(vectors[i, v], F32)
+                for v in T.unroll(width):
+                    collapsed[v] = collapsed[v] * scale
+                for v in T.vectorized(width):
+                    hidden[token, channel + v] = T.cast(collapsed[v], dtype)
+
+    return collapse_forward
+
+
+def expand(hidden: Tensor, num_streams: int, *, config: Config | None = None) -> Tensor:
+    """Copy the hidden state into every stream: `x[i, c] = hidden[c]`.
+
+    Its gradient is `collapse` with mean=False.
+
+    Args:
+        hidden: [T, C], bf16, fp16 or fp32, contiguous.
+        num_streams: n.
+        config: launch knobs; `default_config` if None.
+
+    Returns:
+        x: [T, n, C] in hidden's dtype.
+    """
+    return _expand(hidden, num_streams, 1.0, config)
+
+
+def collapse_backward(
+    grad_hidden: Tensor, num_streams: int, *, mean: bool, config: Config | None = None
+) -> Tensor:
+    """Gradient of `collapse`: `grad_x[i, c] = grad_hidden[c]`, over n for the mean.
+
+    Args:
+        grad_hidden: [T, C], bf16, fp16 or fp32, contiguous.
+        num_streams: n.
+        mean: whether the streams were averaged, not summed.
+        config: launch knobs; `default_config` if None.
+
+    Returns:
+        grad_x: [T, n, C] in grad_hidden's dtype.
+    """
+    return _expand(grad_hidden, num_streams, 1 / num_streams if mean else 1.0, config)
+
+
+def _expand(hidden: Tensor, n: int, scale: float, config: Config | None) -> Tensor:
+    tokens, channels = hidden.shape
+    x = hidden.new_empty(tokens, n, channels)
+    if tokens:
+        config = config or default_config()
+        constants = (n, channels, dtype_name(hidden), scale, config.threads)
+        expand_program(architecture(hidden.device), *constants)(hidden, x)
+    return x
+
+
+def collapse(x: Tensor, *, mean: bool, config: Config | None = None) -> Tensor:
+    """Sum or mean of the streams: `hidden[c] = sum_i x[i, c]`, over n for the mean.
+
+    Args:
+        x: [T, n, C], bf16, fp16 or fp32, contiguous.
+        mean: whether to average instead of summing.
+        config: launch knobs; `default_config` if None.
+
+    Returns:
+        hidden: [T, C] in x's dtype, rounded once.
+    """
+    tokens, n, channels = x.shape
+    hidden = x.new_empty(tokens, channels)
+    if tokens:
+        config = config or default_config()
+        constants = (n, channels, dtype_name(x), 1 / n if mean else 1.0, config.threads)
+        collapse_program(architecture(x.device), *constants)(x, hidden)
+    return hidden
+
+
+def traffic(
+    tokens: int, n: int, channels: int, dtype: str = "bfloat16"
+) -> dict[str, tuple[int, int]]:
+    """Bytes that must move and floating-point operations of `expand` and of `collapse`.
+
+    Returns:
+        {"expand": (bytes, flops), "collapse": (bytes, flops)}; each is the other's backward.
+    """
+    moved = tokens * (n + 1) * channels * ITEM_BYTES[dtype]
+    return {"expand": (moved, 0), "collapse": (moved, tokens * channels * n)}
