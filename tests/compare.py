@@ -3,7 +3,8 @@
 Truth is the reference in float64 on the rounded inputs. A result passes if its relative RMS error
 stays below one rounding to its own dtype plus K[op] roundings of float32, in which sums and maps
 are computed; and if its largest error is at most twice that of the same reference run in the
-result's precision. Before anything is compared, an all-zero answer must fail.
+result's precision, plus one rounding of the largest value. Before anything is compared, an all-zero
+answer must fail.
 """
 
 import torch
@@ -22,6 +23,8 @@ K = {
     "pre": 16,
     "boundary": 16,
 }
+# On CUDA the kernels hold phi as a pair of bf16 (fp16) numbers: 2^-17 is 64 roundings of float32.
+PAIRS = {"mapping": 128, "pre": 128, "boundary": 128}
 # Gradients add a sum over C or over tokens, and a walk back through Sinkhorn's 39 steps.
 BACKWARD = 8
 
@@ -58,6 +61,7 @@ def compare(
     error = relative_rms(actual, truth)
     assert error <= limit, f"{name}: relative RMS error {error:.2e} is above {limit:.2e}"
     if baseline is not None:
-        allowed = 2 * largest(baseline, truth) + limit * truth.abs().max().item() / 100
+        one_rounding = torch.finfo(wide).eps * truth.abs().max().item()
+        allowed = 2 * largest(baseline, truth) + one_rounding
         worst = largest(actual, truth)
         assert worst <= allowed, f"{name}: largest error {worst:.2e} is above {allowed:.2e}"

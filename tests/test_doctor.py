@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
-from mhc_tile.autotune.device import Device, describe
-from mhc_tile.kernels import _toolchain
 
 from mhc_tile import doctor
+from mhc_tile.autotune.device import Device, describe
+from mhc_tile.kernels import _toolchain
 
 
 def by_item() -> dict[str, doctor.Finding]:

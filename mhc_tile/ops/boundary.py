@@ -6,8 +6,16 @@ from torch import Tensor
 
 from .. import gradients, reference
 from .._library import define, derive, rounded
-from .merge import check_merge
-from .pre import CONSTANTS, check_pre, fake_pre, with_projection
+from ._dispatch import on_cuda
+from .merge import check_merge, merge_backward_kernel, merge_kernel
+from .pre import (
+    CONSTANTS,
+    check_pre,
+    fake_pre,
+    pre_backward_kernel,
+    pre_kernel,
+    with_projection,
+)
 
 
 def boundary(
@@ -79,6 +87,18 @@ def _cpu(
     return (x_next, *with_projection(x_next, *parameters, **constants))
 
 
+def _cuda(
+    x: Tensor,
+    layer_output: Tensor,
+    h_post: Tensor,
+    h_res: Tensor,
+    *parameters: Tensor,
+    **constants: Any,
+) -> tuple[Tensor, ...]:
+    x_next = merge_kernel(x, layer_output, h_post, h_res)
+    return (x_next, *pre_kernel(x_next, *parameters, **constants))
+
+
 def _fake(
     x: Tensor,
     layer_output: Tensor,
@@ -105,6 +125,16 @@ def _backward_cpu(*tensors: Tensor, norm_eps: float, **constants: Any) -> tuple[
     return rounded(gradients.boundary_backward(*tensors, **constants), *tensors[4:11])
 
 
+def _backward_cuda(*tensors: Tensor, **constants: Any) -> tuple[Tensor, ...]:
+    grad_x_next, inputs = tensors[0], tensors[4:8]
+    x_next = merge_kernel(*inputs)
+    arguments = (*tensors[1:4], x_next, *tensors[8:])
+    grad_x_next, *grad_parameters = pre_backward_kernel(
+        *arguments, grad_x_part=grad_x_next, **constants
+    )
+    return (*merge_backward_kernel(grad_x_next, *inputs), *grad_parameters)
+
+
 def _backward_fake(*tensors: Tensor, **_: Any) -> tuple[Tensor, ...]:
     return tuple(value.new_empty(value.shape) for value in tensors[4:11])
 
@@ -123,6 +153,13 @@ _boundary_backward = define(
     "-> (Tensor grad_x, Tensor grad_layer_output, Tensor grad_h_post, Tensor grad_h_res, "
     "Tensor grad_phi, Tensor grad_alpha, Tensor grad_bias)",
     cpu=_backward_cpu,
+    cuda=on_cuda(
+        "boundary_backward",
+        _backward_cuda,
+        _backward_cpu,
+        streams=lambda *tensors: (tensors[4], tensors[4].shape[-2]),
+        tensor_cores=True,
+    ),
     fake=_backward_fake,
     **derive(_backward_derived),
 )
@@ -132,6 +169,13 @@ _boundary = define(
     "-> (Tensor x_next, Tensor layer_input, Tensor h_post_next, Tensor h_res_next, "
     "Tensor projection, Tensor inv_rms)",
     cpu=_cpu,
+    cuda=on_cuda(
+        "boundary",
+        _cuda,
+        _cpu,
+        streams=lambda x, *_: (x, x.shape[-2]),
+        tensor_cores=True,
+    ),
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .. import _checks, gradients, reference
 from .._library import define, derive, rounded
+from ._dispatch import flat, on_cuda
 
 
 def mapping(
@@ -66,6 +67,19 @@ def _cpu(
     return (*maps, projection, inv_rms)
 
 
+def _streams(x: Tensor, *_: Tensor) -> tuple[Tensor, int]:
+    return x, x.shape[-2]
+
+
+def _cuda(
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **constants: Any
+) -> tuple[Tensor, ...]:
+    from ..kernels import mapping as kernel
+
+    results = kernel.forward(flat(x, 2), phi, alpha, bias, **constants)
+    return tuple(value.view(*x.shape[:-2], *value.shape[1:]) for value in results)
+
+
 def _fake(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **_: Any) -> tuple[Tensor, ...]:
     n, tokens = x.shape[-2], x.shape[:-2]
     shapes = ((*tokens, n), (*tokens, n), (*tokens, n, n), (*tokens, phi.shape[0]), tokens)
@@ -88,6 +102,28 @@ def _backward_cpu(*tensors: Tensor, post_scale: float, **_: Any) -> tuple[Tensor
     return rounded(grads, *tensors[3:7])
 
 
+def _backward_cuda(
+    grad_h_pre: Tensor,
+    grad_h_post: Tensor,
+    grad_h_res_logits: Tensor,
+    x: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    projection: Tensor,
+    inv_rms: Tensor,
+    *,
+    norm_eps: float,
+    **constants: Any,
+) -> tuple[Tensor, ...]:
+    from ..kernels import mapping_backward as kernel
+
+    grad_maps = (flat(grad_h_pre, 1), flat(grad_h_post, 1), flat(grad_h_res_logits, 2))
+    saved = (flat(projection, 1), flat(inv_rms, 0))
+    grad_x, *grads = kernel.backward(*grad_maps, flat(x, 2), phi, alpha, bias, *saved, **constants)
+    return grad_x.view(x.shape), *grads
+
+
 def _backward_fake(*tensors: Tensor, **_: Any) -> tuple[Tensor, ...]:
     return tuple(value.new_empty(value.shape) for value in tensors[3:7])
 
@@ -104,6 +140,13 @@ _mapping_backward = define(
     "float pre_eps, float post_scale) "
     "-> (Tensor grad_x, Tensor grad_phi, Tensor grad_alpha, Tensor grad_bias)",
     cpu=_backward_cpu,
+    cuda=on_cuda(
+        "mapping_backward",
+        _backward_cuda,
+        _backward_cpu,
+        streams=lambda *tensors: (tensors[3], tensors[3].shape[-2]),
+        tensor_cores=True,
+    ),
     fake=_backward_fake,
     **derive(_backward_derived),
 )
@@ -112,6 +155,7 @@ _mapping = define(
     "float pre_eps=0.0, float post_scale=2.0) "
     "-> (Tensor h_pre, Tensor h_post, Tensor h_res_logits, Tensor projection, Tensor inv_rms)",
     cpu=_cpu,
+    cuda=on_cuda("mapping", _cuda, _cpu, streams=_streams, tensor_cores=True),
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

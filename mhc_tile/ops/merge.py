@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .. import _checks, gradients, reference
 from .._library import define, derive, rounded
+from ._dispatch import flat, on_cuda
 
 
 def merge(x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
@@ -45,6 +46,18 @@ def check_merge(op: str, x: Tensor, layer_output: Tensor, h_post: Tensor, h_res:
     _checks.map_of(op, "h_res", h_res, (*tokens, num_streams, num_streams), x)
 
 
+def _streams(x: Tensor, *_: Tensor) -> tuple[Tensor, int]:
+    return x, x.shape[-2]
+
+
+def merge_kernel(x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
+    """`reference.merge` by a kernel."""
+    from ..kernels import merge as kernel
+
+    inputs = (flat(x, 2), flat(layer_output, 1), flat(h_post, 1), flat(h_res, 2))
+    return kernel.forward(*inputs).view(x.shape)
+
+
 def _fake(x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -61,6 +74,16 @@ def _backward_cpu(grad_x_next: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     return rounded(gradients.merge_backward(grad_x_next, *inputs), *inputs)
 
 
+def merge_backward_kernel(grad_x_next: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """`gradients.merge_backward` by a kernel, in the dtypes of the inputs."""
+    from ..kernels import merge as kernel
+
+    x, layer_output, h_post, h_res = inputs
+    tensors = (flat(x, 2), flat(layer_output, 1), flat(h_post, 1), flat(h_res, 2))
+    grads = kernel.backward(flat(grad_x_next, 2), *tensors)
+    return tuple(grad.view(value.shape) for grad, value in zip(grads, inputs, strict=True))
+
+
 def _backward_fake(grad_x_next: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     return tuple(value.new_empty(value.shape) for value in inputs)
 
@@ -70,12 +93,14 @@ _merge_backward = define(
     "Tensor h_res) "
     "-> (Tensor grad_x, Tensor grad_layer_output, Tensor grad_h_post, Tensor grad_h_res)",
     cpu=_backward_cpu,
+    cuda=on_cuda("merge_backward", merge_backward_kernel, _backward_cpu, streams=_streams),
     fake=_backward_fake,
     **derive(_backward_cpu),
 )
 _merge = define(
     "merge(Tensor x, Tensor layer_output, Tensor h_post, Tensor h_res) -> Tensor x_next",
     cpu=reference.merge,
+    cuda=on_cuda("merge", merge_kernel, reference.merge, streams=_streams),
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .. import _checks, gradients, reference
 from .._library import define, derive, rounded
+from ._dispatch import flat, on_cuda
 
 
 def pre(
@@ -95,6 +96,16 @@ def with_projection(
     return (*results, projection, inv_rms)
 
 
+def pre_kernel(
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **constants: Any
+) -> tuple[Tensor, ...]:
+    """`with_projection` by kernels."""
+    from ..kernels import pre as kernel
+
+    results = kernel.forward(flat(x, 2), phi, alpha, bias, **constants)
+    return tuple(value.view(*x.shape[:-2], *value.shape[1:]) for value in results)
+
+
 def fake_pre(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **_: Any) -> tuple[Tensor, ...]:
     """Contiguous empties of `pre`'s results and of what its backward keeps."""
     tokens, (n, width) = x.shape[:-2], x.shape[-2:]
@@ -117,6 +128,33 @@ def _backward_cpu(*tensors: Tensor, norm_eps: float, **constants: Any) -> tuple[
     return rounded(gradients.pre_backward(*tensors, **constants), *tensors[3:7])
 
 
+def pre_backward_kernel(
+    grad_layer_input: Tensor,
+    grad_h_post: Tensor,
+    grad_h_res: Tensor,
+    x: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    projection: Tensor,
+    inv_rms: Tensor,
+    *,
+    norm_eps: float,
+    grad_x_part: Tensor | None = None,
+    **constants: Any,
+) -> tuple[Tensor, ...]:
+    """`gradients.pre_backward` by kernels; grad_x_part, if given, is added to grad_x."""
+    from ..kernels import pre_backward as kernel
+
+    grad_outputs = (flat(grad_layer_input, 1), flat(grad_h_post, 1), flat(grad_h_res, 2))
+    saved = (flat(projection, 1), flat(inv_rms, 0))
+    part = None if grad_x_part is None else flat(grad_x_part, 2)
+    grad_x, *grads = kernel.backward(
+        *grad_outputs, flat(x, 2), phi, alpha, bias, *saved, part, **constants
+    )
+    return grad_x.view(x.shape), *grads
+
+
 def _backward_fake(*tensors: Tensor, **_: Any) -> tuple[Tensor, ...]:
     return tuple(value.new_empty(value.shape) for value in tensors[3:7])
 
@@ -132,6 +170,13 @@ _pre_backward = define(
     f"Tensor phi, Tensor alpha, Tensor bias, Tensor projection, Tensor inv_rms, *, {CONSTANTS}) "
     "-> (Tensor grad_x, Tensor grad_phi, Tensor grad_alpha, Tensor grad_bias)",
     cpu=_backward_cpu,
+    cuda=on_cuda(
+        "pre_backward",
+        pre_backward_kernel,
+        _backward_cpu,
+        streams=lambda *tensors: (tensors[3], tensors[3].shape[-2]),
+        tensor_cores=True,
+    ),
     fake=_backward_fake,
     **derive(_backward_derived),
 )
@@ -139,6 +184,13 @@ _pre = define(
     f"pre(Tensor x, Tensor phi, Tensor alpha, Tensor bias, *, {CONSTANTS}) "
     "-> (Tensor layer_input, Tensor h_post, Tensor h_res, Tensor projection, Tensor inv_rms)",
     cpu=with_projection,
+    cuda=on_cuda(
+        "pre",
+        pre_kernel,
+        with_projection,
+        streams=lambda x, *_: (x, x.shape[-2]),
+        tensor_cores=True,
+    ),
     fake=fake_pre,
     setup_context=_setup_context,
     backward=_backward,

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .. import _checks, gradients, reference
 from .._library import define, derive, rounded
+from ._dispatch import flat, on_cuda
 
 
 def pre_apply(x: Tensor, h_pre: Tensor) -> Tensor:
@@ -31,6 +32,13 @@ def pre_apply(x: Tensor, h_pre: Tensor) -> Tensor:
     return _pre_apply(x, h_pre)
 
 
+def _cuda(x: Tensor, h_pre: Tensor) -> Tensor:
+    from ..kernels import pre_apply as kernel
+
+    layer_input = kernel.forward(flat(x, 2), flat(h_pre, 1))
+    return layer_input.view(*x.shape[:-2], x.shape[-1])
+
+
 def _fake(x: Tensor, h_pre: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-2], x.shape[-1]))
 
@@ -47,6 +55,13 @@ def _backward_cpu(grad_layer_input: Tensor, *inputs: Tensor) -> tuple[Tensor, ..
     return rounded(gradients.pre_apply_backward(grad_layer_input, *inputs), *inputs)
 
 
+def _backward_cuda(grad_layer_input: Tensor, x: Tensor, h_pre: Tensor) -> tuple[Tensor, ...]:
+    from ..kernels import pre_apply as kernel
+
+    grads = kernel.backward(flat(grad_layer_input, 1), flat(x, 2), flat(h_pre, 1))
+    return grads[0].view(x.shape), grads[1].view(h_pre.shape)
+
+
 def _backward_fake(grad_layer_input: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     return tuple(value.new_empty(value.shape) for value in inputs)
 
@@ -55,12 +70,21 @@ _pre_apply_backward = define(
     "pre_apply_backward(Tensor grad_layer_input, Tensor x, Tensor h_pre) "
     "-> (Tensor grad_x, Tensor grad_h_pre)",
     cpu=_backward_cpu,
+    cuda=on_cuda(
+        "pre_apply_backward",
+        _backward_cuda,
+        _backward_cpu,
+        streams=lambda _, x, h_pre: (x, x.shape[-2]),
+    ),
     fake=_backward_fake,
     **derive(_backward_cpu),
 )
 _pre_apply = define(
     "pre_apply(Tensor x, Tensor h_pre) -> Tensor layer_input",
     cpu=reference.pre_apply,
+    cuda=on_cuda(
+        "pre_apply", _cuda, reference.pre_apply, streams=lambda x, h_pre: (x, x.shape[-2])
+    ),
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .. import _checks, gradients, reference
 from .._library import define, derive
+from ._dispatch import flat, on_cuda
 
 
 def sinkhorn(logits: Tensor, *, iters: int = 20, eps: float = 0.0) -> Tensor:
@@ -41,6 +42,16 @@ def sinkhorn(logits: Tensor, *, iters: int = 20, eps: float = 0.0) -> Tensor:
     return _sinkhorn(logits, iters=iters, eps=eps)
 
 
+def _streams(logits: Tensor, *_: Tensor) -> tuple[Tensor, int]:
+    return logits, logits.shape[-1]
+
+
+def _cuda(logits: Tensor, *, iters: int, eps: float) -> Tensor:
+    from ..kernels import sinkhorn as kernel
+
+    return kernel.forward(flat(logits, 2), iters=iters, eps=eps).view(logits.shape)
+
+
 def _fake(logits: Tensor, **_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
@@ -54,6 +65,13 @@ def _backward(ctx: Any, grad_h_res: Tensor) -> Tensor:
     return _sinkhorn_backward(grad_h_res, *ctx.saved_tensors, **ctx.constants)
 
 
+def _backward_cuda(grad_h_res: Tensor, logits: Tensor, *, iters: int, eps: float) -> Tensor:
+    from ..kernels import sinkhorn as kernel
+
+    grad_logits = kernel.backward(flat(grad_h_res, 2), flat(logits, 2), iters=iters, eps=eps)
+    return grad_logits.view(logits.shape)
+
+
 def _backward_fake(grad_h_res: Tensor, logits: Tensor, **_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
@@ -62,12 +80,16 @@ _sinkhorn_backward = define(
     "sinkhorn_backward(Tensor grad_h_res, Tensor logits, *, int iters, float eps) "
     "-> Tensor grad_logits",
     cpu=gradients.sinkhorn_backward,
+    cuda=on_cuda(
+        "sinkhorn_backward", _backward_cuda, gradients.sinkhorn_backward, streams=_streams
+    ),
     fake=_backward_fake,
     **derive(gradients.sinkhorn_backward),
 )
 _sinkhorn = define(
     "sinkhorn(Tensor logits, *, int iters=20, float eps=0.0) -> Tensor h_res",
     cpu=reference.sinkhorn,
+    cuda=on_cuda("sinkhorn", _cuda, reference.sinkhorn, streams=_streams),
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

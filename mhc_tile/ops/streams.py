@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import _checks, gradients, reference
 from .._library import define, derive, rounded
+from ._dispatch import flat, on_cuda
 
 MODES = ("sum", "mean")
 
@@ -95,6 +96,39 @@ def head(
     return _head(x, phi, alpha, bias, norm_eps=norm_eps, pre_eps=pre_eps)[0]
 
 
+def _expand_cuda(hidden: Tensor, num_streams: int) -> Tensor:
+    from ..kernels import streams as kernel
+
+    x = kernel.expand(flat(hidden, 1), num_streams)
+    return x.view(*hidden.shape[:-1], num_streams, hidden.shape[-1])
+
+
+def _collapse_cuda(x: Tensor, mode: str) -> Tensor:
+    from ..kernels import streams as kernel
+
+    hidden = kernel.collapse(flat(x, 2), mean=mode == "mean")
+    return hidden.view(*x.shape[:-2], x.shape[-1])
+
+
+def _expand_backward_cuda(grad_x: Tensor) -> Tensor:
+    return _collapse_cuda(grad_x, "sum")
+
+
+def _collapse_backward_cuda(grad_hidden: Tensor, num_streams: int, mode: str) -> Tensor:
+    from ..kernels import streams as kernel
+
+    grad_x = kernel.collapse_backward(flat(grad_hidden, 1), num_streams, mean=mode == "mean")
+    return grad_x.view(*grad_hidden.shape[:-1], num_streams, grad_hidden.shape[-1])
+
+
+def _of_streams(x: Tensor, *_: Any) -> tuple[Tensor, int]:
+    return x, x.shape[-2]
+
+
+def _of_hidden(hidden: Tensor, num_streams: int, *_: Any) -> tuple[Tensor, int]:
+    return hidden, num_streams
+
+
 def _expand_fake(hidden: Tensor, num_streams: int) -> Tensor:
     return hidden.new_empty((*hidden.shape[:-1], num_streams, hidden.shape[-1]))
 
@@ -178,12 +212,16 @@ def _head_backward_derived(*tensors: Tensor, norm_eps: float, pre_eps: float) ->
 _expand_backward = define(
     "expand_backward(Tensor grad_x) -> Tensor grad_hidden",
     cpu=_expand_backward_cpu,
+    cuda=on_cuda(
+        "expand_backward", _expand_backward_cuda, _expand_backward_cpu, streams=_of_streams
+    ),
     fake=_expand_backward_fake,
     **derive(_expand_backward_cpu),
 )
 _expand = define(
     "expand(Tensor hidden, SymInt num_streams) -> Tensor x",
     cpu=reference.expand,
+    cuda=on_cuda("expand", _expand_cuda, reference.expand, streams=_of_hidden),
     fake=_expand_fake,
     setup_context=_expand_setup_context,
     backward=_expand_backward_of,
@@ -191,12 +229,16 @@ _expand = define(
 _collapse_backward = define(
     "collapse_backward(Tensor grad_hidden, SymInt num_streams, str mode) -> Tensor grad_x",
     cpu=_collapse_backward_cpu,
+    cuda=on_cuda(
+        "collapse_backward", _collapse_backward_cuda, _collapse_backward_cpu, streams=_of_hidden
+    ),
     fake=_collapse_backward_fake,
     **derive(_collapse_backward_cpu),
 )
 _collapse = define(
     'collapse(Tensor x, str mode="sum") -> Tensor hidden',
     cpu=reference.collapse,
+    cuda=on_cuda("collapse", _collapse_cuda, reference.collapse, streams=_of_streams),
     fake=_collapse_fake,
     setup_context=_collapse_setup_context,
     backward=_collapse_backward_of,
