@@ -1,0 +1,161 @@
+"""Every kernel that ships, through its launcher, on the CPU: its generated CUDA in the emulator.
+
+The emulator checks bounds, races, unwritten memory and barriers besides the result. Kernels run in
+the portable form that sm_80 gets.
+"""
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import emulator
+from cases import Shape, call, cotangents
+from compare import BACKWARD, PAIRS, K, compare
+from mhc_tile import gradients, reference
+
+pytestmark = pytest.mark.skipif(
+    emulator.available() is not None, reason=str(emulator.available() or "")
+)
+KERNELS = ("merge", "pre_apply", "sinkhorn", "streams", "mapping", "pre", "mapping_backward")
+KERNELS += ("_mapping_columns", "pre_backward")
+
+SHAPES = [
+    Shape("ragged tokens", tokens=(37,), width=72),
+    Shape("one token", tokens=(1,), width=264),
+    Shape("one stream", tokens=(7,), n=1, width=64),
+    Shape("eight streams", tokens=(7,), n=8, width=64),
+    Shape("large logits", tokens=(7,), width=64, scale=8.0),
+]
+
+
+class Emulated:
+    """Stands for a `@program`: calling it emulates the factory's program instead of compiling."""
+
+    built: dict[Any, Any] = {}  # noqa: RUF012 - one cache for all tests of a process
+
+    def __init__(self, program: Any) -> None:
+        self.program = program
+
+    def __call__(self, arch: str, *constants: Any) -> Any:
+        key = (self.program.factory, constants)
+        if key not in self.built:
+            function = self.program.factory(*constants)
+            names = [function.buffer_map[value].name for value in function.params]
+            run = emulator.emulate(function, arch, self.program.pass_configs)
+            self.built[key] = (names, run)
+        names, run = self.built[key]
+        return lambda *tensors: run(**dict(zip(names, tensors, strict=True)))
+
+
+@pytest.fixture(autouse=True)
+def _emulated(monkeypatch):
+    for name in KERNELS:
+        module = importlib.import_module(f"mhc_tile.kernels.{name}")
+        for attribute in list(vars(module)):
+            if hasattr(getattr(module, attribute), "factory"):
+                monkeypatch.setattr(module, attribute, Emulated(getattr(module, attribute)))
+        for attribute, value in (("architecture", "sm_80"), ("multiprocessors", 8)):
+            if hasattr(module, attribute):
+                monkeypatch.setattr(module, attribute, lambda _device, value=value: value)
+
+
+def kernel(name: str) -> Any:
+    return importlib.import_module(f"mhc_tile.kernels.{name}")
+
+
+def check(op: str, actual: Any, truth: Any, scale: float, k: float) -> None:
+    pairs = zip(actual, truth, strict=True)
+    for index, (value, expected) in enumerate(pairs):
+        if not expected.any():
+            assert not value.any()
+            continue
+        compare(value, expected, k=k * scale, name=f"{op}[{index}]")
+
+
+def wide(*tensors: Tensor) -> list[Tensor]:
+    return [value.double() for value in tensors]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_merge(shape, dtype):
+    inputs = call("merge", shape, dtype).inputs
+    check("merge", [kernel("merge").forward(*inputs)], [reference.merge(*wide(*inputs))], 1, 1)
+    grad = cotangents((inputs[0],))[0]
+    truth = gradients.merge_backward(*wide(grad, *inputs))
+    check("merge backward", kernel("merge").backward(grad, *inputs), truth, 1, BACKWARD)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_pre_apply_and_streams(shape, dtype):
+    x, h_pre = call("pre_apply", shape, dtype).inputs
+    hidden = kernel("pre_apply").forward(x, h_pre)
+    check("pre_apply", [hidden], [reference.pre_apply(*wide(x, h_pre))], 1, 1)
+    grad = cotangents((hidden,))[0]
+    truth = gradients.pre_apply_backward(*wide(grad, x, h_pre))
+    check("pre_apply backward", kernel("pre_apply").backward(grad, x, h_pre), truth, 1, BACKWARD)
+    assert torch.equal(kernel("streams").expand(hidden, shape.n), reference.expand(hidden, shape.n))
+    mean = kernel("streams").collapse(x, mean=True)
+    check("collapse", [mean], [reference.collapse(x.double(), "mean")], 1, 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+def test_sinkhorn(shape, eps):
+    (logits,) = call("sinkhorn", shape).inputs
+    h_res = kernel("sinkhorn").forward(logits, iters=20, eps=eps)
+    truth = reference.sinkhorn(logits.double(), 20, eps)
+    check("sinkhorn", [h_res], [truth], shape.scale, K["sinkhorn"])
+    grad = cotangents((h_res,))[0]
+    truth = gradients.sinkhorn_backward(grad.double(), logits.double(), 20, eps)
+    actual = kernel("sinkhorn").backward(grad, logits, iters=20, eps=eps)
+    if shape.n > 1:  # a 1 x 1 matrix is always 1 where eps is 0, and nearly so elsewhere
+        check("sinkhorn backward", [actual], [truth], shape.scale, K["sinkhorn"] * BACKWARD)
+
+
+CONSTANTS = {"pre_eps": 1e-3, "post_scale": 1.5, "iters": 20, "sinkhorn_eps": 0.0}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_pre(shape):
+    inputs = call("pre", shape, torch.bfloat16).inputs
+    results = kernel("pre").forward(*inputs, norm_eps=1e-6, **CONSTANTS)
+    x, phi, alpha, bias = wide(*inputs)
+    saved = reference.normalised_projection(x, phi, 1e-6)
+    truth = (*reference.pre_from_projection(x, saved[0], alpha, bias, **CONSTANTS), *saved)
+    check("pre", results, truth, shape.scale, PAIRS["pre"])
+    grads = cotangents(results[:3])
+    part = cotangents((inputs[0],), seed=2)[0]
+    actual = kernel("pre_backward").backward(
+        *grads, *inputs, *results[3:], grad_x_part=part, **CONSTANTS
+    )
+    truth = gradients.pre_backward(*wide(*grads), x, phi, alpha, bias, *saved, **CONSTANTS)
+    truth = (truth[0] + part.double(), *truth[1:])
+    check("pre backward", actual, truth, shape.scale, PAIRS["pre"] * BACKWARD)
+
+
+def test_a_token_of_zeros_and_one_of_nan():
+    x, *parameters = call("mapping", Shape("corners", tokens=(9,), width=64), torch.bfloat16).inputs
+    x[2] = 0
+    x[5, 1, 7] = float("nan")
+    constants = {"pre_eps": 0.0, "post_scale": 2.0}
+    *maps, projection, inv_rms = kernel("mapping").forward(
+        x, *parameters, norm_eps=1e-20, **constants
+    )
+    assert inv_rms[2] == 0
+    assert not projection[2].any()
+    assert torch.isnan(projection[5]).all()
+    assert torch.isfinite(projection[[0, 1, 2, 3, 4, 6, 7, 8]]).all()
+    x[5] = 1
+    *maps, projection, inv_rms = kernel("mapping").forward(
+        x, *parameters, norm_eps=1e-20, **constants
+    )
+    grads = kernel("mapping_backward").backward(
+        *cotangents(tuple(maps)), x, *parameters, projection, inv_rms, **constants
+    )
+    assert not grads[0][2].any()
+    assert all(torch.isfinite(grad).all() for grad in grads)
