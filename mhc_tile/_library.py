@@ -1,8 +1,9 @@
 """The one `torch.library.Library` of the package, and how an op enters it.
 
 `define` registers the schema, the implementations, the fake and the autograd formula of an op.
-`Library.define` with `impl` costs about a quarter of `torch.library.custom_op`'s host time per
-call, and refuses a second definition of the same name instead of silently replacing the first.
+`Library.define` with `impl` adds about 1 us of host time to a call where
+`torch.library.custom_op` adds 7, and refuses a second definition of the same name instead of
+silently replacing the first.
 """
 
 import functools
