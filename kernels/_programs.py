@@ -15,7 +15,6 @@ from . import _toolchain
 
 F32 = "float32"
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-STREAMS = (1, 2, 4, 8)  # what the kernels are written and checked for
 
 # Warp specialisation gains nothing on kernels that memory bounds and raced where A is in registers
 # (TileLang 0.1.15). The baseline reducer is the one whose cross-lane sum is always emitted. 32-byte

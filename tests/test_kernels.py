@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
     emulator.available() is not None, reason=str(emulator.available() or "")
 )
 KERNELS = ("merge", "pre_apply", "sinkhorn", "streams", "mapping", "pre", "mapping_backward")
-KERNELS += ("_mapping_columns", "pre_backward")
+KERNELS += ("_mapping_columns", "pre_backward", "pre_team")
 
 SHAPES = [
     Shape("ragged tokens", tokens=(37,), width=72),
@@ -57,7 +57,8 @@ def _emulated(monkeypatch):
         for attribute in list(vars(module)):
             if hasattr(getattr(module, attribute), "factory"):
                 monkeypatch.setattr(module, attribute, Emulated(getattr(module, attribute)))
-        for attribute, value in (("architecture", "sm_80"), ("multiprocessors", 8)):
+        multiprocessors = {"multiprocessors": 8, "count_multiprocessors": 8}
+        for attribute, value in {"architecture": "sm_80", **multiprocessors}.items():
             if hasattr(module, attribute):
                 monkeypatch.setattr(module, attribute, lambda _device, value=value: value)
 
@@ -136,6 +137,17 @@ def test_pre(shape):
     truth = gradients.pre_backward(*wide(*grads), x, phi, alpha, bias, *saved, **CONSTANTS)
     truth = (truth[0] + part.double(), *truth[1:])
     check("pre backward", actual, truth, shape.scale, PAIRS["pre"] * BACKWARD)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:1], ids=str)
+def test_pre_in_one_launch(shape):
+    inputs = call("pre", shape, torch.bfloat16).inputs
+    config = kernel("pre_team").Config(members=2, teams=2, group=8, steps=1)
+    results = kernel("pre").forward(*inputs, norm_eps=1e-6, **CONSTANTS, config=config)
+    x, phi, alpha, bias = wide(*inputs)
+    saved = reference.normalised_projection(x, phi, 1e-6)
+    truth = (*reference.pre_from_projection(x, saved[0], alpha, bias, **CONSTANTS), *saved)
+    check("pre in one launch", results, truth, shape.scale, PAIRS["pre"])
 
 
 def test_a_token_of_zeros_and_one_of_nan():

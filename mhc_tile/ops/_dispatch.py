@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..kernels import _toolchain
 
-STREAMS = (1, 2, 4, 8)
 HALVES = (torch.bfloat16, torch.float16)
 REFERENCE_ONLY = os.environ.get("MHC_TILE_REFERENCE", "0") not in ("", "0")
 
@@ -51,7 +50,7 @@ def on_cuda(
             _warn_once(f"{op}: the PyTorch reference runs instead of a kernel: {why}")
             return fallback(*args, **kwargs)
         with _current(x.device):
-            return kernel(*args, **kwargs)
+            return kernel(*map(_aligned, args), **kwargs)
 
     return implementation
 
@@ -65,8 +64,8 @@ def _unfit(device: int, n: int, width: int, dtype: torch.dtype, tensor_cores: bo
         return f"{name} has compute capability {capability[0]}.{capability[1]}, kernels need 8.0"
     if _toolchain.tilelang_version() is None:
         return f"TileLang is not installed (pip install tilelang=={_toolchain.REQUIRED_TILELANG})"
-    if n not in STREAMS:
-        return f"kernels take n in {STREAMS}, got {n}"
+    if n not in _toolchain.STREAMS:
+        return f"kernels take n in {_toolchain.STREAMS}, got {n}"
     if tensor_cores and dtype not in HALVES:
         return f"its kernel takes bfloat16 and float16, got {dtype}".replace("torch.", "")
     if tensor_cores and width % 8:
@@ -84,6 +83,16 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     if device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
+
+
+def _aligned(value: Any) -> Any:
+    """The value; a tensor that does not start at 16 bytes, as a copy: kernels read 16 at once.
+
+    A contiguous view into a flat buffer, such as a sharded parameter, may start anywhere.
+    """
+    if isinstance(value, Tensor) and value.data_ptr() % 16:
+        return value.clone()
+    return value
 
 
 def flat(value: Tensor, dims: int) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 from .. import gradients, reference
 from .._library import define, derive, rounded
 from ._dispatch import on_cuda
+from ._saved import keep_projection
 from .merge import check_merge, merge_backward_kernel, merge_kernel
 from .pre import (
     CONSTANTS,
@@ -110,13 +111,6 @@ def _fake(
     return (x.new_empty(x.shape), *fake_pre(x, *parameters, **constants))
 
 
-def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
-    *_, projection, inv_rms = output
-    ctx.mark_non_differentiable(projection, inv_rms)
-    ctx.save_for_backward(*inputs, projection, inv_rms)
-    ctx.constants = keyword_only_inputs
-
-
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
     return _boundary_backward(*grads[:4], *ctx.saved_tensors, **ctx.constants)
 
@@ -177,6 +171,6 @@ _boundary = define(
         tensor_cores=True,
     ),
     fake=_fake,
-    setup_context=_setup_context,
+    setup_context=keep_projection,
     backward=_backward,
 )

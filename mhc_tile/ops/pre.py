@@ -7,6 +7,7 @@ from torch import Tensor
 from .. import _checks, gradients, reference
 from .._library import define, derive, rounded
 from ._dispatch import flat, on_cuda
+from ._saved import keep_projection
 
 
 def pre(
@@ -113,13 +114,6 @@ def fake_pre(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **_: Any) -> t
     return (x.new_empty((*tokens, width)), *(phi.new_empty(shape) for shape in shapes))
 
 
-def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
-    *_, projection, inv_rms = output
-    ctx.mark_non_differentiable(projection, inv_rms)
-    ctx.save_for_backward(*inputs, projection, inv_rms)
-    ctx.constants = keyword_only_inputs
-
-
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
     return _pre_backward(*grads[:3], *ctx.saved_tensors, **ctx.constants)
 
@@ -192,6 +186,6 @@ _pre = define(
         tensor_cores=True,
     ),
     fake=fake_pre,
-    setup_context=_setup_context,
+    setup_context=keep_projection,
     backward=_backward,
 )

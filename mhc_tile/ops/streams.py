@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import _checks, gradients, reference
 from .._library import define, derive, rounded
 from ._dispatch import flat, on_cuda
+from ._saved import keep_projection
 
 MODES = ("sum", "mean")
 
@@ -184,13 +185,6 @@ def _head_fake(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **_: Any) ->
     return (x.new_empty((*tokens, x.shape[-1])), *(phi.new_empty(shape) for shape in shapes))
 
 
-def _head_setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
-    _, projection, inv_rms = output
-    ctx.mark_non_differentiable(projection, inv_rms)
-    ctx.save_for_backward(*inputs, projection, inv_rms)
-    ctx.constants = keyword_only_inputs
-
-
 def _head_backward_of(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
     return _head_backward(grads[0], *ctx.saved_tensors, **ctx.constants)
 
@@ -256,6 +250,6 @@ _head = define(
     "-> (Tensor hidden, Tensor projection, Tensor inv_rms)",
     cpu=_head_cpu,
     fake=_head_fake,
-    setup_context=_head_setup_context,
+    setup_context=keep_projection,
     backward=_head_backward_of,
 )
