@@ -67,10 +67,6 @@ SIMT_INLINE grid_group this_grid() { return {}; }
 
 }  // namespace cooperative_groups
 
-// Programmatic dependent launch: launches run one after another here, the one before has ended.
-SIMT_INLINE void cudaTriggerProgrammaticLaunchCompletion() {}
-SIMT_INLINE void cudaGridDependencySynchronize() {}
-
 SIMT_INLINE void device_assert(bool condition) {
   if (!condition) simt::reject("device_assert failed");
 }
