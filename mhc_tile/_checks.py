@@ -97,12 +97,12 @@ def parameters(op: str, x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> 
 def at_least(op: str, minimum: float, **values: float) -> None:
     """Check numbers against a lower bound, NaN included."""
     for name, value in values.items():
-        if not (math.isfinite(value) and value >= minimum):
+        if not minimum <= value < math.inf:
             raise ValueError(f"{op}: {name} must be finite and at least {minimum}, got {value}")
 
 
 def positive(op: str, **values: float) -> None:
     """Check numbers that must be above 0, NaN included."""
     for name, value in values.items():
-        if not (math.isfinite(value) and value > 0):
+        if not 0 < value < math.inf:
             raise ValueError(f"{op}: {name} must be finite and above 0, got {value}")
