@@ -115,21 +115,22 @@ def derive(function: Formula) -> dict[str, Formula]:
     """
 
     def setup_context(ctx: Any, inputs: Any, output: Any, keyword_only_inputs: Any = None) -> None:
-        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+        ctx.save_for_backward(*(v if isinstance(v, Tensor) else None for v in inputs))
         ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
         ctx.keywords = keyword_only_inputs or {}
 
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        saved = iter(ctx.saved_tensors)
+        # the dispatcher dropped arguments that equal their defaults: they need no gradient
+        needs = (*ctx.needs_input_grad, *[False] * (len(ctx.others) - len(ctx.needs_input_grad)))
         with torch.enable_grad():
             inputs = [
-                next(saved).detach().requires_grad_(needed) if other is None else other
-                for other, needed in zip(ctx.others, ctx.needs_input_grad, strict=True)
+                other if value is None else value.detach().requires_grad_(needed)
+                for value, other, needed in zip(ctx.saved_tensors, ctx.others, needs, strict=True)
             ]
             outputs = function(*inputs, **ctx.keywords)
             outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
         pairs = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad]
-        wanted = [index for index, needed in enumerate(ctx.needs_input_grad) if needed]
+        wanted = [index for index, needed in enumerate(needs) if needed]
         result: list[Tensor | None] = [None] * len(inputs)
         derived = torch.autograd.grad(
             [output for output, _ in pairs],

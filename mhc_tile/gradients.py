@@ -181,13 +181,14 @@ def pre_backward(
     bias: Tensor,
     projection: Tensor,
     inv_rms: Tensor,
+    grad_x_part: Tensor | None = None,
     *,
     pre_eps: float,
     post_scale: float,
     iters: int,
     sinkhorn_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradient of `reference.pre`.
+    """Gradient of `reference.pre`; grad_x_part, what others have for x, is added to grad_x.
 
     Returns:
         grad_x, grad_phi, grad_alpha, grad_bias.
@@ -201,7 +202,9 @@ def pre_backward(
     grad_x, grad_phi, grad_alpha, grad_bias = mapping_backward(
         *grad_maps, x, phi, alpha, bias, projection, inv_rms, post_scale=post_scale
     )
-    return grad_x_read + grad_x, grad_phi, grad_alpha, grad_bias
+    grad_x = grad_x_read + grad_x
+    grad_x = grad_x if grad_x_part is None else grad_x + grad_x_part
+    return grad_x, grad_phi, grad_alpha, grad_bias
 
 
 def boundary_backward(
@@ -228,8 +231,8 @@ def boundary_backward(
     x_next = reference.merge(x, layer_output, h_post, h_res)
     grad_outputs = (grad_layer_input, grad_h_post_next, grad_h_res_next)
     saved = (x_next, phi, alpha, bias, projection, inv_rms)
-    grad_through_pre, *grad_parameters = pre_backward(*grad_outputs, *saved, **constants)
-    grads = merge_backward(grad_x_next + grad_through_pre, x, layer_output, h_post, h_res)
+    grad_x_next, *grad_parameters = pre_backward(*grad_outputs, *saved, grad_x_next, **constants)
+    grads = merge_backward(grad_x_next, x, layer_output, h_post, h_res)
     return (*grads, *grad_parameters)
 
 

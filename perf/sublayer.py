@@ -45,7 +45,7 @@ def inputs(tokens: int, width: int, seed: int) -> list[Tensor]:
 
 def sublayer(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> Tensor:
     """`pre`, an identity layer, `merge`."""
-    layer_input, h_post, h_res = pre(x, phi, alpha, bias, **CONSTANTS)
+    layer_input, h_post, h_res, x = pre(x, phi, alpha, bias, **CONSTANTS, return_x=True)
     return merge(x, layer_input, h_post, h_res)
 
 

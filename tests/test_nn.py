@@ -152,7 +152,7 @@ def test_paper_start():
     assert torch.equal(block.alpha, torch.full((3,), 0.01))
     assert not block.bias.any()
     assert abs(block.phi.std().item() * 32 - 1) < 0.05
-    _, h_post, h_res = block.pre(torch.randn(10, 4, 256))
+    _, h_post, h_res, _ = block.pre(torch.randn(10, 4, 256))
     assert largest(h_res, torch.full_like(h_res, 0.25)) < 0.02
     assert largest(h_post, torch.ones_like(h_post)) < 0.05
 

@@ -105,15 +105,22 @@ class ManifoldHyperConnection(Connection):
         Returns:
             x_next: [..., n, C], dtype of x.
         """
-        layer_input, h_post, h_res = self.pre(x)
+        layer_input, h_post, h_res, x = self.pre(x)
         return ops.merge(x, self.run_layer(layer_input, *args, **kwargs), h_post, h_res)
 
-    def pre(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`mhc_tile.pre` with this sublayer's parameters: layer_input, h_post, h_res."""
-        layer_input, h_post, h_res = ops.pre(
-            x, self.phi, self.alpha, self.bias, **self._constants()
+    def pre(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`mhc_tile.pre` with this sublayer's parameters.
+
+        Args:
+            x: [..., n, C]. The residual streams.
+
+        Returns:
+            layer_input, h_post, h_res, and x for what reads it next, `merge` or `boundary`.
+        """
+        layer_input, h_post, h_res, x = ops.pre(
+            x, self.phi, self.alpha, self.bias, **self._constants(), return_x=True
         )
-        return layer_input, h_post, self.tap(h_res)
+        return layer_input, h_post, self.tap(h_res), x
 
     def boundary(
         self, x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor

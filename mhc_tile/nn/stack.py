@@ -54,7 +54,7 @@ class HyperConnectedStack(nn.Module):
                 x = connection(x, *args, **kwargs)
                 continue
             if pending is None:
-                layer_input, h_post, h_res = connection.pre(x)
+                layer_input, h_post, h_res, x = connection.pre(x)
             else:
                 x, layer_input, h_post, h_res = connection.boundary(x, *pending)
             pending = (connection.run_layer(layer_input, *args, **kwargs), h_post, h_res)

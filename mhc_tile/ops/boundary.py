@@ -7,7 +7,7 @@ from torch import Tensor
 from .. import gradients, reference
 from .._library import define, derive, rounded
 from ._dispatch import on_cuda
-from ._saved import keep_projection
+from ._saved import given, keep_projection
 from .merge import check_merge, merge_backward_kernel, merge_kernel
 from .pre import (
     CONSTANTS,
@@ -112,7 +112,7 @@ def _fake(
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-    return _boundary_backward(*grads[:4], *ctx.saved_tensors, **ctx.constants)
+    return _boundary_backward(*given(ctx, grads[:4]), *ctx.saved_tensors, **ctx.constants)
 
 
 def _backward_cpu(*tensors: Tensor, norm_eps: float, **constants: Any) -> tuple[Tensor, ...]:
@@ -122,10 +122,8 @@ def _backward_cpu(*tensors: Tensor, norm_eps: float, **constants: Any) -> tuple[
 def _backward_cuda(*tensors: Tensor, **constants: Any) -> tuple[Tensor, ...]:
     grad_x_next, inputs = tensors[0], tensors[4:8]
     x_next = merge_kernel(*inputs)
-    arguments = (*tensors[1:4], x_next, *tensors[8:])
-    grad_x_next, *grad_parameters = pre_backward_kernel(
-        *arguments, grad_x_part=grad_x_next, **constants
-    )
+    arguments = (*tensors[1:4], x_next, *tensors[8:], grad_x_next)
+    grad_x_next, *grad_parameters = pre_backward_kernel(*arguments, **constants)
     return (*merge_backward_kernel(grad_x_next, *inputs), *grad_parameters)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from .. import _checks, gradients, reference
 from .._library import define, derive, rounded
 from ._dispatch import flat, on_cuda
-from ._saved import keep_projection
+from ._saved import given, keep_projection
 
 
 def mapping(
@@ -88,7 +88,7 @@ def _fake(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **_: Any) -> tupl
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-    return _mapping_backward(*grads[:3], *ctx.saved_tensors, **ctx.constants)
+    return _mapping_backward(*given(ctx, grads[:3]), *ctx.saved_tensors, **ctx.constants)
 
 
 def _backward_cpu(*tensors: Tensor, post_scale: float, **_: Any) -> tuple[Tensor, ...]:

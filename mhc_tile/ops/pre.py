@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import _checks, gradients, reference
 from .._library import define, derive, rounded
 from ._dispatch import flat, on_cuda
-from ._saved import keep_projection
+from ._saved import given, keep_projection, keep_shapes
 
 
 def pre(
@@ -21,7 +22,8 @@ def pre(
     post_scale: float = 2.0,
     iters: int = 20,
     sinkhorn_eps: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+    return_x: bool = False,
+) -> tuple[Tensor, ...]:
     """Read the layer's input from the streams, and the maps that `merge` will need (eqs. 14-19).
 
     `h_pre, h_post, h_res_logits = mapping(x, phi, alpha, bias)`,
@@ -37,10 +39,13 @@ def pre(
         post_scale: the upper bound of h_post; above 0.
         iters: Sinkhorn iterations; at least 1.
         sinkhorn_eps: the epsilon of `sinkhorn`; at least 0.
+        return_x: also return x, for `merge` to read. The gradient that merge has for x then
+            reaches the backward of `pre`, which adds it to its own as it writes it; of two
+            gradients of one x autograd would read both and write the sum.
 
     Returns:
         layer_input [..., C], dtype of x; h_post [..., n] and h_res [..., n, n] ([out, in]), dtype
-        of phi.
+        of phi; with return_x, x as a fourth, the same storage.
 
     Raises:
         TypeError: An argument is not a tensor.
@@ -51,10 +56,15 @@ def pre(
         >>> layer_input, h_post, h_res = pre(x, phi, torch.ones(3), torch.zeros(24), norm_eps=1e-6)
         >>> layer_input.shape, h_post.shape, h_res.shape
         (torch.Size([7, 64]), torch.Size([7, 4]), torch.Size([7, 4, 4]))
+        >>> layer_input, h_post, h_res, x = pre(
+        ...     x, phi, torch.ones(3), torch.zeros(24), norm_eps=1e-6, return_x=True)
+        >>> x_next = merge(x, torch.tanh(layer_input), h_post, h_res)
     """
     constants = check_pre(
         "pre", x, phi, alpha, bias, norm_eps, pre_eps, post_scale, iters, sinkhorn_eps
     )
+    if return_x:
+        return _HandingOn.apply(x, phi, alpha, bias, constants)
     return _pre(x, phi, alpha, bias, **constants)[:3]
 
 
@@ -115,7 +125,42 @@ def fake_pre(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **_: Any) -> t
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-    return _pre_backward(*grads[:3], *ctx.saved_tensors, **ctx.constants)
+    return _pre_backward(*given(ctx, grads[:3]), *ctx.saved_tensors, **ctx.constants)
+
+
+class _HandingOn(torch.autograd.Function):
+    """`pre` that returns x, too, which a torch op may not.
+
+    The context is an argument of forward because `apply` is slow with `setup_context`: it inspects
+    a signature in every call, 26 us of host time instead of 6.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        phi: Tensor,
+        alpha: Tensor,
+        bias: Tensor,
+        constants: dict[str, Any],
+    ) -> tuple[Tensor, ...]:
+        """The results of `pre`, and x."""
+        output = _pre(x, phi, alpha, bias, **constants)
+        ctx.save_for_backward(x, phi, alpha, bias, *output[3:])
+        ctx.constants = constants
+        keep_shapes(ctx, output[:3])
+        if not torch.compiler.is_compiling():  # Dynamo does not know the method
+            ctx.set_materialize_grads(False)
+        return *output[:3], x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradient of `pre`, with what the readers of the returned x have for x."""
+        *own, grad_x_part = grads
+        if all(grad is None for grad in own):
+            return grad_x_part, None, None, None, None
+        tensors = (*given(ctx, own), *ctx.saved_tensors, grad_x_part)
+        return *_pre_backward(*tensors, **ctx.constants), None
 
 
 def _backward_cpu(*tensors: Tensor, norm_eps: float, **constants: Any) -> tuple[Tensor, ...]:
@@ -132,9 +177,9 @@ def pre_backward_kernel(
     bias: Tensor,
     projection: Tensor,
     inv_rms: Tensor,
+    grad_x_part: Tensor | None = None,
     *,
     norm_eps: float,
-    grad_x_part: Tensor | None = None,
     **constants: Any,
 ) -> tuple[Tensor, ...]:
     """`gradients.pre_backward` by kernels; grad_x_part, if given, is added to grad_x."""
@@ -154,14 +199,15 @@ def _backward_fake(*tensors: Tensor, **_: Any) -> tuple[Tensor, ...]:
 
 
 def _backward_derived(*tensors: Tensor, norm_eps: float, **constants: Any) -> tuple[Tensor, ...]:
-    tensors = tensors[:-2]
-    saved = reference.normalised_projection(tensors[3], tensors[4], norm_eps)
-    return _backward_cpu(*tensors, *saved, norm_eps=norm_eps, **constants)
+    *inputs, _projection, _inv_rms, grad_x_part = tensors
+    saved = reference.normalised_projection(inputs[3], inputs[4], norm_eps)
+    return _backward_cpu(*inputs, *saved, grad_x_part, norm_eps=norm_eps, **constants)
 
 
 _pre_backward = define(
     "pre_backward(Tensor grad_layer_input, Tensor grad_h_post, Tensor grad_h_res, Tensor x, "
-    f"Tensor phi, Tensor alpha, Tensor bias, Tensor projection, Tensor inv_rms, *, {CONSTANTS}) "
+    "Tensor phi, Tensor alpha, Tensor bias, Tensor projection, Tensor inv_rms, "
+    f"Tensor? grad_x_part=None, *, {CONSTANTS}) "
     "-> (Tensor grad_x, Tensor grad_phi, Tensor grad_alpha, Tensor grad_bias)",
     cpu=_backward_cpu,
     cuda=on_cuda(

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import _checks, gradients, reference
 from .._library import define, derive, rounded
 from ._dispatch import flat, on_cuda
-from ._saved import keep_projection
+from ._saved import given, keep_projection
 
 MODES = ("sum", "mean")
 
@@ -186,7 +186,7 @@ def _head_fake(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **_: Any) ->
 
 
 def _head_backward_of(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-    return _head_backward(grads[0], *ctx.saved_tensors, **ctx.constants)
+    return _head_backward(*given(ctx, grads[:1]), *ctx.saved_tensors, **ctx.constants)
 
 
 def _head_backward_cpu(*tensors: Tensor, norm_eps: float, pre_eps: float) -> tuple[Tensor, ...]:
