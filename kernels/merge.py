@@ -80,7 +80,13 @@ class BackwardConfig:
 
 
 def default_config(
-    backward: bool, tokens: int, n: int, channels: int, dtype: str
+    backward: bool,
+    tokens: int,
+    n: int,
+    channels: int,
+    dtype: str,
+    *,
+    batch_invariant: bool = False,
 ) -> ForwardConfig | BackwardConfig:
     """A configuration that is safe on every supported GPU.
 
@@ -88,9 +94,9 @@ def default_config(
     bandwidth (H200, 2026-11-22).
 
     Backward: one warp a token, with registers for 16 of them a multiprocessor; few tokens: up to
-    eight warps share a row's latency, so that the dot products add in another order. 8192 x 2560
-    (n = 4, bf16, H200, 2026-11-22): 145.3 us; 156.2 with 12 warps (161 registers), 152.9 with 20
-    (95 registers).
+    eight warps share a row's latency, so that the dot products add in another order; with
+    batch_invariant they have the configuration of many tokens. 8192 x 2560 (n = 4, bf16, H200,
+    2026-11-22): 145.3 us; 156.2 with 12 warps (161 registers), 152.9 with 20 (95 registers).
     """
     if not backward:
         pieces = channels // vector_width(channels, dtype)
@@ -98,7 +104,7 @@ def default_config(
         blocks = ceil_div(pieces, 512 * vectors)
         return ForwardConfig(block_threads(channels, dtype, vectors, blocks), vectors)
     vector = _backward_vector(n, channels, dtype)
-    if tokens >= 1024:
+    if tokens >= 1024 or batch_invariant:
         return BackwardConfig(32, vector, 16 if n <= 4 else 8)
     threads = 256
     while threads > 32 and threads // 2 * vector >= channels:

@@ -72,14 +72,21 @@ class BackwardConfig:
 
 
 def default_config(
-    backward: bool, tokens: int, n: int, channels: int, dtype: str
+    backward: bool,
+    tokens: int,
+    n: int,
+    channels: int,
+    dtype: str,
+    *,
+    batch_invariant: bool = False,
 ) -> ForwardConfig | BackwardConfig:
     """A configuration that is safe on every supported GPU.
 
     Forward: one block a token where it fits (H200, 2026-11-22: 98 to 103% of copy bandwidth).
     Backward: one warp a token; few tokens: up to eight warps share a row's latency, so that the
-    dot products add in another order. These alone ran at copy bandwidth in every configuration
-    (8192 x 2560, H200, 2026-11-22).
+    dot products add in another order; with batch_invariant they have the configuration of many
+    tokens. These alone ran at copy bandwidth in every configuration (8192 x 2560, H200,
+    2026-11-22).
     """
     if not backward:
         pieces = channels // vector_width(channels, dtype)
@@ -87,7 +94,7 @@ def default_config(
         blocks = ceil_div(pieces, 512 * vectors)
         return ForwardConfig(block_threads(channels, dtype, vectors, blocks), vectors)
     vector = vector_width(channels, dtype)
-    threads = 32 if tokens >= 1024 else 256
+    threads = 32 if tokens >= 1024 or batch_invariant else 256
     while threads > 32 and threads // 2 * vector >= channels:
         threads //= 2
     return BackwardConfig(threads, vector)

@@ -28,6 +28,7 @@ from .ops import (
     pre_apply,
     sinkhorn,
 )
+from .ops._dispatch import set_batch_invariant
 
 __all__ = [
     "__version__",
@@ -40,6 +41,7 @@ __all__ = [
     "merge",
     "pre",
     "pre_apply",
+    "set_batch_invariant",
     "sinkhorn",
     "Collapse",
     "Expand",

@@ -1,10 +1,16 @@
 """What decides between a kernel and the reference, without a GPU."""
 
 import contextlib
+import importlib
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from cases import Shape, call, cotangents
+from mhc_tile import set_batch_invariant
 from mhc_tile.ops import _dispatch
 
 
@@ -47,3 +53,70 @@ def test_a_tensor_that_starts_off_16_bytes_reaches_the_kernel_as_a_copy(implemen
     _, given = implementation(misaligned)
     assert given.data_ptr() % 16 == 0
     assert torch.equal(given, misaligned)
+
+
+COUNTS = (1, 1023, 1024, 8192)
+
+
+@pytest.fixture
+def batch_invariant():
+    set_batch_invariant(True)
+    yield
+    set_batch_invariant(False)
+
+
+@pytest.mark.parametrize("name", ["merge", "pre_apply"])
+def test_one_backward_configuration_for_every_number_of_tokens(name, batch_invariant):
+    pytest.importorskip("tilelang")
+    kernel = importlib.import_module(f"mhc_tile.kernels.{name}")
+    given = [_dispatch.backward_config(kernel, torch.empty(t, 4, 2560)) for t in COUNTS]
+    assert len(set(given)) == 1
+    own = [kernel.default_config(True, t, 4, 2560, "float32") for t in COUNTS]
+    assert own[0] == own[1] != own[2] == own[3] == given[0]
+
+
+@pytest.mark.parametrize("name", ["merge", "pre_apply", "mapping", "pre"])
+def test_no_forward_adds_in_an_order_that_depends_on_the_number_of_tokens(name):
+    pytest.importorskip("tilelang")
+    kernel = importlib.import_module(f"mhc_tile.kernels.{name}")
+    for width in (64, 1280, 2560, 7168):
+        if name in ("merge", "pre_apply"):
+            configs = [kernel.default_config(False, t, 4, width, "bfloat16") for t in COUNTS]
+            assert len(set(configs)) == 1
+            continue
+        target = {"arch": "sm_90a", "multiprocessors": 132}
+        configs = [kernel.default_config(t, 4, width, **target) for t in COUNTS]
+        # the segments over which partial sums are formed, and the tokens that travel together
+        assert len({type(config) for config in configs}) == 1
+        assert len({(c.members, c.steps, c.group) for c in configs}) == 1
+
+
+@pytest.mark.parametrize("name", ["merge", "pre_apply"])
+def test_the_ops_hand_the_configuration_down(name, batch_invariant, monkeypatch):
+    pytest.importorskip("tilelang")
+    kernel = importlib.import_module(f"mhc_tile.kernels.{name}")
+    handed = []
+
+    def backward(grad, *inputs, config):
+        handed.append(config)
+        return inputs
+
+    monkeypatch.setattr(kernel, "backward", backward)
+    op = importlib.import_module(f"mhc_tile.ops.{name}")
+    run = op.merge_backward_kernel if name == "merge" else op._backward_cuda
+    for tokens in (3, 1025):
+        made = call(name, Shape("any", tokens=(tokens,)), torch.bfloat16)
+        run(*cotangents(made.run()), *made.inputs)
+    assert handed[0] == handed[1] == kernel.default_config(True, 8192, 4, 64, "bfloat16")
+    set_batch_invariant(False)
+    run(*cotangents(made.run()), *made.inputs)
+    assert handed[2] is None
+
+
+def test_the_switch_may_come_from_the_environment():
+    code = "from mhc_tile.ops import _dispatch; print(_dispatch.BATCH_INVARIANT)"
+    for value in ("", "0", "1"):
+        environment = {**os.environ, "MHC_TILE_BATCH_INVARIANT": value}
+        command = [sys.executable, "-c", code]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert result.stdout.strip() == str(value == "1")

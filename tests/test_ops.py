@@ -222,16 +222,23 @@ def test_a_bad_token_does_not_touch_the_others(name, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("tokens", "width", "parts"),
+    [
+        pytest.param(700, 264, [slice(0, 1), slice(300, 337), slice(5, 700)], id="few tokens"),
+        pytest.param(2000, 1032, [slice(950, 1050)], id="one regime for all"),
+    ],
+)
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "head"])
-def test_a_tokens_bits_do_not_depend_on_its_batch(name):
-    made = call(name, Shape("batch", tokens=(700,), width=264), torch.bfloat16, "cuda").to(
-        grad=True
-    )
+def test_a_tokens_bits_do_not_depend_on_its_batch(name, tokens, width, parts, monkeypatch):
+    monkeypatch.setattr(_dispatch, "BATCH_INVARIANT", tokens > 1024)
+    shape = Shape("batch", tokens=(tokens,), width=width)
+    made = call(name, shape, torch.bfloat16, "cuda").to(grad=True)
     results = made.run()
     grads = cotangents(results)
-    per_token = [value.shape[:1] == (700,) for value in made.inputs]
+    per_token = [value.shape[:1] == (tokens,) for value in made.inputs]
     whole = torch.autograd.grad(results, made.inputs, grads)
-    for part in (slice(0, 1), slice(300, 337), slice(5, 700)):
+    for part in parts:
         pairs = zip(made.inputs, per_token, strict=True)
         inputs = tuple((v[part] if own else v).detach().requires_grad_() for v, own in pairs)
         sliced = Call(name, inputs, made.others).run()

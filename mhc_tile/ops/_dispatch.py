@@ -1,7 +1,8 @@
 """Which CUDA tensors the kernels take; the PyTorch reference serves the others.
 
 A fallback warns once and says why. With the environment variable MHC_TILE_REFERENCE=1 every op runs
-its reference, for comparisons.
+its reference, for comparisons; with MHC_TILE_BATCH_INVARIANT=1 kernels have one configuration for
+every number of tokens.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,6 +20,41 @@ from ..kernels import _toolchain
 
 HALVES = (torch.bfloat16, torch.float16)
 REFERENCE_ONLY = os.environ.get("MHC_TILE_REFERENCE", "0") not in ("", "0")
+BATCH_INVARIANT = os.environ.get("MHC_TILE_BATCH_INVARIANT", "0") not in ("", "0")
+
+
+def set_batch_invariant(enabled: bool) -> None:
+    """Choose whether a token's bits are the same in a batch of any size, in every direction.
+
+    They never depend on a token's neighbours. Results of forward passes do not depend on the number
+    of tokens either; in backward passes fewer than 1024 tokens run with more threads a token, which
+    add its dot products in another order. With this switch the configuration for many tokens serves
+    every number of them: few tokens take longer, many do not. Gradients of parameters sum over the
+    tokens and still depend on how many there are. The reference, which serves what no kernel takes,
+    knows no switch.
+
+    It belongs to the process, holds for every thread, and is read when an op runs: by compiled
+    functions too, and by CUDA graphs when they are captured. It starts as the environment variable
+    MHC_TILE_BATCH_INVARIANT says, off by default.
+
+    Args:
+        enabled: whether one configuration serves every number of tokens.
+
+    Example:
+        >>> set_batch_invariant(True)
+        >>> set_batch_invariant(False)
+    """
+    global BATCH_INVARIANT
+    BATCH_INVARIANT = enabled
+
+
+def backward_config(kernel: ModuleType, x: Tensor) -> Any:
+    """What `kernel.backward` is to run with on x [..., n, C]; None for its default."""
+    if not BATCH_INVARIANT:
+        return None
+    tokens, (n, channels) = x.shape[:-2].numel(), x.shape[-2:]
+    dtype = str(x.dtype).removeprefix("torch.")
+    return kernel.default_config(True, tokens, n, channels, dtype, batch_invariant=True)
 
 
 def on_cuda(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import _checks, gradients, reference
 from .._library import define, derive, rounded
-from ._dispatch import flat, on_cuda
+from ._dispatch import backward_config, flat, on_cuda
 
 
 def merge(x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
@@ -80,7 +80,8 @@ def merge_backward_kernel(grad_x_next: Tensor, *inputs: Tensor) -> tuple[Tensor,
 
     x, layer_output, h_post, h_res = inputs
     tensors = (flat(x, 2), flat(layer_output, 1), flat(h_post, 1), flat(h_res, 2))
-    grads = kernel.backward(flat(grad_x_next, 2), *tensors)
+    config = backward_config(kernel, x)
+    grads = kernel.backward(flat(grad_x_next, 2), *tensors, config=config)
     return tuple(grad.view(value.shape) for grad, value in zip(grads, inputs, strict=True))
 
 

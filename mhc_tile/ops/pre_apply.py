@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import _checks, gradients, reference
 from .._library import define, derive, rounded
-from ._dispatch import flat, on_cuda
+from ._dispatch import backward_config, flat, on_cuda
 
 
 def pre_apply(x: Tensor, h_pre: Tensor) -> Tensor:
@@ -58,7 +58,8 @@ def _backward_cpu(grad_layer_input: Tensor, *inputs: Tensor) -> tuple[Tensor, ..
 def _backward_cuda(grad_layer_input: Tensor, x: Tensor, h_pre: Tensor) -> tuple[Tensor, ...]:
     from ..kernels import pre_apply as kernel
 
-    grads = kernel.backward(flat(grad_layer_input, 1), flat(x, 2), flat(h_pre, 1))
+    tensors = (flat(grad_layer_input, 1), flat(x, 2), flat(h_pre, 1))
+    grads = kernel.backward(*tensors, config=backward_config(kernel, x))
     return grads[0].view(x.shape), grads[1].view(h_pre.shape)
 
 
