@@ -113,9 +113,9 @@ class Segment:
         """32-bit registers a thread needs for phi."""
         return self.steps * 2 * self.phi_tiles * 4
 
-    def shared_bytes(self, tiles: int) -> int:
-        """Shared memory of a ring of `tiles` tiles and of two groups' sums."""
-        return self.group * (tiles * self.row * 2 + 2 * self.warps * self.sums_row * 4)
+    def shared_bytes(self, tiles: int, sums: int = 2) -> int:
+        """Shared memory of a ring of `tiles` tiles and of the sums of so many groups."""
+        return self.group * (tiles * self.row * 2 + sums * self.warps * self.sums_row * 4)
 
     def load_macro(self, dtype: str) -> Callable[..., None]:
         """The macro `load_phi(fragments, phi, member, tx)`."""
@@ -149,29 +149,34 @@ class Segment:
 
         return load_phi
 
-    def fetch_macro(self, tokens: object) -> Callable[..., None]:
-        """The macro `fetch(tile, slot, x, first, member, tx)`; `tokens` is the dynamic T."""
-        n, C, G, width = self.n, self.channels, self.group, self.width
-        chunks, threads = self.chunks, self.threads
+    def fetch_macro(self, tokens: object, threads: int) -> Callable[..., None]:
+        """The macro `fetch(tile, slot, x, first, member, tx)`; `tokens` is the dynamic T.
+
+        A thread keeps its place in the row and walks over the tokens of the group.
+        """
+        n, C, G, width, chunks = self.n, self.channels, self.group, self.width, self.chunks
+        rows = max(1, threads // chunks)
+        pieces = ceil_div(chunks, threads)
 
         @T.macro
         def fetch(tile, slot, x, first, member, tx):
             """x[first : first + group, :, segment] on its way into tile[slot], zeros beyond x."""
-            present = T.min(tokens - first, G)
-            for f in T.unroll(ceil_div(G * chunks, threads)):
-                chunk = f * threads + tx
-                if chunk < G * chunks:
-                    inner = chunk % chunks * 8
-                    token = first + chunk // chunks
-                    stream = inner // width
-                    channel = member * width + inner % width
-                    inside = (chunk // chunks < present) and (stream < n) and (channel < C)
-                    T.ptx_cp_async(
-                        T.access_ptr(tile[slot, chunk // chunks, inner], "w", 8),
-                        T.access_ptr(x[token, stream, channel], "r", 8),
-                        8,
-                        predicate=inside,
-                    )
+            for piece in T.unroll(pieces):
+                chunk = tx % chunks + piece * threads
+                inner = chunk * 8
+                stream = inner // width
+                channel = member * width + inner % width
+                inside = (stream < n) and (channel < C)
+                if (tx < rows * chunks) and (chunk < chunks):
+                    for row in T.unroll(ceil_div(G, rows)):
+                        place = row * rows + tx // chunks
+                        if place < G:
+                            T.ptx_cp_async(
+                                T.access_ptr(tile[slot, place, inner], "w", 8),
+                                T.access_ptr(x[first + place, stream, channel], "r", 8),
+                                8,
+                                predicate=inside and (first + place < tokens),
+                            )
 
         return fetch
 

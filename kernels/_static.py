@@ -82,7 +82,8 @@ def resources(
         RuntimeError: There is no nvcc, or it rejects the source.
     """
     lowered = lower(prim_func, arch, pass_configs)
-    report = _report(lowered.source, arch)
+    flags = (pass_configs or {}).get("tl.device_compile_flags", [])
+    report = _report(lowered.source, arch, tuple(flags))
     return parse(report, lowered, arch)
 
 
@@ -132,18 +133,19 @@ def regressions(record: dict[str, dict[str, int]], now: dict[str, dict[str, int]
     ]
 
 
-def _report(source: str, arch: str) -> str:
+def _report(source: str, arch: str, flags: tuple[str, ...]) -> str:
     """What `ptxas -v` says about a CUDA source, from the cache if it is there."""
     compiler = _toolchain.nvcc()
     if compiler is None:
         raise RuntimeError(f"resources: {available()}")
     version = _toolchain.nvcc_version(compiler)
     cache = os.environ.get("MHC_TILE_STATIC_CACHE")
-    digest = hashlib.sha256(f"{arch}\0{version}\0{source}".encode()).hexdigest()[:24]
+    key = "\0".join((arch, version or "", *flags, source))
+    digest = hashlib.sha256(key.encode()).hexdigest()[:24]
     kept = Path(cache) / f"{arch}_{digest}.json" if cache else None
     if kept is not None and kept.is_file():
         return json.loads(kept.read_text())
-    report = _compile(source, arch, compiler)
+    report = _compile(source, arch, flags, compiler)
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False) as file:
@@ -152,13 +154,13 @@ def _report(source: str, arch: str) -> str:
     return report
 
 
-def _compile(source: str, arch: str, compiler: Path) -> str:
+def _compile(source: str, arch: str, flags: tuple[str, ...], compiler: Path) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cu"
         path.write_text(source)
         output = path.with_suffix(".cubin")
         command = [str(compiler), "--cubin", "-O3", "-w", f"-arch={arch}", *_include_options()]
-        command += ["-Xptxas", "-v", "-o", str(output), str(path)]
+        command += [*flags, "-Xptxas", "-v", "-o", str(output), str(path)]
         result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         errors = [line for line in result.stderr.splitlines() if "error" in line]

@@ -149,7 +149,7 @@ def project_program(
     columns, warps, threads = segment.columns, segment.warps, segment.threads
     tokens = T.dynamic("tokens")
     load_phi = segment.load_macro(dtype)
-    fetch = segment.fetch_macro(tokens)
+    fetch = segment.fetch_macro(tokens, threads)
     project = segment.project_macro(dtype)
     blocks = T.min(most_blocks, T.ceildiv(tokens, G))
 

@@ -1,12 +1,12 @@
-"""Mapping, Sinkhorn and pre-apply: everything before the layer, in two launches.
+"""Mapping, Sinkhorn and pre-apply: everything before the layer, in one launch or two.
 
     inv_rms, projection, logits, h_pre, h_post: as in mapping.py
     h_res          = sinkhorn(logits_res as [out, in])
     layer_input[c] = sum_i h_pre[i] * x[i, c]
 
-`mapping.project` reads n * C elements a token and `finish` reads them again (last token first, so
-that some come from L2) and writes C: 2n + 1 where n + 1 must move. `pre_team` reads x once, in one
-cooperative launch.
+Many tokens go through `pre_team`, which reads x once, in one cooperative launch. Few, and those of
+GPUs that cannot run it, take two: `mapping.project` reads n * C elements a token and `finish` reads
+them again (last token first, so that some come from L2) and writes C: 2n + 1 where n + 1 must move.
 """
 
 from collections.abc import Iterator
@@ -32,6 +32,7 @@ from ._programs import (
 from ._projection import WARP, WARP_ROLE_CONFIGS, sigmoid, sinkhorn_registers
 
 PIECE = WARP * 8  # channels that a warp reads at once
+MANY_ROUNDS = 4  # groups a team, from which on one launch is faster than two
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,33 @@ class Config(mapping.Config):
 
 @lru_cache(maxsize=1024)
 def default_config(
-    tokens: int, n: int, channels: int, *, arch: str, multiprocessors: int
-) -> Config:
-    """Two launches; few tokens are split over warps until about 14 warps a multiprocessor run.
+    tokens: int,
+    n: int,
+    channels: int,
+    *,
+    arch: str,
+    multiprocessors: int,
+    batch_invariant: bool = False,
+) -> "Config | pre_team.Config":
+    """One launch by teams for many tokens where the GPU can run it, else two launches.
 
-    H200, 2026-11-22, us, team / two launches: 8192x1280 50 / 56, 8192x2560 87 / 104, 8192x4096
-    152 / 162, 4096x7168 176 / 149, 64x7168 13 / 10. The team form is not chosen here before its
-    exchange has passed a race check.
+    H200, 2026-11-24, us, team / two launches: 8192x1280 46 / 56, 8192x2560 77 / 104, 8192x4096
+    120 / 162, 4096x7168 118 / 149; 64x7168 13 / 10. The two differ in the last bits of the maps.
+
+    Args:
+        tokens: T.
+        n: streams.
+        channels: C.
+        arch: such as "sm_90a".
+        multiprocessors: of the GPU.
+        batch_invariant: the same form for every number of tokens, that of many.
     """
-    base = mapping.default_config(tokens, n, channels, arch=arch, multiprocessors=multiprocessors)
+    target: dict[str, Any] = {"arch": arch, "multiprocessors": multiprocessors}
+    team = pre_team.default_config(n, channels, **target)
+    if team and (batch_invariant or tokens >= MANY_ROUNDS * team.group * team.teams):
+        return team
+    # few tokens are split over warps until about 14 warps a multiprocessor run
+    base = mapping.default_config(tokens, n, channels, **target)
     pieces = ceil_div(channels, PIECE)
     wanted = 14 * multiprocessors // max(tokens, 1)
     # a power of two or all: the number of tokens chooses among few programs
@@ -82,12 +101,15 @@ def candidates(
     target: dict[str, Any] = {"arch": arch, "multiprocessors": multiprocessors}
     default = default_config(tokens, n, channels, **target)
     yield default
+    splits = {1, 4, getattr(default, "splits", 1), ceil_div(channels, PIECE)}
     for base in mapping.candidates(tokens, n, channels, **target):
-        for splits in sorted({1, 4, default.splits, ceil_div(channels, PIECE)}):
-            config = _with_splits(base, splits)
+        for split in sorted(splits):
+            config = _with_splits(base, split)
             if config != default:
                 yield config
-    yield from pre_team.candidates(n, channels, **target)
+    for config in pre_team.candidates(n, channels, **target):
+        if config != default:
+            yield config
 
 
 @program(WARP_ROLE_CONFIGS)
@@ -204,6 +226,7 @@ def forward(
     iters: int,
     sinkhorn_eps: float,
     config: "Config | pre_team.Config | None" = None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Everything before the layer (eqs. 8, 9 and 14-19).
 
@@ -218,6 +241,7 @@ def forward(
         iters: Sinkhorn iterations, at least 1.
         sinkhorn_eps: as in `reference.sinkhorn`.
         config: of the launch, `default_config` if None; a `pre_team.Config` asks for one launch.
+        batch_invariant: of `default_config`.
 
     Returns:
         layer_input [T, C] in x's dtype; h_post [T, n], h_res [T, n, n], projection [T, n*n + 2n],
@@ -237,7 +261,12 @@ def forward(
     if tokens:
         arch = architecture(x.device)
         config = config or default_config(
-            tokens, n, channels, arch=arch, multiprocessors=multiprocessors(x.device)
+            tokens,
+            n,
+            channels,
+            arch=arch,
+            multiprocessors=multiprocessors(x.device),
+            batch_invariant=batch_invariant,
         )
         x, phi = mapping.aligned(x), mapping.aligned(phi)
         if isinstance(config, pre_team.Config):

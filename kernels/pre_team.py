@@ -6,43 +6,51 @@ the projection, which needs the whole token, and pre-apply, which needs the proj
 * The blocks of the GPU form teams. A member of a team owns a segment of the channels (all n streams
   of it) and keeps phi's columns for that segment in REGISTERS, so phi costs no bandwidth after the
   first microseconds.
-* Groups of 16 tokens flow through a ring of shared-memory tiles, `ahead` groups in flight from HBM.
-  The main warps project a group and send the member's partial sums to the others through L2; `lag`
-  groups later the receiver warps have added them in the order of the members, and the main warps
-  form layer_input from the tile, still in shared memory. One barrier a round keeps roles in step.
+* Groups of 16 tokens flow through a ring of shared-memory tiles. The projecting warps project a
+  group and send the member's partial sums through L2. Each token has one member whose owner warps
+  wait for its sums, add them in the order of the members, and answer every member with h_pre.
+  `lag` groups later the apply warps form layer_input from the tile, still in shared memory. Owner
+  warps run freely; the other roles meet once a round.
 * A message is one word: a float whose last bit is a flag that flips whenever its slot is reused. It
-  validates itself, so there is no fence, no separate flag and one trip through L2 instead of three;
-  the reader asks a round ahead.
-* Every token's maps are written by one member, whose owner warp reads all of the token's parts.
-  Sinkhorn runs at the end, one thread a token.
+  validates itself, so there is no fence, no separate flag and one trip through L2 instead of three.
+* From sm_90 on warps hand registers over: those that project hold phi, the others need few.
+* Sinkhorn runs at the end, one thread a token.
 
 Members wait for each other, so the launch is cooperative (`T.sync_grid` makes it so): all blocks
 are resident or the launch fails. No atomics on data: a token's sums are formed over segments that
-depend on C alone, in a fixed order.
+depend on C alone, in a fixed order; a word that travels loses its last mantissa bit.
 
-Unchecked: slot reuse follows from the rounds (slots >= 2 * lag - 1) and from relaxed 4-byte
-accesses alone; no race checker has seen it. `pre.default_config` does not choose this form before.
+Why no message is lost or mistaken: a member writes the sums of group j over those of group
+j - slots. It has then received h_pre of group j - lag, which needed the owners to have read the
+sums of all groups up to there. Answers likewise: an owner has the sums of group j only once every
+member has begun its round j and so received group j - lag. A reader can tell group j from group
+j - slots by the flag; `Config.slots` keeps j - 2 * slots away.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import tilelang.language as T
 import torch
 from torch import Tensor
 
-from ._programs import F32, architecture, ceil_div, dtype_name, logits_per_token, program
+from ._programs import F32, architecture, ceil_div, dtype_name, logits_per_token, overlaps, program
 from ._programs import multiprocessors as count_multiprocessors
 from ._projection import WARP, WARP_ROLE_CONFIGS, Segment, segment_width, shared_limit
 from ._team_roles import (
     apply_macro,
-    maps_macro,
-    owner_macros,
-    receive_macro,
+    owner_macro,
+    receive_macros,
+    residual_macro,
     send_macros,
     word_columns,
 )
+
+WARPGROUP = 4  # warps that hand registers over together
+MINIMUM_MEMBERS = 4  # of fewer, each owns so many tokens that two launches do better
 
 
 @dataclass(frozen=True)
@@ -54,25 +62,31 @@ class Config:
         teams: teams that share the tokens; members * teams blocks must be resident together.
         steps: pieces of 32 elements of nC that a main warp holds.
         group: tokens that travel together.
-        ahead: groups in flight from memory.
+        ahead: groups in flight from memory, once the ring has been filled.
         lag: groups between project and apply.
         batches: 8-token pieces of a group whose instructions interleave (2 measured 4% slower on
             the H200, 2026-11-22: registers).
-        helpers_send: the receiver and owner warps publish the partial sums, not the main warps.
+        apply_warps: warps that fetch x and form layer_input.
+        owners: warps that add the members' sums of the tokens that a member owns.
+        registers: of a thread of the other roles, on GPUs where warps can hand registers over; the
+            projecting warps take what is left.
     """
 
     members: int
     teams: int
     steps: int = 4
     group: int = 16
-    ahead: int = 2
-    lag: int = 3
+    ahead: int = 1
+    lag: int = 4
     batches: int = 1
-    helpers_send: bool = False
+    apply_warps: int = 4
+    owners: int = 3
+    registers: int = 80
 
     def __post_init__(self) -> None:
         """Reject what cannot launch on any GPU."""
-        smallest = min(self.ahead, self.members, self.teams, self.steps, self.group, self.batches)
+        counts = (self.members, self.teams, self.steps, self.group, self.batches)
+        smallest = min(*counts, self.ahead, self.apply_warps, self.owners)
         if smallest < 1 or self.lag < 2 or self.group % (8 * max(self.batches, 1)):
             raise ValueError(f"pre: config must be one that can launch, got {self}")
 
@@ -85,22 +99,47 @@ class Config:
     def slots(self) -> int:
         """Slots of the exchange, a power of two.
 
-        A member may run 2 * lag - 1 groups ahead of another one's reads.
+        A member overwrites the parts of group j - slots only after it has received h_pre of group
+        j - lag, hence slots >= lag. A word's one flag bit tells group j from group j - slots but
+        not from j - 2 * slots, hence no owner warp may skip more than `slots` groups.
         """
-        return 1 << (2 * self.lag - 2).bit_length()
+        return 1 << (max(self.lag, self.longest_skip()) - 1).bit_length()
+
+    def longest_skip(self) -> int:
+        """Groups between two tokens of an owner warp, at most; the first token counts from -1."""
+        shares, longest = ceil_div(self.group, self.members), 1
+        period = self.members * self.owners  # in groups: then a warp's places repeat
+        for member in range(self.members):
+            for warp in range(self.owners):
+                last = -1
+                for share in range(warp, 2 * period * shares, self.owners):
+                    group, turn = divmod(share, shares)
+                    place = (member - group * self.group) % self.members + turn * self.members
+                    if place < self.group:
+                        longest, last = max(longest, group - last), group
+        return longest
 
     def segment(self, n: int, channels: int) -> Segment:
         """The share of a member."""
         width, rows = segment_width(channels, self.members), logits_per_token(n)
         return Segment(n, channels, rows, width, self.steps, self.group, self.batches)
 
-    def receivers(self, n: int) -> int:
-        """Warps that add the parts that pre-apply waits for, one lane a token and quantity."""
-        return ceil_div(self.group, WARP // (n + 1))
+    def roles(self, n: int, channels: int) -> tuple[int, int, int]:
+        """First thread of the apply warps and of the receivers, and one past the last.
 
-    def threads(self, n: int, channels: int) -> int:
-        """Threads of a block: main warps, receivers, the owner warp."""
-        return self.segment(n, channels).threads + WARP * (self.receivers(n) + 1)
+        Whole warpgroups; the first warp after the apply warps receives, the next ones own.
+        """
+        project = ceil_div(self.segment(n, channels).warps, WARPGROUP)
+        apply = project + ceil_div(self.apply_warps, WARPGROUP)
+        receive = apply + ceil_div(1 + self.owners, WARPGROUP)
+        size = WARP * WARPGROUP
+        return project * size, apply * size, receive * size
+
+    def project_registers(self, n: int, channels: int) -> int:
+        """Registers of a projecting thread once the other roles have given theirs up."""
+        project, _, threads = self.roles(n, channels)
+        granted = 65536 // threads // 8 * 8 * threads - self.registers * (threads - project)
+        return min(240, granted // project // 8 * 8)
 
     def exchange_shape(self, n: int) -> tuple[int, int, int, int, int]:
         """Words [team, slot, member, token, column] that pass between members."""
@@ -109,20 +148,44 @@ class Config:
     def launches(self, n: int, channels: int, arch: str) -> bool:
         """Whether shared memory, registers and threads allow the kernel."""
         segment = self.segment(n, channels)
-        threads = self.threads(n, channels)
-        registers = segment.fragment_registers + self.batches * 4 * (segment.phi_tiles + 1) + 48
-        fits = segment.shared_bytes(self.depth) <= shared_limit(arch)
-        return fits and threads <= 1024 and threads * registers <= 65536 and segment.warps >= n
+        threads = self.roles(n, channels)[2]
+        needed = segment.fragment_registers + self.batches * 4 * (segment.phi_tiles + 1) + 32
+        granted = 65536 // max(threads, 1) // 8 * 8
+        if overlaps(arch):
+            granted = self.project_registers(n, channels)
+        shared = segment.shared_bytes(self.depth, 1) + 8 * n * self.group
+        return shared <= shared_limit(arch) and threads <= 1024 and needed <= granted
+
+
+@lru_cache(maxsize=1024)
+def default_config(n: int, channels: int, *, arch: str, multiprocessors: int) -> Config | None:
+    """Members of about 1024 elements (n = 4); None where too few fit or the GPU cannot run it.
+
+    H200, 2026-11-24: lag 4 needs ahead 1 for the ring to fit and is 3 to 14% faster than lag 3 with
+    ahead 2. Members of fewer than 8 own several tokens of a group: 7 owner warps take 46 us at
+    8192 x 1280 where 3 take 51; at 8192 x 2560 they take 82 where 3 take 77.
+    """
+    width = max(32, 1024 // n // ceil_div(logits_per_token(n), 24))
+    members = ceil_div(channels, width)
+    words = members * ceil_div(logits_per_token(n) + 1, WARP)  # that a lane adds: registers
+    if members < MINIMUM_MEMBERS or members > multiprocessors or words > 48:
+        return None
+    owners, registers = (7, 64) if members < 8 else (3, 80)
+    steps = 4 if n <= 4 else 1
+    teams = multiprocessors // members
+    config = Config(members, teams, steps, owners=owners, registers=registers)
+    return config if config.launches(n, channels, arch) else None
 
 
 def candidates(n: int, channels: int, *, arch: str, multiprocessors: int) -> Iterator[Config]:
     """Every configuration worth timing; impossible ones never leave."""
-    for members in sorted({ceil_div(channels, width) for width in (192, 224, 256, 320, 512)}):
+    for members in sorted({ceil_div(channels, width) for width in (192, 224, 256)}):
         if members <= multiprocessors:
-            for ahead, lag in ((2, 3), (1, 4), (1, 3), (1, 2)):
-                for helpers_send in (False, True):
-                    teams = multiprocessors // members
-                    config = Config(members, teams, ahead=ahead, lag=lag, helpers_send=helpers_send)
+            teams = multiprocessors // members
+            for ahead, lag in ((1, 4), (2, 3), (2, 4)):
+                for apply_warps, owners, registers in ((4, 3, 80), (8, 3, 64), (4, 7, 64)):
+                    knobs = {"ahead": ahead, "lag": lag, "apply_warps": apply_warps}
+                    config = Config(members, teams, owners=owners, registers=registers, **knobs)
                     if config.launches(n, channels, arch):
                         yield config
 
@@ -138,24 +201,28 @@ def team_program(
     post_scale: float,
     iters: int,
     sinkhorn_eps: float,
+    handover: bool,
 ) -> Any:
     """Everything of `pre`, by teams of blocks."""
     C, G = channels, config.group
-    members, teams, helpers_send = config.members, config.teams, config.helpers_send
+    members, teams = config.members, config.teams
     ahead, lag, depth, slots = config.ahead, config.lag, config.depth, config.slots
     segment = config.segment(n, C)
     rows, warps, main_threads = segment.rows, segment.warps, segment.threads
-    threads, receivers = config.threads(n, C), config.receivers(n)
-    lanes, owned_tokens = ceil_div(segment.columns, WARP), ceil_div(G, members)
+    apply_first, receive_first, threads = config.roles(n, C)
+    owners, apply_warps = config.owners, config.apply_warps
+    shares = ceil_div(G, members)  # tokens of a group that a member owns, at most
+    meeting = receive_first + WARP  # threads that meet every round: all but the owners
+    project_registers = config.project_registers(n, C)
     exchange_shape = config.exchange_shape(n)
     tokens = T.dynamic("tokens")
-    load_phi, fetch = segment.load_macro(dtype), segment.fetch_macro(tokens)
-    project = segment.project_macro(dtype)
+    load_phi, project = segment.load_macro(dtype), segment.project_macro(dtype)
+    fetch = segment.fetch_macro(tokens, WARP * apply_warps)
     clear, send = send_macros(segment, slots, threads)
-    receive = receive_macro(segment, members, lag, slots, norm_eps, pre_eps)
-    request, own = owner_macros(segment, members, slots, tokens)
-    pre_apply = apply_macro(segment, depth, dtype, tokens)
-    maps = maps_macro(segment, norm_eps, post_scale, iters, sinkhorn_eps)
+    own = owner_macro(segment, members, slots, norm_eps, pre_eps, post_scale)
+    request, receive = receive_macros(segment, slots)
+    pre_apply = apply_macro(segment, depth, dtype, tokens, WARP * apply_warps)
+    residual = residual_macro(segment, iters, sinkhorn_eps)
 
     @T.prim_func
     def mhc_pre_team(
@@ -164,6 +231,7 @@ def team_program(
         alpha: T.Tensor((3,), F32),
         bias: T.Tensor((rows,), F32),
         exchange: T.Tensor(exchange_shape, "int32"),
+        answers: T.Tensor((teams, slots, G, n), "int32"),
         layer_input: T.Tensor((tokens, C), dtype),
         h_post: T.Tensor((tokens, n), F32),
         h_res: T.Tensor((tokens, n * n), F32),
@@ -172,78 +240,88 @@ def team_program(
     ):
         with T.Kernel(members, teams, threads=threads) as (member, team):
             tx = T.get_thread_binding()
-            warp = tx // WARP
-            helper = warp - warps
             lane = tx % WARP
             x_tile = T.alloc_shared((depth, G, segment.row), dtype)
-            # sums[group % 2, i, token, columns], a column that padding leaves free, holds h_pre[i]
-            sums = T.alloc_shared((2, warps, G, segment.sums_row), F32)
-            fragments = T.alloc_local((segment.fragment_registers * 2,), dtype)
-            words = T.alloc_local((lanes, owned_tokens, members), "int32")
-            # variables, not expressions: the simplifier would expand them into every use
+            sums = T.alloc_shared((1, warps, G, segment.sums_row), F32)
+            weights = T.alloc_shared((2, G, n), F32)  # h_pre
+            # a variable, not an expression: the simplifier would expand it into every use
             rounds = T.alloc_var("int32", (T.ceildiv(tokens, G) + teams - 1 - team) // teams)
-            owned = T.alloc_var("int32", member)
-            # what a receiver lane multiplies and adds: constants of its column
-            gate = T.alloc_var(F32, alpha[0])
-            offset = T.alloc_var(F32, bias[T.max(lane % (n + 1) - 1, 0)])
 
-            clear(exchange, team, member, tx)
-            for q in T.unroll(lanes):
-                for s in T.unroll(owned_tokens):
-                    for m in T.unroll(members):
-                        words[q, s, m] = 0
-            if tx < main_threads:
-                for j in T.serial(ahead):
-                    fetch(x_tile, j, x, T.cast(j * teams + team, "int64") * G, member, tx)
-                    T.ptx_commit_group()
-                load_phi(fragments, phi, member, tx)
-            T.sync_grid()
-
-            for j in T.serial(rounds + lag):
+            clear(exchange, answers, team, member, tx)
+            if tx < apply_first:
+                if handover:
+                    T.set_max_nreg(project_registers, 1)
+                fragments = T.alloc_local((segment.fragment_registers * 2,), dtype)
                 if tx < main_threads:
-                    T.ptx_wait_group(ahead - 1)
-                T.sync_threads()
-
-                if tx < main_threads:
-                    if not helpers_send:
-                        send(sums, exchange, team, member, j, rounds, warp, warps, lane)
-                    # fetch group j + ahead into the tile that the previous round applied
-                    if j + ahead < rounds:
-                        first = T.cast((j + ahead) * teams + team, "int64") * G
-                        fetch(x_tile, (j + ahead) % depth, x, first, member, tx)
-                    T.ptx_commit_group()
-                    # half of the warps projects while the other half applies, then they change
-                    # places (nested ifs would not do: TVM's HoistIfThenElse loses one of them)
-                    for turn in T.serial(2):
-                        if ((turn + warp // 4) % 2 == 0) and (j < rounds):
-                            project(sums, j % 2, fragments, x_tile, j % depth, tx)
-                        if ((turn + warp // 4) % 2 == 1) and (j >= lag):
+                    load_phi(fragments, phi, member, tx)
+                T.sync_grid()
+                for j in T.serial(rounds + lag):
+                    T.sync_threads(2, meeting)
+                    if (j < rounds) and (tx < main_threads):
+                        project(sums, 0, fragments, x_tile, j % depth, tx)
+                        T.sync_threads(1, main_threads)
+                        send(sums, exchange, team, member, j, tx // WARP, warps, lane)
+            elif tx < receive_first:
+                if handover:
+                    T.set_max_nreg(config.registers, 0)
+                thread = tx - apply_first
+                if thread < apply_warps * WARP:
+                    for j in T.serial(depth):
+                        fetch(x_tile, j, x, T.cast(j * teams + team, "int64") * G, member, thread)
+                        T.ptx_commit_group()
+                T.sync_grid()
+                for j in T.serial(rounds + lag):
+                    if j < depth:
+                        T.ptx_wait_group(depth - 1)
+                    if j >= depth:
+                        T.ptx_wait_group(ahead - 1)
+                    T.sync_threads(2, meeting)
+                    if thread < apply_warps * WARP:
+                        # fetch group j + ahead into the tile that the previous round applied
+                        if (j + ahead >= depth) and (j + ahead < rounds):
+                            first = T.cast((j + ahead) * teams + team, "int64") * G
+                            fetch(x_tile, (j + ahead) % depth, x, first, member, thread)
+                        T.ptx_commit_group()
+                        if j >= lag:
                             done = T.cast((j - lag) * teams + team, "int64") * G
-                            pre_apply(layer_input, x_tile, sums, j - lag, done, member, tx)
-                elif warp < warps + receivers:
-                    if helpers_send:
-                        send(sums, exchange, team, member, j, rounds, helper, receivers + 1, lane)
-                    receive(words, sums, exchange, team, j, rounds, gate, offset, helper, lane)
-                else:
-                    if helpers_send:
-                        send(sums, exchange, team, member, j, rounds, helper, receivers + 1, lane)
-                    if j >= lag:
-                        done = T.cast((j - lag) * teams + team, "int64") * G
-                        own(words, projection, inv_rms, exchange, team, j - lag, done, owned, lane)
-                        owned = owned - G % members
-                        if owned < 0:
-                            owned = owned + members
-                    if j >= lag - 1:
-                        request(words, exchange, team, j + 1 - lag, owned, lane)
+                            pre_apply(layer_input, x_tile, weights, j - lag, done, member, thread)
+            else:
+                if handover:
+                    T.set_max_nreg(config.registers, 0)
+                role = (tx - receive_first) // WARP
+                T.sync_grid()
+                if role == 0:
+                    words = T.alloc_local((ceil_div(G * n, WARP),), "int32")
+                    for p in T.unroll(ceil_div(G * n, WARP)):
+                        words[p] = 0
+                    for j in T.serial(rounds + lag):
+                        T.sync_threads(2, meeting)
+                        group = j + 1 - lag
+                        if (group >= 0) and (group < rounds):
+                            receive(words, weights, answers, team, group, lane)
+                        if (group >= -1) and (group < rounds - 1):
+                            request(words, answers, team, group + 1, lane)
+                elif role <= owners:
+                    for turn in T.serial((rounds * shares + owners - role) // owners):
+                        share = turn * owners + role - 1
+                        group = share // shares
+                        first = (member + members - group * G % members) % members
+                        place = first + share % shares * members
+                        token = T.cast(group * teams + team, "int64") * G + place
+                        if place < G:
+                            own(
+                                exchange, answers, h_post, projection, inv_rms, alpha, bias, team,
+                                group, place, token, tokens, lane,
+                            )  # fmt: skip
 
-            # the maps of the tokens that this member owns, one thread a token
+            # h_res of the tokens that this member owns, one thread a token
             T.sync_threads()
             owned_total = (rounds * G + members - 1 - member) // members
             for p in T.serial(T.ceildiv(owned_total, threads)):
                 entry = member + (p * threads + tx) * members
                 token = T.cast(entry // G * teams + team, "int64") * G + entry % G
                 if (entry < rounds * G) and (token < tokens):
-                    maps(token, alpha, bias, h_post, h_res, projection, inv_rms)
+                    residual(token, alpha, bias, projection, h_res)
 
     return mhc_pre_team
 
@@ -276,7 +354,10 @@ def launch(
             f"pre: config must launch for n {n}, C {channels} on the {available} multiprocessors "
             f"of this {arch} GPU, got {config}"
         )
-    exchange = torch.empty(config.exchange_shape(n), dtype=torch.int32, device=x.device)
-    kernel = team_program(arch, n, channels, dtype_name(x), config, *constants)
+    shapes = config.exchange_shape(n), (config.teams, config.slots, config.group, n)
+    sums, answers = math.prod(shapes[0]), math.prod(shapes[1])
+    workspace = torch.empty(sums + answers, dtype=torch.int32, device=x.device)
+    messages = workspace[:sums].view(shapes[0]), workspace[sums:].view(shapes[1])
+    kernel = team_program(arch, n, channels, dtype_name(x), config, *constants, overlaps(arch))
     phi = phi.view(logits_per_token(n), n, channels)
-    kernel(x, phi, alpha, bias, exchange, *outputs)
+    kernel(x, phi, alpha, bias, *messages, *outputs)

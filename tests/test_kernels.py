@@ -139,15 +139,27 @@ def test_pre(shape):
     check("pre backward", actual, truth, shape.scale, PAIRS["pre"] * BACKWARD)
 
 
-@pytest.mark.parametrize("shape", SHAPES[:1], ids=str)
-def test_pre_in_one_launch(shape):
+@pytest.mark.parametrize(
+    ("tokens", "members", "teams", "owners"), [(1, 2, 2, 3), (90, 2, 2, 3), (100, 3, 1, 2)]
+)
+def test_pre_in_one_launch(tokens, members, teams, owners):
+    shape = Shape("team", tokens=(tokens,), width=64)
     inputs = call("pre", shape, torch.bfloat16).inputs
-    config = kernel("pre_team").Config(members=2, teams=2, group=8, steps=1)
+    config = kernel("pre_team").Config(members, teams, steps=1, group=8, owners=owners)
     results = kernel("pre").forward(*inputs, norm_eps=1e-6, **CONSTANTS, config=config)
     x, phi, alpha, bias = wide(*inputs)
     saved = reference.normalised_projection(x, phi, 1e-6)
     truth = (*reference.pre_from_projection(x, saved[0], alpha, bias, **CONSTANTS), *saved)
     check("pre in one launch", results, truth, shape.scale, PAIRS["pre"])
+
+
+def test_the_slots_of_the_exchange_keep_owners_apart_from_old_words():
+    team = kernel("pre_team")
+    for members, owners in ((1, 1), (5, 7), (10, 3), (10, 7), (28, 3), (33, 5)):
+        config = team.Config(members, 4, owners=owners)
+        assert config.slots >= max(config.lag, config.longest_skip())
+    assert team.Config(10, 13, owners=7).longest_skip() == 7
+    assert team.Config(28, 4).longest_skip() == 9
 
 
 def test_a_token_of_zeros_and_one_of_nan():
