@@ -14,7 +14,8 @@ the projection, which needs the whole token, and pre-apply, which needs the proj
 * A message is one word: a float whose last bit is a flag that flips whenever its slot is reused. It
   validates itself, so there is no fence, no separate flag and one trip through L2 instead of three.
 * From sm_90 on warps hand registers over: those that project hold phi, the others need few.
-* Sinkhorn runs at the end, one thread a token.
+* Sinkhorn runs in the owner warps once their last sums are in, one lane a token, while the last
+  groups are still being applied.
 
 Members wait for each other, so the launch is cooperative (`T.sync_grid` makes it so): all blocks
 are resident or the launch fails. No atomics on data: a token's sums are formed over segments that
@@ -62,7 +63,7 @@ class Config:
         teams: teams that share the tokens; members * teams blocks must be resident together.
         steps: pieces of 32 elements of nC that a main warp holds.
         group: tokens that travel together.
-        ahead: groups in flight from memory, once the ring has been filled.
+        ahead: groups in flight from memory.
         lag: groups between project and apply.
         batches: 8-token pieces of a group whose instructions interleave (2 measured 4% slower on
             the H200, 2026-11-22: registers).
@@ -170,7 +171,7 @@ def default_config(n: int, channels: int, *, arch: str, multiprocessors: int) ->
     words = members * ceil_div(logits_per_token(n) + 1, WARP)  # that a lane adds: registers
     if members < MINIMUM_MEMBERS or members > multiprocessors or words > 48:
         return None
-    owners, registers = (7, 64) if members < 8 else (3, 80)
+    owners, registers = (7, 48) if members < 8 else (3, 80)
     steps = 4 if n <= 4 else 1
     teams = multiprocessors // members
     config = Config(members, teams, steps, owners=owners, registers=registers)
@@ -211,7 +212,7 @@ def team_program(
     rows, warps, main_threads = segment.rows, segment.warps, segment.threads
     apply_first, receive_first, threads = config.roles(n, C)
     owners, apply_warps = config.owners, config.apply_warps
-    shares = ceil_div(G, members)  # tokens of a group that a member owns, at most
+    most = ceil_div(G, members)  # tokens of a group that a member owns, at most
     meeting = receive_first + WARP  # threads that meet every round: all but the owners
     project_registers = config.project_registers(n, C)
     exchange_shape = config.exchange_shape(n)
@@ -266,19 +267,16 @@ def team_program(
                     T.set_max_nreg(config.registers, 0)
                 thread = tx - apply_first
                 if thread < apply_warps * WARP:
-                    for j in T.serial(depth):
+                    for j in T.serial(ahead):
                         fetch(x_tile, j, x, T.cast(j * teams + team, "int64") * G, member, thread)
                         T.ptx_commit_group()
                 T.sync_grid()
                 for j in T.serial(rounds + lag):
-                    if j < depth:
-                        T.ptx_wait_group(depth - 1)
-                    if j >= depth:
-                        T.ptx_wait_group(ahead - 1)
+                    T.ptx_wait_group(ahead - 1)
                     T.sync_threads(2, meeting)
                     if thread < apply_warps * WARP:
                         # fetch group j + ahead into the tile that the previous round applied
-                        if (j + ahead >= depth) and (j + ahead < rounds):
+                        if j + ahead < rounds:
                             first = T.cast((j + ahead) * teams + team, "int64") * G
                             fetch(x_tile, (j + ahead) % depth, x, first, member, thread)
                         T.ptx_commit_group()
@@ -302,26 +300,28 @@ def team_program(
                         if (group >= -1) and (group < rounds - 1):
                             request(words, answers, team, group + 1, lane)
                 elif role <= owners:
-                    for turn in T.serial((rounds * shares + owners - role) // owners):
+                    shares = (rounds * most + owners - role) // owners
+                    for turn in T.serial(shares):
                         share = turn * owners + role - 1
-                        group = share // shares
+                        group = share // most
                         first = (member + members - group * G % members) % members
-                        place = first + share % shares * members
+                        place = first + share % most * members
                         token = T.cast(group * teams + team, "int64") * G + place
                         if place < G:
                             own(
                                 exchange, answers, h_post, projection, inv_rms, alpha, bias, team,
                                 group, place, token, tokens, lane,
                             )  # fmt: skip
-
-            # h_res of the tokens that this member owns, one thread a token
-            T.sync_threads()
-            owned_total = (rounds * G + members - 1 - member) // members
-            for p in T.serial(T.ceildiv(owned_total, threads)):
-                entry = member + (p * threads + tx) * members
-                token = T.cast(entry // G * teams + team, "int64") * G + entry % G
-                if (entry < rounds * G) and (token < tokens):
-                    residual(token, alpha, bias, projection, h_res)
+                    # h_res of the warp's tokens, a lane a token, while the last groups are applied
+                    T.sync_warp()
+                    for p in T.serial(T.ceildiv(shares, WARP)):
+                        share = (p * WARP + lane) * owners + role - 1
+                        group = share // most
+                        first = (member + members - group * G % members) % members
+                        place = first + share % most * members
+                        token = T.cast(group * teams + team, "int64") * G + place
+                        if (group < rounds) and (place < G) and (token < tokens):
+                            residual(token, alpha, bias, projection, h_res)
 
     return mhc_pre_team
 
