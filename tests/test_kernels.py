@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
     emulator.available() is not None, reason=str(emulator.available() or "")
 )
 KERNELS = ("merge", "pre_apply", "sinkhorn", "streams", "mapping", "pre", "mapping_backward")
-KERNELS += ("_mapping_columns", "pre_backward", "pre_team")
+KERNELS += ("_mapping_columns", "_projection_any", "pre_backward", "pre_team")
 
 SHAPES = [
     Shape("ragged tokens", tokens=(37,), width=72),
@@ -137,6 +137,17 @@ def test_pre(shape):
     truth = gradients.pre_backward(*wide(*grads), x, phi, alpha, bias, *saved, **CONSTANTS)
     truth = (truth[0] + part.double(), *truth[1:])
     check("pre backward", actual, truth, shape.scale, PAIRS["pre"] * BACKWARD)
+
+
+def test_one_block_walks_over_tokens_for_each_segment_of_any_width():
+    x, phi, *_ = call("mapping", Shape("walk", tokens=(45,), width=75), torch.bfloat16).inputs
+    config = kernel("_projection_any").Config(members=3, blocks=1, warps=2, group=4)
+    parts = kernel("_projection_any").project(x, phi, config)
+    flat, width = x.double().flatten(1), 128  # of the segments of 300 elements
+    for member, segment in enumerate(range(0, 300, width)):
+        own, phi_own = (v.double()[:, segment : segment + width] for v in (flat, phi))
+        truth = torch.cat([(own**2).sum(1, keepdim=True), own @ phi_own.T], 1)
+        compare(parts[member], truth, k=2, name=f"segment {member}")
 
 
 @pytest.mark.parametrize(
