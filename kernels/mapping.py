@@ -23,6 +23,7 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
+from . import _projection_any
 from ._programs import (
     F32,
     ITEM_BYTES,
@@ -329,14 +330,15 @@ def forward(
     """From the streams to h_pre, h_post and the logits of h_res (eqs. 14-18).
 
     Args:
-        x: [T, n, C], bf16 or fp16, C a multiple of 8. Residual streams.
+        x: [T, n, C], bf16, fp16 or fp32. Residual streams.
         phi: [n*n + 2n, n*C], fp32.
         alpha: [3], fp32.
         bias: [n*n + 2n], fp32.
         norm_eps: added to the mean of squares, at least 0.
         pre_eps: added to h_pre.
         post_scale: factor of h_post.
-        config: of the launch; `default_config` if None.
+        config: of the launch, `default_config` if None; where x is fp32 or C no multiple of 8, only
+            of `finish`: `_projection_any` has a configuration of its own.
 
     Returns:
         h_pre [T, n], h_post [T, n], h_res_logits [T, n, n], projection [T, n*n + 2n], inv_rms [T],
@@ -353,9 +355,12 @@ def forward(
         config = config or default_config(
             tokens, n, channels, arch=arch, multiprocessors=multiprocessors(x.device)
         )
-        parts = project(x, phi, config)
+        if _projection_any.takes(x):
+            parts = _projection_any.project(aligned(x), aligned(phi))
+        else:
+            parts = project(x, phi, config)
         constants = float(norm_eps), float(pre_eps), float(post_scale)
-        kernel = finish_program(arch, n, channels, config.members, config.warps, *constants)
+        kernel = finish_program(arch, n, channels, parts.shape[0], config.warps, *constants)
         kernel(parts, alpha, bias, h_pre, h_post, h_res_logits, projection, inv_rms)
     return h_pre, h_post, h_res_logits.view(tokens, n, n), projection, inv_rms
 

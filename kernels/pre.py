@@ -18,7 +18,7 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
-from . import mapping, pre_team
+from . import _projection_any, mapping, pre_any, pre_team
 from ._programs import (
     F32,
     ITEM_BYTES,
@@ -231,7 +231,8 @@ def forward(
     """Everything before the layer (eqs. 8, 9 and 14-19).
 
     Args:
-        x: [T, n, C], bf16 or fp16, C a multiple of 8. Residual streams.
+        x: [T, n, C], bf16, fp16 or fp32. Residual streams; fp32, or C that is no multiple of 8, is
+            for `pre_any`, where config has no effect.
         phi: [n*n + 2n, n*C], fp32.
         alpha: [3], fp32.
         bias: [n*n + 2n], fp32.
@@ -247,10 +248,13 @@ def forward(
         layer_input [T, C] in x's dtype; h_post [T, n], h_res [T, n, n], projection [T, n*n + 2n],
         inv_rms [T], fp32.
     """
+    if _projection_any.takes(x):
+        return pre_any.forward(
+            x, phi, alpha, bias, norm_eps=norm_eps, pre_eps=pre_eps, post_scale=post_scale,
+            iters=iters, sinkhorn_eps=sinkhorn_eps,
+        )  # fmt: skip
     tokens, n, channels = x.shape
     rows = logits_per_token(n)
-    assert channels % 8 == 0
-    assert x.dtype in (torch.bfloat16, torch.float16)
     layer_input = x.new_empty(tokens, channels)
     h_post, h_res, projection = (
         x.new_empty(tokens, columns, dtype=torch.float32) for columns in (n, n * n, rows)

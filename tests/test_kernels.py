@@ -139,6 +139,36 @@ def test_pre(shape):
     check("pre backward", actual, truth, shape.scale, PAIRS["pre"] * BACKWARD)
 
 
+ANY = [
+    (Shape("fp32", tokens=(11,), width=64), torch.float32),
+    (Shape("fp32, ragged width", tokens=(7,), width=127), torch.float32),
+    (Shape("fp32, large logits", tokens=(5,), width=64, scale=8.0), torch.float32),
+    (Shape("bf16, ragged width", tokens=(1,), width=127), torch.bfloat16),
+    (Shape("bf16, narrow", tokens=(50,), width=4), torch.bfloat16),
+    (Shape("one channel", tokens=(5,), width=1), torch.bfloat16),
+    (Shape("one stream", tokens=(9,), n=1, width=127), torch.bfloat16),
+    (Shape("two streams", tokens=(9,), n=2, width=126), torch.float16),
+    (Shape("eight streams", tokens=(6,), n=8, width=127), torch.bfloat16),
+    (Shape("eight streams, fp32", tokens=(6,), n=8, width=65), torch.float32),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype"), ANY, ids=[str(shape) for shape, _ in ANY])
+def test_mapping_and_pre_of_any_dtype_and_width(shape, dtype):
+    inputs = call("pre", shape, dtype).inputs
+    x, phi, alpha, bias = wide(*inputs)
+    saved = reference.normalised_projection(x, phi, 1e-6)
+    results = kernel("pre").forward(*inputs, norm_eps=1e-6, **CONSTANTS)
+    truth = (*reference.pre_from_projection(x, saved[0], alpha, bias, **CONSTANTS), *saved)
+    check("pre", results, truth, shape.scale, K["pre"])
+    constants = {"pre_eps": 1e-3, "post_scale": 1.5}
+    maps = kernel("mapping").forward(*inputs, norm_eps=1e-6, **constants)
+    truth = (*reference.maps(saved[0], alpha, bias, shape.n, **constants), *saved)
+    check("mapping", maps, truth, shape.scale, K["mapping"])
+    last = kernel("mapping").forward(inputs[0][-1:], *inputs[1:], norm_eps=1e-6, **constants)
+    assert all(torch.equal(alone[0], value[-1]) for alone, value in zip(last, maps, strict=True))
+
+
 def test_one_block_walks_over_tokens_for_each_segment_of_any_width():
     x, phi, *_ = call("mapping", Shape("walk", tokens=(45,), width=75), torch.bfloat16).inputs
     config = kernel("_projection_any").Config(members=3, blocks=1, warps=2, group=4)

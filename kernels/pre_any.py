@@ -1,0 +1,50 @@
+"""Everything before the layer for any dtype and any C: one stage after the other.
+
+    inv_rms, projection, logits, h_pre, h_post: as in mapping.py
+    layer_input[c] = sum_i h_pre[i] * x[i, c]
+    h_res          = sinkhorn(logits_res as [out, in])
+
+Four launches that read n * C elements a token twice and write C. `pre` calls it for fp32 and for a
+C that is no multiple of 8; elsewhere it computes the same, slower.
+"""
+
+from torch import Tensor
+
+from . import mapping, pre_apply, sinkhorn
+
+
+def forward(
+    x: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    *,
+    norm_eps: float,
+    pre_eps: float,
+    post_scale: float,
+    iters: int,
+    sinkhorn_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Everything before the layer (eqs. 8, 9 and 14-19).
+
+    Args:
+        x: [T, n, C], bf16, fp16 or fp32. Residual streams.
+        phi: [n*n + 2n, n*C], fp32.
+        alpha: [3], fp32.
+        bias: [n*n + 2n], fp32.
+        norm_eps: added to the mean of squares, at least 0.
+        pre_eps: added to h_pre.
+        post_scale: factor of h_post.
+        iters: Sinkhorn iterations, at least 1.
+        sinkhorn_eps: as in `reference.sinkhorn`.
+
+    Returns:
+        layer_input [T, C] in x's dtype; h_post [T, n], h_res [T, n, n], projection [T, n*n + 2n],
+        inv_rms [T], fp32.
+    """
+    h_pre, h_post, h_res_logits, projection, inv_rms = mapping.forward(
+        x, phi, alpha, bias, norm_eps=norm_eps, pre_eps=pre_eps, post_scale=post_scale
+    )
+    layer_input = pre_apply.forward(x, h_pre)
+    h_res = sinkhorn.forward(h_res_logits, iters=iters, eps=sinkhorn_eps)
+    return layer_input, h_post, h_res, projection, inv_rms
