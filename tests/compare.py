@@ -24,6 +24,7 @@ K = {
     "boundary": 16,
 }
 # On CUDA the kernels hold phi as a pair of bf16 (fp16) numbers: 2^-17 is 64 roundings of float32.
+# The forward of a float32 x does not.
 PAIRS = {"mapping": 128, "pre": 128, "boundary": 128}
 # Gradients add a sum over C or over tokens, and a walk back through Sinkhorn's 39 steps.
 BACKWARD = 8

@@ -149,7 +149,7 @@ _mapping = define(
     "float pre_eps=0.0, float post_scale=2.0) "
     "-> (Tensor h_pre, Tensor h_post, Tensor h_res_logits, Tensor projection, Tensor inv_rms)",
     cpu=_cpu,
-    cuda=on_cuda("mapping", _cuda, _cpu, streams=_streams, tensor_cores=True),
+    cuda=on_cuda("mapping", _cuda, _cpu, streams=_streams),
     fake=_fake,
     setup_context=keep_projection,
     backward=_backward,

@@ -224,13 +224,7 @@ _pre = define(
     f"pre(Tensor x, Tensor phi, Tensor alpha, Tensor bias, *, {CONSTANTS}) "
     "-> (Tensor layer_input, Tensor h_post, Tensor h_res, Tensor projection, Tensor inv_rms)",
     cpu=with_projection,
-    cuda=on_cuda(
-        "pre",
-        pre_kernel,
-        with_projection,
-        streams=lambda x, *_: (x, x.shape[-2]),
-        tensor_cores=True,
-    ),
+    cuda=on_cuda("pre", pre_kernel, with_projection, streams=lambda x, *_: (x, x.shape[-2])),
     fake=fake_pre,
     setup_context=keep_projection,
     backward=_backward,
