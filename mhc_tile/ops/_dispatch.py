@@ -26,10 +26,11 @@ BATCH_INVARIANT = os.environ.get("MHC_TILE_BATCH_INVARIANT", "0") not in ("", "0
 def set_batch_invariant(enabled: bool) -> None:
     """Choose whether a token's bits are the same in a batch of any size, in every direction.
 
-    They never depend on a token's neighbours. Results of forward passes do not depend on the number
-    of tokens either; in backward passes fewer than 1024 tokens run with more threads a token, which
-    add its dot products in another order. With this switch the configuration for many tokens serves
-    every number of them: few tokens take longer, many do not. Gradients of parameters sum over the
+    They never depend on a token's neighbours. Few tokens and many take different kernels in two
+    places, which round or add in another order: `pre` (from about 8 groups of 16 tokens a team of
+    multiprocessors on, 1664 tokens at C = 2560 on an H200) and the dot products of backward passes
+    (from 1024 tokens on). With this switch the kernels for many tokens serve every number of them:
+    few tokens take longer, many do not. Gradients of parameters sum over the
     tokens and still depend on how many there are. The reference, which serves what no kernel takes,
     knows no switch.
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import _checks, gradients, reference
 from .._library import define, derive, rounded
+from . import _dispatch
 from ._dispatch import flat, on_cuda
 from ._saved import given, keep_projection, keep_shapes
 
@@ -113,6 +114,7 @@ def pre_kernel(
     """`with_projection` by kernels."""
     from ..kernels import pre as kernel
 
+    constants["batch_invariant"] = _dispatch.BATCH_INVARIANT
     results = kernel.forward(flat(x, 2), phi, alpha, bias, **constants)
     return tuple(value.view(*x.shape[:-2], *value.shape[1:]) for value in results)
 
