@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-gpu lint types format doctor clean
+.PHONY: help demo test test-gpu sanitize static lint types format doctor clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,6 +22,12 @@ test: $(READY) ## Every test that needs no GPU, in parallel
 
 test-gpu: $(READY) ## The GPU's tests, on a machine that has one
 	$(BIN)/python -m pytest -m gpu
+
+sanitize: $(READY) ## Every kernel under compute-sanitizer, on a machine with a GPU and the CUDA toolkit
+	for tool in memcheck racecheck initcheck; do compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python tests/sanitize.py || exit 1; done
+
+static: $(READY) ## Registers, spills and shared memory of every kernel against perf/static/, without a GPU
+	$(BIN)/python -m mhc_tile.perf.resources
 
 lint: $(READY) ## Style and formatting, as CI checks them
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

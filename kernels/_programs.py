@@ -4,8 +4,11 @@ A kernel module writes its program as a factory of constants that returns a `T.p
 `@program()`. Calling the decorated factory compiles it once per architecture and arguments.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import tilelang
@@ -27,6 +30,35 @@ PASS_CONFIGS = {
 }
 
 
+@dataclass
+class Catalogue:
+    """What launchers ask for on a GPU that need not exist, in order: (factory, constants, configs).
+
+    Inside `with catalogue(arch, multiprocessors) as asked:` launchers compile and launch nothing;
+    give them tensors on the meta device.
+    """
+
+    arch: str
+    multiprocessors: int
+    programs: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = field(
+        default_factory=list
+    )
+
+
+_catalogue: ContextVar[Catalogue | None] = ContextVar("catalogue", default=None)
+
+
+@contextlib.contextmanager
+def catalogue(arch: str, multiprocessors: int) -> Iterator[Catalogue]:
+    """Record programs instead of compiling them; see `Catalogue`."""
+    asked = Catalogue(arch, multiprocessors)
+    token = _catalogue.set(asked)
+    try:
+        yield asked
+    finally:
+        _catalogue.reset(token)
+
+
 def program(pass_configs: dict[str, Any] | None = None) -> Callable[..., Any]:
     """Decorate a factory of a PrimFunc: `decorated(arch, *constants)` is the compiled kernel.
 
@@ -40,7 +72,7 @@ def program(pass_configs: dict[str, Any] | None = None) -> Callable[..., Any]:
 
     def decorate(factory: Callable[..., Any]) -> Any:
         @functools.cache
-        def build(arch: str, *constants: Any) -> Any:
+        def compiled(arch: str, *constants: Any) -> Any:
             target = {"kind": "cuda", "arch": arch}
             try:
                 return tilelang.compile(factory(*constants), target=target, pass_configs=configs)
@@ -52,22 +84,39 @@ def program(pass_configs: dict[str, Any] | None = None) -> Callable[..., Any]:
                     "the compilers"
                 ) from error
 
-        build.factory = factory
-        build.pass_configs = configs
+        @functools.wraps(factory)
+        def build(arch: str, *constants: Any) -> Any:
+            if (asked := _catalogue.get()) is None:
+                return compiled(arch, *constants)
+            asked.programs.append((factory, constants, configs))
+            return lambda *tensors: None
+
+        build.factory = factory  # type: ignore[attr-defined]
+        build.pass_configs = configs  # type: ignore[attr-defined]
         return build
 
     return decorate
 
 
-@functools.cache
 def architecture(device: torch.device) -> str:
     """The target architecture of a CUDA device, such as "sm_90a"."""
+    asked = _catalogue.get()
+    return asked.arch if asked else _architecture(device)
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
     return _toolchain.target(torch.cuda.get_device_capability(device))["arch"]
 
 
-@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """How many multiprocessors a CUDA device has."""
+    asked = _catalogue.get()
+    return asked.multiprocessors if asked else _multiprocessors(device)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

@@ -1,6 +1,7 @@
 """What kernels take on each architecture, read from ptxas without a GPU."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ if reason := _static.available():
     pytest.skip(reason, allow_module_level=True)
 
 import emulator_programs as programs
+from mhc_tile.kernels import _shipped
 
 PTXAS = """
 ptxas info    : 0 bytes gmem
@@ -106,3 +108,13 @@ def test_what_is_missing_is_said_with_its_remedy(monkeypatch):
         resources(programs.mirror(256), "sm_80")
     with pytest.raises(ValueError, match="arch must be one of"):
         _lowering.shared_memory_limit("sm_75")
+
+
+@pytest.mark.parametrize("arch", _static.ARCHITECTURES)
+def test_shipped_programs_neither_spill_nor_grow(arch):
+    path = Path(__file__).parents[1] / "perf" / "static" / f"{arch}.json"
+    taken = _shipped.record(arch)
+    again = "; python -m mhc_tile.perf.resources --write makes the record anew"
+    assert _shipped.faults(arch, taken) == []
+    grown = regressions(json.loads(path.read_text()), taken)
+    assert not grown, f"{arch}: {grown}{again}"
