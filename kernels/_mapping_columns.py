@@ -5,40 +5,33 @@
     grad_phi[k, i*C + c] = sum_t grad_raw[t, k] * x[t, i, c]
 
 The second line of grad_x holds the terms that `pre` needs, each left out where there is none. A
-record holds grad_raw, h_pre and radial; `mapping_backward` writes it.
+record holds grad_raw, h_pre and radial; `_mapping_records` and, for `pre`, `pre_backward` write it.
 
-In `columns_program` a block owns a slice of `columns` columns of phi (the same channels of every
-stream) and walks over the tokens of its group, `tile` at a time. phi's slice stays in shared
-memory and grad_phi's slice in the accumulators for the whole walk, so both cross the chip once a
-block instead of once a tile. Per token x is read and grad_x written, with the terms of `pre`
-(2n + 1) C elements read and n C written: 13 C at n = 4. `parts_program` adds the groups' parts of
-grad_phi in a fixed order. There is no atomic, and a token's row of a matrix product does not depend
-on the rows beside it.
+A block owns a slice of `columns` columns of phi (the same channels of every stream) and walks over
+the tokens of its group, `tile` at a time. phi's slice stays in shared memory and grad_phi's slice
+in the accumulators for the whole walk, so both cross the chip once a block instead of once a tile.
+Per token x is read and grad_x written, with the terms of `pre` (2n + 1) C elements read and n C
+written: 13 C at n = 4. The groups' parts of grad_phi are added by the next launch. There is no
+atomic on data, and a token's row of a matrix product does not depend on the rows beside it.
 
-Products with phi run in tf32 on operands rounded to nearest. Those for grad_phi run in bf16 with
-grad_raw as a pair high + low (x is bf16 already), so 16 mantissa bits count; for fp16, whose range
-is too small for grad_raw, as pairs of tf32.
+Where launches overlap, `pre`'s records are still being written when the columns begin: each word
+validates itself, being `PENDING` until it is there.
+
+Products with phi run in tf32 on operands rounded to nearest, for fp32 x on pairs of them. Those for
+grad_phi run in bf16 with grad_raw as a pair high + low (x is bf16 already), so 16 mantissa bits
+count; for fp16, whose range is too small for grad_raw, and fp32 as pairs of tf32.
 """
 
-import dataclasses
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import tilelang.language as T
 import torch
 from tilelang.layout import make_swizzled_layout
-from torch import Tensor
 
-from ._programs import (
-    F32,
-    PASS_CONFIGS,
-    architecture,
-    ceil_div,
-    dtype_name,
-    logits_per_token,
-    multiprocessors,
-    program,
-)
+from ._mapping_records import PENDING, record_width
+from ._programs import F32, ITEM_BYTES, PASS_CONFIGS, ceil_div, logits_per_token, program
 from ._projection import shared_limit
 from ._sinkhorn_walk import round_tf32
 
@@ -46,7 +39,7 @@ WIDE_SHARED_BYTES = 112640  # of 64 tokens in flight, at most; 48 fit every supp
 TENSOR_CORE_PASS_CONFIGS = {**PASS_CONFIGS, "tl.disable_wgmma": True}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Config:
     """Launch knobs of the backward.
 
@@ -87,16 +80,16 @@ def default_config(
 ) -> Config:
     """Two blocks a multiprocessor in one wave, and never more groups than tiles of tokens.
 
-    H200, 2026-11-22, columns and parts together, n = 4, bf16: three stages of 16 tokens (87 KB of
+    H200, 2026-11-22, columns and parts alone, n = 4, bf16: three stages of 16 tokens (87 KB of
     shared memory) take 147 us at 8192 x 2560 and 220 us at 8192 x 4096, two stages of 32 (110 KB)
-    take 150 and 238 us; at 4096 x 7168 it is 219 and 214 us. fp16 holds tf32 parts of x as well,
-    n = 8 more rows of phi: narrower.
+    take 150 and 238 us; at 4096 x 7168 it is 219 and 214 us, but 32 tokens leave no registers for
+    the launch that runs beside. fp16 and fp32 hold tf32 parts as well, n = 8 more rows of phi:
+    narrower.
     """
-    if dtype is not torch.bfloat16 or n == 8:
-        return _config(tokens, channels, n, multiprocessors, 128, 16, 64, 2, 2)
-    few = channels <= 4096 or shared_limit(arch) < WIDE_SHARED_BYTES
-    tile, stages = (16, 3) if few else (32, 2)
-    return _config(tokens, channels, n, multiprocessors, 256, tile, 128, stages, 2)
+    if dtype is torch.bfloat16 and n < 8:
+        return _config(tokens, channels, n, multiprocessors, 256, 16, 128, 3, 2)
+    columns = 64 if dtype is torch.float32 and n == 8 else 128
+    return _config(tokens, channels, n, multiprocessors, columns, 16, 64 if n < 8 else 128, 2, 2)
 
 
 def candidates(
@@ -131,22 +124,18 @@ def _config(
     return Config(columns, tile, threads, stages, groups, resident)
 
 
-def record_width(n: int) -> int:
-    """Floats of a token's record, a multiple of 4: grad_raw [n*n + 2n], h_pre [n], radial."""
-    return ceil_div(logits_per_token(n) + n + 1, 4) * 4
-
-
-def sums_width(n: int) -> int:
-    """Floats of a block's sums, a multiple of 32: grad_bias [n*n + 2n], grad_alpha [3]."""
-    return ceil_div(logits_per_token(n) + 3, 32) * 32
+def is_aligned(channels: int, dtype: str) -> bool:
+    """Whether every row begins at a multiple of the 16 bytes that an asynchronous copy takes."""
+    return channels * ITEM_BYTES[dtype] % 16 == 0
 
 
 def _macros(
-    n: int, dtype: str, with_pre: bool, with_part: bool, tile: int, width: int
+    channels: int, n: int, dtype: str, with_pre: bool, with_part: bool, tile: int, width: int
 ) -> tuple[Any, Any, Any, Any]:
     """Parts of `columns_program`: fetch, high and low (what tensor cores keep, lose), products."""
     narrow = dtype == "bfloat16"  # x goes to the tensor cores as it is; fp16 goes as tf32 parts
     rows = {"transpose_A": True, "policy": T.GemmWarpPolicy.FullRow}
+    copy = T.async_copy if is_aligned(channels, dtype) else T.copy
 
     @T.macro
     def fetch(
@@ -154,19 +143,19 @@ def _macros(
         streams, grad_input, staged, record, token, first, slot,
     ):  # fmt: skip
         for i in T.serial(n):
-            T.async_copy(
+            copy(
                 x[token : token + tile, i, first : first + width],
                 streams[slot, :, i * width : (i + 1) * width],
             )
         if with_pre:
-            T.async_copy(
+            copy(
                 grad_layer_input[token : token + tile, first : first + width],
                 grad_input[slot, :, :],
             )
         T.async_copy(records[token : token + tile, 0 : record_width(n)], record[slot, :, :])
         if with_part:
             for i in T.serial(n):
-                T.async_copy(
+                copy(
                     grad_x_part[token : token + tile, i, first : first + width],
                     staged[slot, :, i * width : (i + 1) * width],
                 )
@@ -195,22 +184,26 @@ def _macros(
 
 @program(TENSOR_CORE_PASS_CONFIGS)
 def columns_program(
-    channels, n, dtype, with_pre, with_part, columns, tile, threads, stages, groups, min_blocks
-):
+    channels, n, dtype, with_pre, with_part, overlap,
+    columns, tile, threads, stages, groups, min_blocks,
+):  # fmt: skip
     """A slice of channels walks over the tokens of its group; see the module's docstring."""
     tokens = T.dynamic("tokens")
     logits = logits_per_token(n)
     width = columns // n
     slices = ceil_div(channels, width)
     rows = ceil_div(logits, 8) * 8  # of the matrix products
-    pair = dtype if dtype == "bfloat16" else F32
-    copies = n + 1 + int(with_pre) + n * int(with_part)  # asynchronous ones, a tile of tokens
-    fetch, high, low, add_grad_phi = _macros(n, dtype, with_pre, with_part, tile, width)
+    narrow, exact = dtype == "bfloat16", dtype == "float32"
+    # asynchronous ones, a tile of tokens
+    copies = 1 + is_aligned(channels, dtype) * (n + int(with_pre) + n * int(with_part))
+    record_row = record_width(n)
+    record_words = tile * record_row
+    fetch, high, low, add_grad_phi = _macros(channels, n, dtype, with_pre, with_part, tile, width)
 
-    def pre_term(record, grad_input, now, t, c):
+    def pre_term(weights, grad_input, now, t, c):
         if not with_pre:
             return 0.0
-        return record[now, t, logits + c // width] * T.cast(grad_input[now, t, c % width], F32)
+        return weights[t, c // width] * T.cast(grad_input[now, t, c % width], F32)
 
     def part_term(staged, now, t, c):
         return T.cast(staged[now, t, c], F32) if with_part else 0.0
@@ -230,17 +223,22 @@ def columns_program(
             first = block % slices * width
             group = block // slices
             phi_tile = T.alloc_shared((rows, columns), F32)
+            phi_low = T.alloc_shared((rows, columns), F32)
             streams = T.alloc_shared((stages, tile, columns), dtype)
             grad_input = T.alloc_shared((stages, tile, width), dtype)
             staged = T.alloc_shared((stages, tile, columns), dtype)  # grad_x_part in, grad_x out
             record = T.alloc_shared((stages, tile, record_width(n)), F32)
+            weights = T.alloc_shared((tile, n + 1), F32)
             grad_raw = T.alloc_shared((tile, rows), F32)
-            grad_raw_high = T.alloc_shared((tile, rows), pair)
-            grad_raw_low = T.alloc_shared((tile, rows), pair)
+            grad_raw_high = T.alloc_shared((tile, rows), dtype) if narrow else grad_raw
+            grad_raw_low = T.alloc_shared((tile, rows), dtype if narrow else F32)
             x_high = T.alloc_shared((tile, columns), F32)
             x_low = T.alloc_shared((tile, columns), F32)
             grad_phi = T.alloc_fragment((columns, rows), F32)
             grad_streams = T.alloc_fragment((tile, columns), F32)
+            word = T.alloc_local((ceil_div(record_words, threads),), F32)
+            value = T.alloc_var(F32)
+            thread = T.get_thread_binding()
 
             # Swizzled, not padded: an asynchronous copy whose 128 bytes straddle two lines of
             # shared memory costs L2 half as much again.
@@ -252,7 +250,11 @@ def columns_program(
                     phi_tile[:, i * width : (i + 1) * width],
                 )
             for k, c in T.Parallel(rows, columns):
+                if exact:
+                    phi_low[k, c] = round_tf32(phi_tile[k, c] - round_tf32(phi_tile[k, c]))
                 phi_tile[k, c] = round_tf32(phi_tile[k, c])
+            if overlap and not with_pre:
+                T.pdl_sync()
             for slot in T.unroll(stages - 1):
                 token = (slot * groups + group) * tile
                 fetch(
@@ -271,20 +273,39 @@ def columns_program(
                 )  # fmt: skip
                 T.ptx_wait_group((stages - 1) * copies)
                 T.sync_threads()
-                for t, k in T.Parallel(tile, rows):
-                    value = T.if_then_else(k < logits, record[now, t, k], 0.0)
-                    grad_raw[t, k] = round_tf32(value)
-                    grad_raw_high[t, k] = high(value)
-                    grad_raw_low[t, k] = low(value)
+                for p in T.unroll(ceil_div(record_words, threads)):
+                    entry = p * threads + thread
+                    if entry < record_words:
+                        word[p] = record[now, entry // record_row, entry % record_row]
+                        if with_pre and overlap:
+                            while T.reinterpret(word[p], "int32") == PENDING:
+                                word[p] = T.atomic_load(
+                                    records[token + entry // record_row, entry % record_row],
+                                    memory_order="relaxed",
+                                )
+                for p in T.unroll(ceil_div(record_words, threads)):
+                    t = (p * threads + thread) // record_row
+                    k = (p * threads + thread) % record_row
+                    if (p * threads + thread < record_words) and (k < rows):
+                        value = T.if_then_else(k < logits, word[p], 0.0)
+                        grad_raw[t, k] = round_tf32(value)
+                        if narrow:
+                            grad_raw_high[t, k] = high(value)
+                        grad_raw_low[t, k] = low(value)
+                    if (p * threads + thread < record_words) and logits <= k <= logits + n:
+                        weights[t, k - logits] = word[p]
                 # grad_x[i, c] = radial * x[i, c] + h_pre[i] * grad_layer_input[c] + part[i, c] + ..
                 for t, c in T.Parallel(tile, columns):
                     grad_streams[t, c] = (
-                        record[now, t, logits + n] * T.cast(streams[now, t, c], F32)
-                        + pre_term(record, grad_input, now, t, c)
+                        weights[t, n] * T.cast(streams[now, t, c], F32)
+                        + pre_term(weights, grad_input, now, t, c)
                         + part_term(staged, now, t, c)
                     )
                 # .. + sum_k grad_raw[k] * phi[k, i*C + c]
                 T.gemm(grad_raw, phi_tile, grad_streams, policy=T.GemmWarpPolicy.FullCol)
+                if exact:
+                    T.gemm(grad_raw_low, phi_tile, grad_streams, policy=T.GemmWarpPolicy.FullCol)
+                    T.gemm(grad_raw, phi_low, grad_streams, policy=T.GemmWarpPolicy.FullCol)
                 # grad_phi[k, i*C + c] = sum_t grad_raw[t, k] * x[t, i, c]
                 add_grad_phi(streams, x_high, x_low, grad_raw_high, grad_raw_low, grad_phi, now)
                 T.copy(grad_streams, staged[now, :, :])
@@ -294,104 +315,12 @@ def columns_program(
                         grad_x[token : token + tile, i, first : first + width],
                     )
 
+            if overlap:
+                T.pdl_trigger()
+                if with_pre:
+                    T.pdl_sync()
             for c, k in T.Parallel(columns, rows):
                 if first + c % width < channels and k < logits:
                     grad_phi_parts[group, k, c // width, first + c % width] = grad_phi[c, k]
 
     return mapping_backward_columns
-
-
-@program()
-def parts_program(size, n, groups):
-    """Add the groups' parts of grad_phi and, in one more block, the tokens' sums, both in order."""
-    blocks_of_tokens = T.dynamic("blocks_of_tokens")
-    logits, lanes, threads = logits_per_token(n), sums_width(n), 256
-    rows = threads // lanes
-    tile = threads * 4
-
-    @T.prim_func
-    def mapping_backward_parts(
-        grad_phi_parts: T.Tensor((groups, size), F32),
-        block_sums: T.Tensor((blocks_of_tokens, lanes), F32),
-        grad_phi: T.Tensor((size,), F32),
-        grad_bias: T.Tensor((logits,), F32),
-        grad_alpha: T.Tensor((3,), F32),
-    ):
-        with T.Kernel(T.ceildiv(size, tile) + 1, threads=threads) as block:
-            total = T.alloc_fragment((tile,), F32)
-            part = T.alloc_fragment((tile,), F32)
-            column_sums = T.alloc_shared((rows, lanes), F32)
-            value = T.alloc_var(F32)
-            thread = T.get_thread_binding()
-            if block > 0:
-                # grad_phi[k, i*C + c] = sum over groups of their parts
-                T.clear(total)
-                for g in T.unroll(groups):
-                    T.copy(grad_phi_parts[g, (block - 1) * tile : block * tile], part)
-                    for c in T.Parallel(tile):
-                        total[c] += part[c]
-                T.copy(total, grad_phi[(block - 1) * tile : block * tile])
-            else:
-                # grad_bias, grad_alpha = sum over blocks of tokens of their sums
-                value = 0.0
-                if thread < rows * lanes:
-                    for b in T.serial(T.ceildiv(blocks_of_tokens - thread // lanes, rows)):
-                        value += block_sums[b * rows + thread // lanes, thread % lanes]
-                    column_sums[thread // lanes, thread % lanes] = value
-                T.sync_threads()
-                if thread < logits + 3:
-                    value = 0.0
-                    for row in T.serial(rows):
-                        value += column_sums[row, thread]
-                    if thread < logits:
-                        grad_bias[thread] = value
-                    else:
-                        grad_alpha[thread - logits] = value
-
-    return mapping_backward_parts
-
-
-def gradients_from_records(
-    records: Tensor,
-    block_sums: Tensor,
-    x: Tensor,
-    phi: Tensor,
-    grad_layer_input: Tensor | None = None,
-    grad_x_part: Tensor | None = None,
-    config: Config | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch `columns_program` and `parts_program`.
-
-    Args:
-        records: [T, record_width(n)], fp32, of `mapping_backward.token_records`.
-        block_sums: [blocks of tokens, sums_width(n)], fp32, of the same.
-        x: [T, n, C], bf16 or fp16, T at least 1.
-        phi: [n*n + 2n, n*C], fp32.
-        grad_layer_input: [T, C] in x's dtype. None leaves its term out.
-        grad_x_part: [T, n, C] in x's dtype. None leaves its term out.
-        config: launch knobs; `default_config` if None.
-
-    Returns:
-        grad_x [T, n, C] in x's dtype; grad_phi, grad_alpha [3], grad_bias [n*n + 2n], fp32.
-    """
-    tokens, n, channels = x.shape
-    logits = phi.shape[0]
-    arch = architecture(x.device)
-    if config is None:
-        device = (multiprocessors(x.device), arch)
-        config = default_config(tokens, channels, n, x.dtype, *device)
-    grad_x, grad_phi = torch.empty_like(x), torch.empty_like(phi)
-    grad_alpha, grad_bias = phi.new_empty(3), phi.new_empty(logits)
-    parts = phi.new_empty(config.groups, logits, n, channels)
-    terms = (grad_layer_input is not None, grad_x_part is not None)
-    knobs = dataclasses.astuple(config)
-    # what a program leaves unread still has its shape
-    read = x.view(-1)[: tokens * channels].view(tokens, channels)
-    read = read if grad_layer_input is None else grad_layer_input
-    part = x if grad_x_part is None else grad_x_part
-    add_columns = columns_program(arch, channels, n, dtype_name(x), *terms, *knobs)
-    add_columns(x, read, part, records, phi.view(logits, n, channels), grad_x, parts)
-    add_parts = parts_program(arch, phi.numel(), n, config.groups)
-    parts = parts.view(config.groups, -1)
-    add_parts(parts, block_sums, grad_phi.view(-1), grad_bias, grad_alpha)
-    return grad_x, grad_phi, grad_alpha, grad_bias

@@ -11,8 +11,10 @@ A step `after = before / sum` has `before = after * sum` and
     grad_before = (grad_after - sum_axis grad_after * after) / sum
 
 so the sums alone suffice to walk back: 2 * iters * n floats a token in shared memory. The matrix is
-rebuilt on the way, and with it the first softmax: `softmax_o(logits)[o, i] = m[o, i] * sum[o]` for
-the first iteration's m, also where eps is 0 and sum[o] = sum_i softmax_o(logits)[o, i] is small.
+rebuilt on the way, and where eps is 0 the first softmax with it: `softmax_o(logits)[o, i] =
+m[o, i] * sum[o]` for the first iteration's m, also where sum[o] = sum_i softmax_o(logits)[o, i] is
+small. Where eps is not 0 that would be `m[o, i] * sum[o] - eps`, without a correct digit for small
+entries (error 1.7e-6 instead of 3.9e-7 for logits of scale 100), so the softmax is taken again.
 One thread owns one token: n * n registers for the matrix, n * n for its gradient, no shuffle and no
 barrier. Callers pass `eps` and `iters` as constants of the compilation.
 """
@@ -45,6 +47,24 @@ def round_tf32(value: Any) -> Any:
 
 
 @T.macro
+def softmax_out(matrix, n):
+    """Turn the logits in `matrix` [n, n], registers, into softmax_o(logits)."""
+    peak = T.alloc_var(F32)
+    total = T.alloc_var(F32)
+    for i in T.unroll(n):
+        peak = matrix[0, i]
+        for o in T.unroll(1, n):
+            peak = T.max(peak, matrix[o, i])
+        total = 0.0
+        for o in T.unroll(n):
+            matrix[o, i] = T.exp(matrix[o, i] - peak)
+            total += matrix[o, i]
+        total = reciprocal(total)
+        for o in T.unroll(n):
+            matrix[o, i] *= total
+
+
+@T.macro
 def sinkhorn_replay(matrix, sums, lane, n, iters, eps):
     """Turn the logits in `matrix` [n, n] into h_res and keep every step's sums.
 
@@ -61,11 +81,11 @@ def sinkhorn_replay(matrix, sums, lane, n, iters, eps):
     total = T.alloc_var(F32)
     inverse = T.alloc_var(F32)
     # columns: m = softmax_o(logits) + eps, or log_softmax_o(logits) where eps is 0
-    for i in T.unroll(n):
-        peak = matrix[0, i]
-        for o in T.unroll(1, n):
-            peak = T.max(peak, matrix[o, i])
-        if eps == 0:
+    if eps == 0:
+        for i in T.unroll(n):
+            peak = matrix[0, i]
+            for o in T.unroll(1, n):
+                peak = T.max(peak, matrix[o, i])
             total = 0.0
             for o in T.unroll(n):
                 matrix[o, i] = matrix[o, i] - peak
@@ -73,14 +93,11 @@ def sinkhorn_replay(matrix, sums, lane, n, iters, eps):
             total = T.log(total)
             for o in T.unroll(n):
                 matrix[o, i] = matrix[o, i] - total
-        else:
-            total = 0.0
-            for o in T.unroll(n):
-                matrix[o, i] = T.exp(matrix[o, i] - peak)
-                total += matrix[o, i]
-            inverse = reciprocal(total)
-            for o in T.unroll(n):
-                matrix[o, i] = matrix[o, i] * inverse + eps
+    else:
+        softmax_out(matrix, n)
+        for o in T.unroll(n):
+            for i in T.unroll(n):
+                matrix[o, i] = matrix[o, i] + eps
     # rows: m[o, i] /= sum_i m[o, i] + eps, or softmax_i(m) where eps is 0
     for o in T.unroll(n):
         if eps == 0:
@@ -123,11 +140,12 @@ def sinkhorn_replay(matrix, sums, lane, n, iters, eps):
 
 @T.macro
 def sinkhorn_walk_back(matrix, grad, sums, lane, n, iters, eps):
-    """Turn the cotangent of h_res into that of the logits, undoing `sinkhorn_replay`'s steps.
+    """Undo `sinkhorn_replay`'s steps: all of them where eps is 0, else all but the first softmax.
 
     Args:
-        matrix: [n, n], registers. h_res on entry, softmax_o(logits) on return.
-        grad: [n, n], registers. Cotangent of h_res on entry, of the logits on return.
+        matrix: [n, n], registers. h_res on entry.
+        grad: [n, n], registers. Cotangent of h_res on entry; on return that of the logits, or of
+            softmax_o(logits) where eps is not 0: call `softmax_out_back` then.
         sums: [2 * iters, n, lanes], shared memory, as `sinkhorn_replay` left it.
         lane: this thread's place in `sums`.
         n: number of streams.
@@ -172,17 +190,31 @@ def sinkhorn_walk_back(matrix, grad, sums, lane, n, iters, eps):
             else:
                 grad[o, i] = (grad[o, i] - dot) * inverse
             matrix[o, i] *= total
-    # first columns: grad = m * (grad - sum_o grad * m), or grad - m * sum_o grad where eps is 0
+    if eps == 0:
+        # first columns: grad = grad - m * sum_o grad
+        for i in T.unroll(n):
+            dot = 0.0
+            for o in T.unroll(n):
+                dot += grad[o, i]
+            for o in T.unroll(n):
+                grad[o, i] = grad[o, i] - matrix[o, i] * dot
+
+
+@T.macro
+def softmax_out_back(matrix, grad, n):
+    """Turn the cotangent of softmax_o(logits) into that of the logits.
+
+    Args:
+        matrix: [n, n], registers. Logits on entry, softmax_o(logits) on return.
+        grad: [n, n], registers. Either cotangent.
+        n: number of streams.
+    """
+    dot = T.alloc_var(F32)
+    softmax_out(matrix, n)
+    # grad = m * (grad - sum_o grad * m)
     for i in T.unroll(n):
         dot = 0.0
         for o in T.unroll(n):
-            if eps == 0:
-                dot += grad[o, i]
-            else:
-                matrix[o, i] = matrix[o, i] - eps
-                dot += grad[o, i] * matrix[o, i]
+            dot += grad[o, i] * matrix[o, i]
         for o in T.unroll(n):
-            if eps == 0:
-                grad[o, i] = grad[o, i] - matrix[o, i] * dot
-            else:
-                grad[o, i] = matrix[o, i] * (grad[o, i] - dot)
+            grad[o, i] = matrix[o, i] * (grad[o, i] - dot)

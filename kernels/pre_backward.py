@@ -7,64 +7,255 @@
 
 `gradients.pre_backward` states the same. grad_x_part is what merge's backward left of grad_x at a
 boundary, so grad_x is written once, complete. grad_x needs grad_h_pre, a sum over the whole token,
-so x is needed twice. Four launches: the dot products ((n + 1) C elements a token read), the tokens'
-records, the columns ((2n + 1) C read, n C written) and the ordered sum of grad_phi's parts: 18 C at
-n = 4, where 13 C is the floor. One pass that keeps x on chip reached 13 C of device memory traffic
-and was slower: 234 us against 211 (8192 x 2560, H200, 2026-11-22).
+so x is needed twice. Four launches: the tokens' records, without what grad_h_pre decides; the dot
+products ((n + 1) C elements a token read), which complete them; the columns ((2n + 1) C read, n C
+written); and the ordered sum of grad_phi's parts: 18 C at n = 4, where 13 C is the floor.
+
+From sm_90 on a launch may begin before the one ahead has ended. The dot products begin beside the
+records' launch. They fill `records` with `PENDING` before the columns may begin, and write a
+token's words when they have its sums; the columns load phi and their first tokens meanwhile and
+wait for each word that they need. Nothing waits for a launch behind it, so one after another is
+right, too. Only the first launch waits for whatever ran before, so no buffer is still in use.
 """
 
 import tilelang.language as T
 import torch
 from torch import Tensor
 
-from ._mapping_columns import Config, candidates, default_config, gradients_from_records
-from ._programs import F32, architecture, dtype_name, logits_per_token, program
-from .mapping_backward import token_records
+from ._mapping_columns import Config, candidates, default_config, is_aligned
+from ._mapping_records import PENDING, record_width, sums_width, token_records
+from ._programs import (
+    F32,
+    PASS_CONFIGS,
+    architecture,
+    ceil_div,
+    dtype_name,
+    logits_per_token,
+    multiprocessors,
+    overlaps,
+    program,
+)
+from ._rows import WARP, vector_width
+from .mapping_backward import gradients_from_records
 
 __all__ = ["Config", "backward", "candidates", "default_config", "traffic"]
 
-VECTOR = 8  # channels a thread loads at once
+# The program guards its own indices (TileLang's guards would split 16-byte accesses) and orders its
+# own accesses of shared memory: a thread reads what it has copied itself.
+DOTS_PASS_CONFIGS = {
+    **PASS_CONFIGS,
+    "tl.disable_thread_storage_sync": True,
+    "tl.disable_safe_memory_legalize": True,
+}
+RING_BYTES = 51200  # of a multiprocessor: what two blocks of the columns leave free, less a reserve
 
 
-@program()
-def dots_program(channels, n, dtype, threads):
-    """One token a block; its n sums stay in per-lane registers over the whole row."""
-    tokens = T.dynamic("tokens")
-    tile = threads * VECTOR
+def dots_shape(channels: int, n: int, dtype: str, overlap: bool) -> tuple[int, int, int]:
+    """Threads that share a token, pieces of a token in their ring, blocks a multiprocessor.
+
+    The threads are a function of C and dtype alone, so that a token's sums keep one order: the
+    choice that leaves fewest idle, C = 2560 being 2 vectors for each of 160.
+    """
+    vectors = channels // vector_width(channels, dtype)
+    threads = min((128, 160), key=lambda number: ceil_div(vectors, number) * number)
+    blocks, ring_bytes = 1, RING_BYTES if overlap else RING_BYTES // 2
+    if vectors <= 192:
+        threads, blocks, ring_bytes = 96, 2, RING_BYTES // 2 - 1024
+    return threads, ring_bytes // (threads * 16 * (n + 1)), blocks if overlap else 3 * blocks
+
+
+@program(DOTS_PASS_CONFIGS)
+def dots_program(channels, n, dtype, threads, ring, overlap):
+    """One token a block at a time: its n sums, then the rest of its record."""
+    tokens, blocks = T.dynamic("tokens"), T.dynamic("blocks")
+    logits, width, sums_row = logits_per_token(n), record_width(n), sums_width(n)
+    vector = vector_width(channels, dtype)
+    warps, words = threads // WARP, ceil_div(width, WARP)
+    pieces = ceil_div(channels // vector, threads)
+    aligned = is_aligned(channels, dtype)
+    ring = ring if aligned else 1
+
+    @T.macro
+    def fetch(grad_layer_input, x, tile, token, piece, slot, thread):
+        """Ask for a thread's vectors of one piece of a token."""
+        channel = (piece * threads + thread) * vector
+        if aligned:
+            if (channel < channels) and (token < tokens):
+                T.ptx_cp_async(
+                    T.access_ptr(tile[slot, n, thread * vector], "w", vector),
+                    T.access_ptr(grad_layer_input[token, channel], "r", vector),
+                    vector,
+                )
+                for i in T.unroll(n):
+                    T.ptx_cp_async(
+                        T.access_ptr(tile[slot, i, thread * vector], "w", vector),
+                        T.access_ptr(x[token, i, channel], "r", vector),
+                        vector,
+                    )
+            T.ptx_commit_group()
+
+    @T.macro
+    def multiply(dots, grad_layer_input, x, tile, token, piece, slot, thread):
+        """grad_h_pre[i] = sum_c grad_layer_input[c] * x[i, c], a thread's share of a piece."""
+        grad = T.alloc_local((vector,), dtype)
+        stream = T.alloc_local((vector,), dtype)
+        channel = (piece * threads + thread) * vector
+        if channel < channels:
+            for v in T.vectorized(vector):
+                if aligned:
+                    grad[v] = tile[slot, n, thread * vector + v]
+                else:
+                    grad[v] = grad_layer_input[token, channel + v]
+            for i in T.unroll(n):
+                for v in T.vectorized(vector):
+                    if aligned:
+                        stream[v] = tile[slot, i, thread * vector + v]
+                    else:
+                        stream[v] = x[token, i, channel + v]
+                for v in T.unroll(vector):
+                    dots[i] += T.cast(grad[v], F32) * T.cast(stream[v], F32)
 
     @T.prim_func
     def pre_backward_dots(
         grad_layer_input: T.Tensor((tokens, channels), dtype),
         x: T.Tensor((tokens, n, channels), dtype),
-        grad_h_pre: T.Tensor((tokens, n), F32),
+        projection: T.Tensor((tokens, logits), F32),
+        inv_rms: T.Tensor((tokens,), F32),
+        alpha: T.Tensor((3,), F32),
+        unfinished: T.Tensor((tokens, width), F32),
+        records: T.Tensor((tokens, width), F32),
+        block_sums: T.Tensor((blocks, sums_row), F32),
     ):
-        with T.Kernel(tokens, threads=threads) as token:
-            grad = T.alloc_fragment((tile,), dtype)
-            streams = T.alloc_fragment((n, tile), dtype)
-            totals = T.alloc_fragment((n,), F32)
-            dots = T.alloc_reducer((n,), F32, op="sum")
-            T.reducer_init(dots)
-            for step in T.serial(T.ceildiv(channels, tile)):
-                first = step * tile
-                T.copy(grad_layer_input[token, first : first + tile], grad)
-                T.copy(x[token, 0:n, first : first + tile], streams)
-                # grad_h_pre[i] = sum_c grad_layer_input[c] * x[i, c]
-                for i, c in T.Parallel(n, tile):
-                    T.reducer_update(dots[i], T.cast(grad[c], F32) * T.cast(streams[i, c], F32))
-            T.finalize_reducer(dots, totals)
-            T.copy(totals, grad_h_pre[token, 0:n])
+        with T.Kernel(blocks, threads=threads) as block:
+            # at most 72 registers for 96 or 160 threads, 96 for 128; n = 8 leaves no room anyway
+            T.annotate_min_blocks_per_sm(3 if n == 8 else 9 if threads == 96 else 5)
+            thread = T.get_thread_binding()
+            warp, lane = thread // WARP, thread % WARP
+            tile = T.alloc_shared((ring, n + 1, threads * vector), dtype)
+            dots = T.alloc_local((n,), F32)
+            word = T.alloc_local((words,), F32)
+            shares = T.alloc_shared((2, warps, n), F32)
+            token = T.alloc_var("int64")
+            following = T.alloc_var("int64")
+            value = T.alloc_var(F32)
+            grad_pre = T.alloc_var(F32)
+            gate_sum = T.alloc_var(F32)
+            row = T.alloc_var(F32)
+            scale = T.alloc_var(F32)
+            gate = T.alloc_var(F32, alpha[0])
+            grad_bias = T.alloc_var(F32, 0.0)
+            grad_alpha = T.alloc_var(F32, 0.0)
+            slot = T.alloc_var("int32", 0)
+
+            token = T.cast(block, "int64")
+            for ahead in T.unroll(ring):
+                token = T.cast(block, "int64") + ahead // pieces * blocks
+                fetch(grad_layer_input, x, tile, token, ahead % pieces, ahead, thread)
+            if overlap:
+                value = T.reinterpret(T.int32(PENDING), F32)
+                for step in T.serial(T.ceildiv(tokens - block, blocks)):
+                    token = T.cast(step, "int64") * blocks + block
+                    for q in T.unroll(ceil_div(width, threads)):
+                        k = q * threads + thread
+                        if k < width:
+                            T.atomic_store(records[token, k], value, memory_order="relaxed")
+                T.call_extern("handle", "__threadfence")
+                T.sync_threads()
+                T.pdl_trigger()
+            for step in T.serial(T.ceildiv(tokens - block, blocks)):
+                token = T.cast(step, "int64") * blocks + block
+                for i in T.unroll(n):
+                    dots[i] = 0.0
+                for piece in T.unroll(pieces):
+                    if aligned:
+                        T.ptx_wait_group(ring - 1)
+                    multiply(dots, grad_layer_input, x, tile, token, piece, slot, thread)
+                    after = piece + ring
+                    following = token + after // pieces * blocks
+                    fetch(grad_layer_input, x, tile, following, after % pieces, slot, thread)
+                    slot = T.if_then_else(slot == ring - 1, 0, slot + 1)
+                for i in T.unroll(n):
+                    dots[i] = T.warp_reduce_sum(dots[i])
+                if lane == 0:
+                    for i in T.unroll(n):
+                        shares[step % 2, warp, i] = dots[i]
+                if step == 0:
+                    if overlap:
+                        T.pdl_sync()
+                    if warp == 0:
+                        scale = inv_rms[token]
+                        row = projection[token, T.min(lane, logits - 1)]
+                        for q in T.unroll(words):
+                            word[q] = unfinished[token, T.min(q * WARP + lane, width - 1)]
+                T.sync_threads()
+                if warp == 0:
+                    # grad_logits[i] = grad_h_pre[i] * s * (1 - s) ; the word holds s * (1 - s)
+                    grad_pre = 0.0
+                    if lane < n:
+                        for w in T.unroll(warps):
+                            grad_pre += shares[step % 2, w, lane]
+                        grad_pre *= word[0]
+                        # grad_raw[i] = alpha * grad_logits[i] * inv_rms
+                        word[0] = grad_pre * gate * scale
+                    gate_sum = T.warp_reduce_sum(grad_pre * row)
+                    # radial -= inv_rms^2 / (n*C) * sum_i alpha * grad_logits[i] * projection[i]
+                    if lane == (logits + n) % WARP:
+                        word[(logits + n) // WARP] += (
+                            gate_sum * gate * (-1.0 / (n * channels)) * scale * scale
+                        )
+                    for q in T.unroll(words):
+                        if q * WARP + lane < width:
+                            T.atomic_store(
+                                records[token, q * WARP + lane], word[q], memory_order="relaxed"
+                            )
+                    grad_bias += grad_pre
+                    grad_alpha += gate_sum
+                    following = T.min(token + blocks, tokens - 1)
+                    scale = inv_rms[following]
+                    row = projection[following, T.min(lane, logits - 1)]
+                    for q in T.unroll(words):
+                        word[q] = unfinished[following, T.min(q * WARP + lane, width - 1)]
+            if warp == 0:
+                for q in T.unroll(sums_row // WARP):
+                    value = T.if_then_else(q * WARP + lane == logits, grad_alpha, 0.0)
+                    if q * WARP + lane < n:
+                        value = grad_bias
+                    block_sums[block, q * WARP + lane] = value
 
     return pre_backward_dots
 
 
-def _dots(grad_layer_input: Tensor, x: Tensor) -> Tensor:
-    """grad_h_pre [T, n], fp32. One warp a token; few tokens: several warps share a row."""
-    tokens, n, channels = x.shape
-    threads = 32 if tokens >= 1024 else 256
-    grad_h_pre = torch.empty(tokens, n, dtype=torch.float32, device=x.device)
-    kernel = dots_program(architecture(x.device), channels, n, dtype_name(x), threads)
-    kernel(grad_layer_input, x, grad_h_pre)
-    return grad_h_pre
+def finish_records(
+    grad_layer_input: Tensor,
+    x: Tensor,
+    projection: Tensor,
+    inv_rms: Tensor,
+    alpha: Tensor,
+    unfinished: Tensor,
+    block_sums: Tensor,
+) -> Tensor:
+    """Launch `dots_program`.
+
+    Args:
+        grad_layer_input: [T, C] in x's dtype.
+        x: [T, n, C], T at least 1.
+        projection: [T, n*n + 2n], fp32.
+        inv_rms: [T], fp32.
+        alpha: [3], fp32.
+        unfinished: [T, record_width(n)], fp32, of `token_records` without grad_h_pre.
+        block_sums: [blocks, sums_width(n)], fp32; written.
+
+    Returns:
+        records [T, record_width(n)], fp32.
+    """
+    _, n, channels = x.shape
+    arch = architecture(x.device)
+    overlap = overlaps(arch)
+    threads, ring, _ = dots_shape(channels, n, dtype_name(x), overlap)
+    records = torch.empty_like(unfinished)
+    kernel = dots_program(arch, channels, n, dtype_name(x), threads, ring, overlap)
+    kernel(grad_layer_input, x, projection, inv_rms, alpha, unfinished, records, block_sums)
+    return records
 
 
 def backward(
@@ -91,7 +282,7 @@ def backward(
         grad_layer_input: [T, C] in x's dtype. Cotangent of what the layer read.
         grad_h_post: [T, n], fp32. Cotangent of the write-in weights.
         grad_h_res: [T, n, n], fp32. Cotangent of the residual mixing, [out, in].
-        x: [T, n, C], bf16 or fp16, C a multiple of 8. The residual streams.
+        x: [T, n, C], bf16, fp16 or fp32. The residual streams.
         phi: [n*n + 2n, n*C], fp32.
         alpha: [3], fp32.
         bias: [n*n + 2n], fp32.
@@ -112,12 +303,18 @@ def backward(
     """
     if x.shape[0] == 0:
         return torch.empty_like(x), *(torch.zeros_like(value) for value in (phi, alpha, bias))
-    grad_maps = (_dots(grad_layer_input, x), grad_h_post, grad_h_res)
-    records, block_sums = token_records(
-        *grad_maps, projection, inv_rms, alpha, bias,
-        channels=x.shape[2], pre_eps=pre_eps, post_scale=post_scale,
-        iters=iters, sinkhorn_eps=sinkhorn_eps,
+    tokens, n, channels = x.shape
+    overlap = overlaps(architecture(x.device))
+    *_, resident = dots_shape(channels, n, dtype_name(x), overlap)
+    dots_blocks = min(tokens, multiprocessors(x.device) * resident)
+    unfinished, block_sums = token_records(
+        None, grad_h_post, grad_h_res, projection, inv_rms, alpha, bias,
+        channels=channels, pre_eps=pre_eps, post_scale=post_scale,
+        iters=iters, sinkhorn_eps=sinkhorn_eps, more_sums=dots_blocks,
     )  # fmt: skip
+    records = finish_records(
+        grad_layer_input, x, projection, inv_rms, alpha, unfinished, block_sums[-dots_blocks:]
+    )
     return gradients_from_records(
         records, block_sums, x, phi, grad_layer_input, grad_x_part, config
     )

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ._programs import F32, PASS_CONFIGS, architecture, program
 from ._projection import shared_limit, sinkhorn_registers
-from ._sinkhorn_walk import sinkhorn_replay, sinkhorn_walk_back
+from ._sinkhorn_walk import sinkhorn_replay, sinkhorn_walk_back, softmax_out_back
 
 UNGUARDED = {**PASS_CONFIGS, "tl.disable_safe_memory_legalize": True}
 CANDIDATE_SHARED_BYTES = 99 * 1024  # what a block may have on every supported GPU (sm_86, sm_89)
@@ -110,6 +110,11 @@ def backward_program(n: int, iters: int, eps: float, threads: int) -> Any:
                 # h_res = sinkhorn(logits), then back along its steps
                 sinkhorn_replay(matrix, sums, lane, n, iters, eps)
                 sinkhorn_walk_back(matrix, grad, sums, lane, n, iters, eps)
+                if eps > 0:
+                    for o in T.unroll(n):
+                        for i in T.vectorized(n):
+                            matrix[o, i] = logits[token, o, i]
+                    softmax_out_back(matrix, grad, n)
                 for o in T.unroll(n):
                     for i in T.vectorized(n):
                         grad_logits[token, o, i] = grad[o, i]

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
     emulator.available() is not None, reason=str(emulator.available() or "")
 )
 KERNELS = ("merge", "pre_apply", "sinkhorn", "streams", "mapping", "pre", "mapping_backward")
-KERNELS += ("_mapping_columns", "_projection_any", "pre_backward", "pre_team")
+KERNELS += ("_mapping_columns", "_mapping_records", "_projection_any", "pre_backward", "pre_team")
 
 SHAPES = [
     Shape("ragged tokens", tokens=(37,), width=72),
@@ -118,6 +118,14 @@ def test_sinkhorn(shape, eps):
         check("sinkhorn backward", [actual], [truth], shape.scale, K["sinkhorn"] * BACKWARD)
 
 
+def test_sinkhorn_backward_of_logits_of_scale_100():
+    (logits,) = call("sinkhorn", Shape("large", tokens=(256,), scale=100.0)).inputs
+    grad = cotangents((logits,))[0]
+    truth = gradients.sinkhorn_backward(grad.double(), logits.double(), 20, 1e-6)
+    actual = kernel("sinkhorn").backward(grad, logits, iters=20, eps=1e-6)
+    compare(actual, truth, k=K["sinkhorn"], name="sinkhorn backward")
+
+
 CONSTANTS = {"pre_eps": 1e-3, "post_scale": 1.5, "iters": 20, "sinkhorn_eps": 0.0}
 
 
@@ -178,6 +186,41 @@ def test_one_block_walks_over_tokens_for_each_segment_of_any_width():
         own, phi_own = (v.double()[:, segment : segment + width] for v in (flat, phi))
         truth = torch.cat([(own**2).sum(1, keepdim=True), own @ phi_own.T], 1)
         compare(parts[member], truth, k=2, name=f"segment {member}")
+
+
+BACKWARD_CASES = [
+    (Shape("tokens in several groups", tokens=(300,), width=264), torch.bfloat16, "sm_80"),
+    (Shape("overlapping launches", tokens=(300,), width=264), torch.bfloat16, "sm_90a"),
+    (Shape("ragged width", tokens=(19,), width=127), torch.bfloat16, "sm_80"),
+    (Shape("ragged width in float32", tokens=(19,), width=127), torch.float32, "sm_90a"),
+    (Shape("eight streams", tokens=(19,), n=8, width=72), torch.float16, "sm_80"),
+    (Shape("one channel", tokens=(5,), width=1), torch.bfloat16, "sm_90a"),
+    (Shape("two streams in float32", tokens=(19,), n=2, width=72), torch.float32, "sm_80"),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "arch"), BACKWARD_CASES, ids=str)
+def test_backward_of_pre_and_mapping(shape, dtype, arch, monkeypatch):
+    for name in ("mapping_backward", "pre_backward", "_mapping_records"):
+        monkeypatch.setattr(kernel(name), "architecture", lambda _device: arch)
+    inputs = call("pre", shape, dtype).inputs
+    x, *parameters = wide(*inputs)
+    saved = [value.float() for value in reference.normalised_projection(x, parameters[0], 1e-6)]
+    maps = [torch.empty(*shape.tokens, *rest) for rest in ((shape.n,), (shape.n,), (shape.n,) * 2)]
+    layer_input, k = x[:, 0].to(dtype), K["pre"] * BACKWARD
+
+    grads = cotangents((layer_input, *maps[1:]))
+    truth = gradients.pre_backward(*wide(*grads), x, *parameters, *wide(*saved), **CONSTANTS)
+    actual = kernel("pre_backward").backward(*grads, *inputs, *saved, **CONSTANTS)
+    check("pre backward", actual, truth, 1, k)
+
+    grads = cotangents(tuple(maps))
+    truth = gradients.mapping_backward(
+        *wide(*grads), x, *parameters, *wide(*saved), post_scale=CONSTANTS["post_scale"]
+    )
+    constants = {name: CONSTANTS[name] for name in ("pre_eps", "post_scale")}
+    actual = kernel("mapping_backward").backward(*grads, *inputs, *saved, **constants)
+    check("mapping backward", actual, truth, 1, k)
 
 
 @pytest.mark.parametrize(

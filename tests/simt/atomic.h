@@ -38,9 +38,9 @@ SIMT_ATOMIC(AtomicAnd, before & value)
 #undef SIMT_ATOMIC
 
 template <typename T>
-SIMT_INLINE T AtomicLoad(T* address, int) {
+SIMT_INLINE T AtomicLoad(const T* address, int) {
   simt::yield();
-  return simt::atomic_update(address, [](T before) { return before; });
+  return simt::atomic_update(const_cast<T*>(address), [](T before) { return before; });
 }
 template <typename T, typename U>
 SIMT_INLINE void AtomicStore(T* address, U value, int) {

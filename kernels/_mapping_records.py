@@ -1,0 +1,241 @@
+"""One record of floats per token: what the rest of mapping's backward needs of the token.
+
+    grad_raw[k] = alpha[part of k] * grad_logits[k] * inv_rms             n*n + 2n floats
+    h_pre[i]                                                              n floats
+    radial      = -inv_rms^2 / (n*C) * sum_k alpha[part of k] * grad_logits[k] * projection[k]
+
+`mapping_backward` says what grad_logits is. One thread a token walks back through the sigmoids and,
+for `pre`, through Sinkhorn, in registers; about 3 (n*n + 2n) floats cross device memory. For `pre`
+the records are not complete: the rows of h_pre wait for the dot products of `pre_backward`.
+"""
+
+import tilelang.language as T
+from torch import Tensor
+
+from ._programs import (
+    F32,
+    PASS_CONFIGS,
+    architecture,
+    ceil_div,
+    logits_per_token,
+    overlaps,
+    program,
+)
+from ._projection import shared_limit
+from ._sinkhorn_walk import sigmoid, sinkhorn_replay, sinkhorn_walk_back, softmax_out_back
+
+TOKENS_PER_BLOCK = 32
+# A word of a record that is still to come: a NaN that no arithmetic makes.
+PENDING = 0x7FC5EED5
+
+
+def record_width(n: int) -> int:
+    """Floats of a token's record, a multiple of 4: grad_raw [n*n + 2n], h_pre [n], radial."""
+    return ceil_div(logits_per_token(n) + n + 1, 4) * 4
+
+
+def sums_width(n: int) -> int:
+    """Floats of a block's sums, a multiple of 32: grad_bias [n*n + 2n], grad_alpha [3]."""
+    return ceil_div(logits_per_token(n) + 3, 32) * 32
+
+
+@T.macro
+def _residual_logits(matrix, projection, gate, bias, n):
+    """logits_res[o, i] = alpha_res * projection[2n + o*n + i] + bias[2n + o*n + i]."""
+    for o in T.unroll(n):
+        for i in T.unroll(n):
+            k = 2 * n + o * n + i
+            matrix[o, i] = projection[k] * gate[2] + bias[k]
+
+
+@T.macro
+def _maps_back(
+    grad_pre, grad_post, grad_res, projection, gate, bias, scale, record, gate_sums, constants
+):
+    """Turn cotangents of h_pre and h_post into those of logits; fill `record` except `radial`.
+
+    `constants`: n, pre_eps, post_scale and whether the cotangent of h_pre is known. Where it is
+    not, its rows of the record hold s * (1 - s), and what they add to other sums is left out.
+    """
+    n, pre_eps, post_scale, complete = constants
+    value = T.alloc_var(F32)
+    for part in T.unroll(3):
+        gate_sums[part] = 0.0
+    for i in T.unroll(n):
+        # h_pre = sigmoid(logits_pre) + pre_eps ; grad_logits = grad_h_pre * s * (1 - s)
+        value = sigmoid(projection[i] * gate[0] + bias[i])
+        record[logits_per_token(n) + i] = value + pre_eps
+        if complete:
+            grad_pre[i] *= value * (1.0 - value)
+            record[i] = grad_pre[i] * gate[0] * scale
+            gate_sums[0] += grad_pre[i] * projection[i]
+        else:
+            grad_pre[i] = 0.0
+            record[i] = value * (1.0 - value)
+        # h_post = post_scale * sigmoid(logits_post)
+        value = sigmoid(projection[n + i] * gate[1] + bias[n + i])
+        grad_post[i] *= post_scale * value * (1.0 - value)
+        record[n + i] = grad_post[i] * gate[1] * scale
+        gate_sums[1] += grad_post[i] * projection[n + i]
+    for o in T.unroll(n):
+        for i in T.unroll(n):
+            record[2 * n + o * n + i] = grad_res[o, i] * gate[2] * scale
+            gate_sums[2] += grad_res[o, i] * projection[2 * n + o * n + i]
+
+
+@program({**PASS_CONFIGS, "tl.device_compile_flags": ["-ftz=true"]})
+def tokens_program(channels, n, iters, eps, pre_eps, post_scale, complete, overlap):
+    """Per token: the maps' cotangents to its record and, for blocks of tokens, sums.
+
+    With iters = 0 grad_h_res is the cotangent of the logits already. Without `complete` grad_h_pre
+    is not read: see `_maps_back`.
+    """
+    tokens, blocks = T.dynamic("tokens"), T.dynamic("blocks")
+    logits = logits_per_token(n)
+    lanes = TOKENS_PER_BLOCK
+    width = record_width(n)
+    load = T.unroll if n == 1 else T.vectorized  # 3 floats are no vector
+
+    @T.prim_func
+    def mapping_backward_tokens(
+        grad_h_pre: T.Tensor((tokens, n), F32),
+        grad_h_post: T.Tensor((tokens, n), F32),
+        grad_h_res: T.Tensor((tokens, n, n), F32),
+        projection: T.Tensor((tokens, logits), F32),
+        inv_rms: T.Tensor((tokens,), F32),
+        alpha: T.Tensor((3,), F32),
+        bias: T.Tensor((logits,), F32),
+        records: T.Tensor((tokens, width), F32),
+        block_sums: T.Tensor((blocks, sums_width(n)), F32),
+    ):
+        with T.Kernel(T.ceildiv(tokens, lanes), threads=lanes) as block:
+            if overlap:
+                T.pdl_trigger()
+            lane = T.get_thread_binding()
+            token = T.alloc_var("int64")
+            products = T.alloc_local((logits,), F32)
+            grad_pre = T.alloc_local((n,), F32)
+            grad_post = T.alloc_local((n,), F32)
+            grad_res = T.alloc_local((n, n), F32)
+            matrix = T.alloc_local((n, n), F32)
+            gate = T.alloc_local((3,), F32)
+            gate_sums = T.alloc_local((3,), F32)
+            record = T.alloc_local((width,), F32)
+            sums = T.alloc_shared((2 * max(iters, 1), n, lanes), F32)
+            scale = T.alloc_var(F32)
+            present = T.alloc_var(F32)
+            value = T.alloc_var(F32)
+            token = T.min(block * lanes + lane, tokens - 1)
+            scale = inv_rms[token]
+            present = T.if_then_else(block * lanes + lane < tokens, 1.0, 0.0)
+            for k in load(logits):
+                products[k] = projection[token, k]
+            if complete:
+                for i in T.vectorized(n):
+                    grad_pre[i] = grad_h_pre[token, i]
+            for i in T.vectorized(n):
+                grad_post[i] = grad_h_post[token, i]
+            for o in T.unroll(n):
+                for i in T.vectorized(n):
+                    grad_res[o, i] = grad_h_res[token, o, i]
+            for part in T.unroll(3):
+                gate[part] = alpha[part]
+            if iters > 0:
+                _residual_logits(matrix, products, gate, bias, n)
+                sinkhorn_replay(matrix, sums, lane, n, iters, eps)
+                sinkhorn_walk_back(matrix, grad_res, sums, lane, n, iters, eps)
+                for k in load(logits):  # again: as many registers less until here
+                    products[k] = projection[token, k]
+                if eps > 0:
+                    _residual_logits(matrix, products, gate, bias, n)
+                    softmax_out_back(matrix, grad_res, n)
+            _maps_back(
+                grad_pre, grad_post, grad_res, products, gate, bias, scale, record, gate_sums,
+                (n, pre_eps, post_scale, complete),
+            )  # fmt: skip
+            # radial = -inv_rms^2 / (n*C) * sum_k alpha * grad_logits[k] * projection[k]
+            value = gate_sums[0] * gate[0] + gate_sums[1] * gate[1] + gate_sums[2] * gate[2]
+            record[logits + n] = value * (-1.0 / (n * channels)) * scale * scale
+            for k in T.unroll(logits + n + 1, width):
+                record[k] = 0.0
+            if block * lanes + lane < tokens:
+                for k in T.unroll(width // 4):
+                    for v in T.vectorized(4):
+                        records[token, k * 4 + v] = record[k * 4 + v]
+            # grad_bias[k] = sum_t grad_logits[t, k]
+            for i in T.unroll(n):
+                value = T.warp_reduce_sum(grad_pre[i] * present)
+                if lane == 0:
+                    block_sums[block, i] = value
+                value = T.warp_reduce_sum(grad_post[i] * present)
+                if lane == 0:
+                    block_sums[block, n + i] = value
+                for o in T.unroll(n):
+                    value = T.warp_reduce_sum(grad_res[i, o] * present)
+                    if lane == 0:
+                        block_sums[block, 2 * n + i * n + o] = value
+            # grad_alpha[part] = sum_t sum_{k in part} grad_logits[t, k] * projection[t, k]
+            for part in T.unroll(3):
+                value = T.warp_reduce_sum(gate_sums[part] * present)
+                if lane == 0:
+                    block_sums[block, logits + part] = value
+
+    return mapping_backward_tokens
+
+
+def token_records(
+    grad_h_pre: Tensor | None,
+    grad_h_post: Tensor,
+    grad_h_res: Tensor,
+    projection: Tensor,
+    inv_rms: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    *,
+    channels: int,
+    pre_eps: float,
+    post_scale: float,
+    iters: int = 0,
+    sinkhorn_eps: float = 0.0,
+    more_sums: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Launch `tokens_program`.
+
+    Args:
+        grad_h_pre: [T, n], fp32. None: its rows of the records are left to `pre_backward`.
+        grad_h_post: [T, n], fp32, T at least 1.
+        grad_h_res: [T, n, n], fp32; the cotangent of the logits instead where iters is 0.
+        projection: [T, n*n + 2n], fp32.
+        inv_rms: [T], fp32.
+        alpha: [3], fp32.
+        bias: [n*n + 2n], fp32.
+        channels: C.
+        pre_eps: added to the sigmoids of h_pre.
+        post_scale: factor of the sigmoids of h_post.
+        iters: of Sinkhorn, or 0.
+        sinkhorn_eps: see `reference.sinkhorn`.
+        more_sums: rows to leave behind the blocks' sums.
+
+    Returns:
+        records [T, record_width(n)] and, for blocks of tokens, sums
+        [blocks + more_sums, sums_width(n)], fp32.
+
+    Raises:
+        RuntimeError: The sums of so many iterations do not fit this GPU's shared memory.
+    """
+    tokens, n = grad_h_post.shape
+    arch = architecture(projection.device)
+    most = shared_limit(arch) // (4 * 2 * n * TOKENS_PER_BLOCK)
+    if iters > most:
+        raise RuntimeError(
+            f"pre_backward: iters must be at most {most} for {n} streams on this GPU, got {iters}"
+        )
+    records = projection.new_empty(tokens, record_width(n))
+    blocks = ceil_div(tokens, TOKENS_PER_BLOCK)
+    block_sums = projection.new_empty(blocks + more_sums, sums_width(n))
+    constants = (channels, n, iters, float(sinkhorn_eps), float(pre_eps), float(post_scale))
+    kernel = tokens_program(arch, *constants, grad_h_pre is not None, overlaps(arch))
+    grad_h_pre = grad_h_post if grad_h_pre is None else grad_h_pre  # left unread
+    maps = (grad_h_pre, grad_h_post, grad_h_res, projection, inv_rms, alpha, bias)
+    kernel(*maps, records, block_sums[:blocks])
+    return records, block_sums
