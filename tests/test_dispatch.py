@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import os
+import re
 import subprocess
 import sys
 
@@ -85,10 +86,26 @@ def test_no_forward_adds_in_an_order_that_depends_on_the_number_of_tokens(name):
             assert len(set(configs)) == 1
             continue
         target = {"arch": "sm_90a", "multiprocessors": 132}
-        configs = [kernel.default_config(t, 4, width, **target) for t in COUNTS]
+        pinned = {"batch_invariant": True} if name == "pre" else {}
+        configs = [kernel.default_config(t, 4, width, **target, **pinned) for t in COUNTS]
         # the segments over which partial sums are formed, and the tokens that travel together
         assert len({type(config) for config in configs}) == 1
         assert len({(c.members, c.steps, c.group) for c in configs}) == 1
+
+
+def test_pre_is_one_launch_for_many_tokens_and_two_for_few():
+    pytest.importorskip("tilelang")
+    pre, team = (
+        importlib.import_module(f"mhc_tile.kernels.{name}") for name in ("pre", "pre_team")
+    )
+    target = {"arch": "sm_90a", "multiprocessors": 132}
+    forms = [type(pre.default_config(t, 4, 2560, **target)) for t in (1, 1663, 1664, 8192)]
+    assert forms == [pre.Config, pre.Config, team.Config, team.Config]
+    pinned = pre.default_config(1, 4, 2560, **target, batch_invariant=True)
+    assert isinstance(pinned, team.Config)
+    assert isinstance(
+        pre.default_config(8192, 4, 2560, arch="sm_80", multiprocessors=108), pre.Config
+    )
 
 
 @pytest.mark.parametrize("name", ["merge", "pre_apply"])
@@ -120,3 +137,20 @@ def test_the_switch_may_come_from_the_environment():
         command = [sys.executable, "-c", code]
         result = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert result.stdout.strip() == str(value == "1")
+
+
+@pytest.mark.parametrize(
+    ("capability", "tilelang", "n", "why"),
+    [
+        ((8, 0), "0.1", 4, None),
+        ((7, 5), "0.1", 4, "compute capability 7.5, kernels need 8.0"),
+        ((9, 0), None, 4, "TileLang is not installed"),
+        ((9, 0), "0.1", 3, r"kernels take n in \(1, 2, 4, 8\), got 3"),
+    ],
+)
+def test_why_no_kernel_runs(monkeypatch, capability, tilelang, n, why):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a GPU")
+    monkeypatch.setattr(_dispatch._toolchain, "tilelang_version", lambda: tilelang)
+    reason = _dispatch._unfit.__wrapped__(0, n)
+    assert reason is None if why is None else re.search(why, reason)

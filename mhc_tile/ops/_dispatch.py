@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ..kernels import _toolchain
 
-HALVES = (torch.bfloat16, torch.float16)
 REFERENCE_ONLY = os.environ.get("MHC_TILE_REFERENCE", "0") not in ("", "0")
 BATCH_INVARIANT = os.environ.get("MHC_TILE_BATCH_INVARIANT", "0") not in ("", "0")
 
@@ -64,7 +63,6 @@ def on_cuda(
     fallback: Callable[..., Any],
     *,
     streams: Callable[..., tuple[Tensor, int]],
-    tensor_cores: bool = False,
 ) -> Callable[..., Any]:
     """The CUDA implementation of an op: its kernel, or the reference where no kernel fits.
 
@@ -72,8 +70,7 @@ def on_cuda(
         op: the op's name, for the warning.
         kernel: takes the op's arguments.
         fallback: takes the same.
-        streams: from the op's arguments, a tensor whose dtype and last dim C decide, and n.
-        tensor_cores: the kernel needs bf16 or fp16 and C a multiple of 8.
+        streams: from the op's arguments, a tensor whose device and dtype decide, and n.
 
     Returns:
         The function to register for CUDA.
@@ -84,7 +81,7 @@ def on_cuda(
         x, n = streams(*args)
         if REFERENCE_ONLY or x.dtype == torch.float64:
             return fallback(*args, **kwargs)
-        if why := _unfit(x.device.index, n, x.shape[-1], x.dtype, tensor_cores):
+        if why := _unfit(x.device.index, n):
             _warn_once(f"{op}: the PyTorch reference runs instead of a kernel: {why}")
             return fallback(*args, **kwargs)
         with _current(x.device):
@@ -94,8 +91,8 @@ def on_cuda(
 
 
 @functools.cache
-def _unfit(device: int, n: int, width: int, dtype: torch.dtype, tensor_cores: bool) -> str | None:
-    """Why no kernel takes such tensors; None if one does."""
+def _unfit(device: int, n: int) -> str | None:
+    """Why no kernel takes n streams on a device; None if one does."""
     capability = torch.cuda.get_device_capability(device)
     if capability < _toolchain.MINIMUM_CAPABILITY:
         name = torch.cuda.get_device_name(device)
@@ -104,10 +101,6 @@ def _unfit(device: int, n: int, width: int, dtype: torch.dtype, tensor_cores: bo
         return f"TileLang is not installed (pip install tilelang=={_toolchain.REQUIRED_TILELANG})"
     if n not in _toolchain.STREAMS:
         return f"kernels take n in {_toolchain.STREAMS}, got {n}"
-    if tensor_cores and dtype not in HALVES:
-        return f"its kernel takes bfloat16 and float16, got {dtype}".replace("torch.", "")
-    if tensor_cores and width % 8:
-        return f"its kernel takes C that is a multiple of 8, got {width}"
     return None
 
 

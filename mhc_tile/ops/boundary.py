@@ -150,7 +150,6 @@ _boundary_backward = define(
         _backward_cuda,
         _backward_cpu,
         streams=lambda *tensors: (tensors[4], tensors[4].shape[-2]),
-        tensor_cores=True,
     ),
     fake=_backward_fake,
     **derive(_backward_derived),
@@ -161,13 +160,7 @@ _boundary = define(
     "-> (Tensor x_next, Tensor layer_input, Tensor h_post_next, Tensor h_res_next, "
     "Tensor projection, Tensor inv_rms)",
     cpu=_cpu,
-    cuda=on_cuda(
-        "boundary",
-        _cuda,
-        _cpu,
-        streams=lambda x, *_: (x, x.shape[-2]),
-        tensor_cores=True,
-    ),
+    cuda=on_cuda("boundary", _cuda, _cpu, streams=lambda x, *_: (x, x.shape[-2])),
     fake=_fake,
     setup_context=keep_projection,
     backward=_backward,

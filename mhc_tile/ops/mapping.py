@@ -139,7 +139,6 @@ _mapping_backward = define(
         _backward_cuda,
         _backward_cpu,
         streams=lambda *tensors: (tensors[3], tensors[3].shape[-2]),
-        tensor_cores=True,
     ),
     fake=_backward_fake,
     **derive(_backward_derived),

@@ -217,7 +217,6 @@ _pre_backward = define(
         pre_backward_kernel,
         _backward_cpu,
         streams=lambda *tensors: (tensors[3], tensors[3].shape[-2]),
-        tensor_cores=True,
     ),
     fake=_backward_fake,
     **derive(_backward_derived),
