@@ -179,6 +179,10 @@ def tokens_program(channels, n, iters, eps, pre_eps, post_scale, complete, overl
                 value = T.warp_reduce_sum(gate_sums[part] * present)
                 if lane == 0:
                     block_sums[block, logits + part] = value
+            # the padding, which is read with the rest
+            for q in T.unroll(sums_width(n) // lanes):
+                if q * lanes + lane >= logits + 3:
+                    block_sums[block, q * lanes + lane] = 0.0
 
     return mapping_backward_tokens
 

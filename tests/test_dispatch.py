@@ -95,14 +95,12 @@ def test_no_forward_adds_in_an_order_that_depends_on_the_number_of_tokens(name):
 
 def test_pre_is_one_launch_for_many_tokens_and_two_for_few():
     pytest.importorskip("tilelang")
-    pre, team = (
-        importlib.import_module(f"mhc_tile.kernels.{name}") for name in ("pre", "pre_team")
-    )
+    pre = importlib.import_module("mhc_tile.kernels.pre")
     target = {"arch": "sm_90a", "multiprocessors": 132}
     forms = [type(pre.default_config(t, 4, 2560, **target)) for t in (1, 1663, 1664, 8192)]
-    assert forms == [pre.Config, pre.Config, team.Config, team.Config]
+    assert forms == [pre.Config, pre.Config, pre.pre_team.Config, pre.pre_team.Config]
     pinned = pre.default_config(1, 4, 2560, **target, batch_invariant=True)
-    assert isinstance(pinned, team.Config)
+    assert isinstance(pinned, pre.pre_team.Config)
     assert isinstance(
         pre.default_config(8192, 4, 2560, arch="sm_80", multiprocessors=108), pre.Config
     )

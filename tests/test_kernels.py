@@ -267,3 +267,21 @@ def test_a_token_of_zeros_and_one_of_nan():
     )
     assert not grads[0][2].any()
     assert all(torch.isfinite(grad).all() for grad in grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_token_without_leading_dims_through_the_implementation_of_the_op(dtype):
+    mapping, pre = (importlib.import_module(f"mhc_tile.ops.{name}") for name in ("mapping", "pre"))
+    for name, forward, backward in (
+        ("mapping", mapping._cuda, mapping._backward_cuda),
+        ("pre", pre.pre_kernel, pre.pre_backward_kernel),
+    ):
+        made = call(name, Shape("no leading dims", tokens=(), width=64), dtype)
+        results = forward(*made.inputs, **made.others)
+        kept = results[-2:]
+        assert [value.dim() for value in kept] == [1, 0]
+        truth = getattr(reference, name)(*wide(*made.inputs), **made.others)
+        check(name, results[:-2], truth, 1, PAIRS[name])
+        grads = cotangents(tuple(results[:-2]))
+        actual = backward(*grads, *made.inputs, *kept, **made.others)
+        assert [a.shape for a in actual] == [value.shape for value in made.inputs]

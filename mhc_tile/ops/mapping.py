@@ -78,7 +78,7 @@ def _cuda(
     from ..kernels import mapping as kernel
 
     results = kernel.forward(flat(x, 2), phi, alpha, bias, **constants)
-    return tuple(value.view(*x.shape[:-2], *value.shape[1:]) for value in results)
+    return tuple(value.view((*x.shape[:-2], *value.shape[1:])) for value in results)
 
 
 def _fake(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **_: Any) -> tuple[Tensor, ...]:

@@ -116,7 +116,7 @@ def pre_kernel(
 
     constants["batch_invariant"] = _dispatch.BATCH_INVARIANT
     results = kernel.forward(flat(x, 2), phi, alpha, bias, **constants)
-    return tuple(value.view(*x.shape[:-2], *value.shape[1:]) for value in results)
+    return tuple(value.view((*x.shape[:-2], *value.shape[1:])) for value in results)
 
 
 def fake_pre(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **_: Any) -> tuple[Tensor, ...]:
