@@ -53,14 +53,14 @@ RING_BYTES = 51200  # of a multiprocessor: what two blocks of the columns leave 
 def dots_shape(channels: int, n: int, dtype: str, overlap: bool) -> tuple[int, int, int]:
     """Threads that share a token, pieces of a token in their ring, blocks a multiprocessor.
 
-    The threads are a function of C and dtype alone, so that a token's sums keep one order: the
-    choice that leaves fewest idle, C = 2560 being 2 vectors for each of 160.
+    The threads are a function of C and dtype alone, so that a token's sums keep one order. H200,
+    2026-11-23, the whole backward: 2 x 64 threads take 104 us at 8192 x 1280 where 160 take 110;
+    160 take 298 us at 8192 x 4096 where 128 take 310 and 2 x 64 take 314.
     """
     vectors = channels // vector_width(channels, dtype)
-    threads = min((128, 160), key=lambda number: ceil_div(vectors, number) * number)
-    blocks, ring_bytes = 1, RING_BYTES if overlap else RING_BYTES // 2
+    threads, blocks, ring_bytes = 160, 1, RING_BYTES if overlap else RING_BYTES // 2
     if vectors <= 192:
-        threads, blocks, ring_bytes = 96, 2, RING_BYTES // 2 - 1024
+        threads, blocks, ring_bytes = 64, 2, RING_BYTES // 2 - 1024
     return threads, ring_bytes // (threads * 16 * (n + 1)), blocks if overlap else 3 * blocks
 
 
@@ -127,8 +127,8 @@ def dots_program(channels, n, dtype, threads, ring, overlap):
         block_sums: T.Tensor((blocks, sums_row), F32),
     ):
         with T.Kernel(blocks, threads=threads) as block:
-            # at most 72 registers for 96 or 160 threads, 96 for 128; n = 8 leaves no room anyway
-            T.annotate_min_blocks_per_sm(3 if n == 8 else 9 if threads == 96 else 5)
+            # 72 registers for 160 threads: what the columns leave, but those of fp32 and n = 8
+            T.annotate_min_blocks_per_sm(2 if dtype == F32 or n == 8 else 5)
             thread = T.get_thread_binding()
             warp, lane = thread // WARP, thread % WARP
             tile = T.alloc_shared((ring, n + 1, threads * vector), dtype)
