@@ -168,15 +168,25 @@ class Segment:
                 channel = member * width + inner % width
                 inside = (stream < n) and (channel < C)
                 if (tx < rows * chunks) and (chunk < chunks):
-                    for row in T.unroll(ceil_div(G, rows)):
-                        place = row * rows + tx // chunks
-                        if place < G:
-                            T.ptx_cp_async(
-                                T.access_ptr(tile[slot, place, inner], "w", 8),
-                                T.access_ptr(x[first + place, stream, channel], "r", 8),
-                                8,
-                                predicate=inside and (first + place < tokens),
-                            )
+                    if inside and (first + G <= tokens):  # no predicates: half the instructions
+                        for row in T.unroll(ceil_div(G, rows)):
+                            place = row * rows + tx // chunks
+                            if place < G:
+                                T.ptx_cp_async(
+                                    T.access_ptr(tile[slot, place, inner], "w", 8),
+                                    T.access_ptr(x[first + place, stream, channel], "r", 8),
+                                    8,
+                                )
+                    else:
+                        for row in T.unroll(ceil_div(G, rows)):
+                            place = row * rows + tx // chunks
+                            if place < G:
+                                T.ptx_cp_async(
+                                    T.access_ptr(tile[slot, place, inner], "w", 8),
+                                    T.access_ptr(x[first + place, stream, channel], "r", 8),
+                                    8,
+                                    predicate=inside and (first + place < tokens),
+                                )
 
         return fetch
 

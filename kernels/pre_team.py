@@ -259,6 +259,7 @@ def team_program(
                 for j in T.serial(rounds + lag):
                     T.sync_threads(2, meeting)
                     if (j < rounds) and (tx < main_threads):
+                        T.sync_threads(3, main_threads + apply_warps * WARP)
                         project(sums, 0, fragments, x_tile, j % depth, tx)
                         T.sync_threads(1, main_threads)
                         send(sums, exchange, team, member, j, tx // WARP, warps, lane)
@@ -272,7 +273,6 @@ def team_program(
                         T.ptx_commit_group()
                 T.sync_grid()
                 for j in T.serial(rounds + lag):
-                    T.ptx_wait_group(ahead - 1)
                     T.sync_threads(2, meeting)
                     if thread < apply_warps * WARP:
                         # fetch group j + ahead into the tile that the previous round applied
@@ -280,6 +280,9 @@ def team_program(
                             first = T.cast((j + ahead) * teams + team, "int64") * G
                             fetch(x_tile, (j + ahead) % depth, x, first, member, thread)
                         T.ptx_commit_group()
+                        if j < rounds:
+                            T.ptx_wait_group(ahead)  # group j is here; those behind it are not
+                            T.sync_threads(3, main_threads + apply_warps * WARP)
                         if j >= lag:
                             done = T.cast((j - lag) * teams + team, "int64") * G
                             pre_apply(layer_input, x_tile, weights, j - lag, done, member, thread)
