@@ -128,8 +128,7 @@ def gradients_from_records(
     if config is None:
         device = (multiprocessors(x.device), arch)
         config = default_config(tokens, channels, n, x.dtype, *device)
-    grad_x, grad_phi = torch.empty_like(x), torch.empty_like(phi)
-    grad_alpha, grad_bias = phi.new_empty(3), phi.new_empty(logits)
+    grad_x = torch.empty_like(x)
     parts = phi.new_empty(config.groups, logits, n, channels)
     terms = (grad_layer_input is not None, grad_x_part is not None)
     knobs = astuple(config)
@@ -139,10 +138,27 @@ def gradients_from_records(
     part = x if grad_x_part is None else grad_x_part
     add_columns = columns_program(arch, channels, n, dtype_name(x), *terms, overlaps(arch), *knobs)
     add_columns(x, read, part, records, phi.view(logits, n, channels), grad_x, parts)
-    add_parts = parts_program(arch, phi.numel(), n, config.groups, overlaps(arch))
-    parts = parts.view(config.groups, -1)
-    add_parts(parts, block_sums, grad_phi.view(-1), grad_bias, grad_alpha)
-    return grad_x, grad_phi, grad_alpha, grad_bias
+    return grad_x, *add_parts(parts, block_sums, phi)
+
+
+def add_parts(parts: Tensor, block_sums: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch `parts_program`.
+
+    Args:
+        parts: [groups, n*n + 2n, n, C], fp32. Of grad_phi.
+        block_sums: [blocks of tokens, sums_width(n)], fp32.
+        phi: [n*n + 2n, n*C], fp32; only its shape counts.
+
+    Returns:
+        grad_phi, grad_alpha [3], grad_bias [n*n + 2n], fp32.
+    """
+    groups, logits, n, _ = parts.shape
+    arch = architecture(phi.device)
+    grad_phi = torch.empty_like(phi)
+    grad_alpha, grad_bias = phi.new_empty(3), phi.new_empty(logits)
+    kernel = parts_program(arch, phi.numel(), n, groups, overlaps(arch))
+    kernel(parts.view(groups, -1), block_sums, grad_phi.view(-1), grad_bias, grad_alpha)
+    return grad_phi, grad_alpha, grad_bias
 
 
 def backward(

@@ -7,9 +7,13 @@
 
 `gradients.pre_backward` states the same. grad_x_part is what merge's backward left of grad_x at a
 boundary, so grad_x is written once, complete. grad_x needs grad_h_pre, a sum over the whole token,
-so x is needed twice. Four launches: the tokens' records, without what grad_h_pre decides; the dot
-products ((n + 1) C elements a token read), which complete them; the columns ((2n + 1) C read, n C
-written); and the ordered sum of grad_phi's parts: 18 C at n = 4, where 13 C is the floor.
+so x is needed twice. One thread a token leaves the token's record, without what grad_h_pre decides.
+
+Many tokens go through `pre_backward_team`, which reads x once: 13 C elements a token at n = 4, the
+floor. Few tokens, and whatever has no teams (n other than 4, fp16, fp32, GPUs before sm_90), take
+two launches: the dot products ((n + 1) C elements a token read), which complete the records, and
+the columns ((2n + 1) C read, n C written), 18 C. The ordered sum of grad_phi's parts is the last
+launch of either.
 
 From sm_90 on a launch may begin before the one ahead has ended. The dot products begin beside the
 records' launch. They fill `records` with `PENDING` before the columns may begin, and write a
@@ -18,11 +22,14 @@ wait for each word that they need. Nothing waits for a launch behind it, so one 
 right, too. Only the first launch waits for whatever ran before, so no buffer is still in use.
 """
 
+from collections.abc import Iterator
+
 import tilelang.language as T
 import torch
 from torch import Tensor
 
-from ._mapping_columns import Config, candidates, default_config, is_aligned
+from . import _mapping_columns, pre_backward_team
+from ._mapping_columns import Config, is_aligned
 from ._mapping_records import PENDING, record_width, sums_width, token_records
 from ._programs import (
     F32,
@@ -36,7 +43,7 @@ from ._programs import (
     program,
 )
 from ._rows import WARP, vector_width
-from .mapping_backward import gradients_from_records
+from .mapping_backward import add_parts, gradients_from_records
 
 __all__ = ["Config", "backward", "candidates", "default_config", "traffic"]
 
@@ -47,7 +54,50 @@ DOTS_PASS_CONFIGS = {
     "tl.disable_thread_storage_sync": True,
     "tl.disable_safe_memory_legalize": True,
 }
+MANY_ROUNDS = 16  # groups a team, from which on one pass is faster than two (H200, 2026-11-24)
 RING_BYTES = 51200  # of a multiprocessor: what two blocks of the columns leave free, less a reserve
+
+
+def default_config(
+    tokens: int,
+    channels: int,
+    n: int,
+    dtype: torch.dtype,
+    multiprocessors: int,
+    arch: str,
+    *,
+    batch_invariant: bool = False,
+) -> Config | pre_backward_team.Config:
+    """One pass by teams for many tokens where the GPU can run it, else two passes over x.
+
+    H200, 2026-11-24, us, team / two passes: 8192x1280 104 / 105, 8192x2560 182 / 201, 8192x4096
+    277 / 304, 4096x7168 270 / 299; 2048x2560 65 / 64, 1024x7168 87 / 87. The two add the dot
+    products in another order.
+
+    Args:
+        tokens: T.
+        channels: C.
+        n: streams.
+        dtype: of x.
+        multiprocessors: of the GPU.
+        arch: such as "sm_90a".
+        batch_invariant: the same form for every number of tokens, that of many.
+    """
+    device = (multiprocessors, arch)
+    if dtype is torch.bfloat16:
+        team = pre_backward_team.default_config(channels, n, *device)
+        if team and (batch_invariant or tokens >= MANY_ROUNDS * team.group * team.teams):
+            return team
+    return _mapping_columns.default_config(tokens, channels, n, dtype, *device)
+
+
+def candidates(
+    tokens: int, channels: int, n: int, dtype: torch.dtype, multiprocessors: int, arch: str
+) -> Iterator[Config | pre_backward_team.Config]:
+    """Configurations worth measuring."""
+    yield from _mapping_columns.candidates(tokens, channels, n, dtype, multiprocessors, arch)
+    if dtype is torch.bfloat16:
+        yield from pre_backward_team.candidates(channels, n, multiprocessors, arch)
 
 
 def dots_shape(channels: int, n: int, dtype: str, overlap: bool) -> tuple[int, int, int]:
@@ -274,7 +324,8 @@ def backward(
     post_scale: float,
     iters: int,
     sinkhorn_eps: float,
-    config: Config | None = None,
+    config: Config | pre_backward_team.Config | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradient of `reference.pre`; see the module's docstring for the equations.
 
@@ -293,7 +344,8 @@ def backward(
         post_scale: factor of the sigmoids of h_post.
         iters: of Sinkhorn, at least 1.
         sinkhorn_eps: see `reference.sinkhorn`.
-        config: launch knobs of the columns; `default_config` if None.
+        config: launch knobs of the columns or of the teams; `default_config` if None.
+        batch_invariant: of `default_config`.
 
     Returns:
         grad_x in x's dtype; grad_phi, grad_alpha, grad_bias, fp32.
@@ -304,17 +356,29 @@ def backward(
     if x.shape[0] == 0:
         return torch.empty_like(x), *(torch.zeros_like(value) for value in (phi, alpha, bias))
     tokens, n, channels = x.shape
-    overlap = overlaps(architecture(x.device))
-    *_, resident = dots_shape(channels, n, dtype_name(x), overlap)
-    dots_blocks = min(tokens, multiprocessors(x.device) * resident)
+    arch, available = architecture(x.device), multiprocessors(x.device)
+    if config is None:
+        config = default_config(
+            tokens, channels, n, x.dtype, available, arch, batch_invariant=batch_invariant
+        )
+    if isinstance(config, pre_backward_team.Config):
+        more_sums = config.sums
+    else:
+        *_, resident = dots_shape(channels, n, dtype_name(x), overlaps(arch))
+        more_sums = min(tokens, available * resident)
     unfinished, block_sums = token_records(
         None, grad_h_post, grad_h_res, projection, inv_rms, alpha, bias,
         channels=channels, pre_eps=pre_eps, post_scale=post_scale,
-        iters=iters, sinkhorn_eps=sinkhorn_eps, more_sums=dots_blocks,
+        iters=iters, sinkhorn_eps=sinkhorn_eps, more_sums=more_sums,
     )  # fmt: skip
-    records = finish_records(
-        grad_layer_input, x, projection, inv_rms, alpha, unfinished, block_sums[-dots_blocks:]
-    )
+    own_sums = block_sums[-more_sums:]
+    if isinstance(config, pre_backward_team.Config):
+        grad_x, parts = pre_backward_team.launch(
+            config, grad_layer_input, x, phi, projection, inv_rms, alpha, unfinished,
+            grad_x_part, own_sums,
+        )  # fmt: skip
+        return grad_x, *add_parts(parts, block_sums, phi)
+    records = finish_records(grad_layer_input, x, projection, inv_rms, alpha, unfinished, own_sums)
     return gradients_from_records(
         records, block_sums, x, phi, grad_layer_input, grad_x_part, config
     )

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from cases import Shape, call, cotangents
+from cases import Shape, call, cotangents, torch_op_arguments
 from mhc_tile import set_batch_invariant
 from mhc_tile.ops import _dispatch
 
@@ -104,6 +104,48 @@ def test_pre_is_one_launch_for_many_tokens_and_two_for_few():
     assert isinstance(
         pre.default_config(8192, 4, 2560, arch="sm_80", multiprocessors=108), pre.Config
     )
+
+
+def test_the_backward_of_pre_is_one_pass_for_many_tokens_and_two_for_few():
+    pytest.importorskip("tilelang")
+    kernel = importlib.import_module("mhc_tile.kernels.pre_backward")
+    team = kernel.pre_backward_team.Config
+
+    def form(tokens, channels=2560, n=4, dtype=torch.bfloat16, arch="sm_90a", **others):
+        return type(kernel.default_config(tokens, channels, n, dtype, 132, arch, **others))
+
+    teams = kernel.pre_backward_team.default_config(2560, 4, 132, "sm_90a").teams
+    few = kernel.MANY_ROUNDS * 16 * teams
+    assert [form(t) for t in (1, few - 1, few, 8192)] == [kernel.Config, kernel.Config, team, team]
+    assert form(1, batch_invariant=True) is team
+    for other in ({"arch": "sm_80"}, {"n": 2}, {"dtype": torch.float32}, {"channels": 2561}):
+        assert form(8192, **other) is kernel.Config
+        assert form(1, **other, batch_invariant=True) is kernel.Config
+    for channels in (264, 1280, 1920, 4096, 7168, 8192):
+        pinned = {
+            (config.members, config.lag)
+            for count in (32, 108, 132)
+            if (config := kernel.pre_backward_team.default_config(channels, 4, count, "sm_90a"))
+        }
+        assert len(pinned) == 1, "the segments of a token's sums follow from C"
+
+
+def test_the_op_pins_the_form_of_its_backward(batch_invariant, monkeypatch):
+    pytest.importorskip("tilelang")
+    kernel = importlib.import_module("mhc_tile.kernels.pre_backward")
+    op = importlib.import_module("mhc_tile.ops.pre")
+    handed = []
+
+    def backward(*tensors, **constants):
+        handed.append(constants["batch_invariant"])
+        return tensors[3:7]
+
+    monkeypatch.setattr(kernel, "backward", backward)
+    arguments, others = torch_op_arguments("pre_backward")
+    for pinned in (True, False):
+        set_batch_invariant(pinned)
+        op.pre_backward_kernel(*arguments, **others)
+    assert handed == [True, False]
 
 
 @pytest.mark.parametrize("name", ["merge", "pre_apply"])

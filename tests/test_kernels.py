@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 KERNELS = ("merge", "pre_apply", "sinkhorn", "streams", "mapping", "pre", "mapping_backward")
 KERNELS += ("_mapping_columns", "_mapping_records", "_projection_any", "pre_backward", "pre_team")
+KERNELS += ("pre_backward_team",)
 
 SHAPES = [
     Shape("ragged tokens", tokens=(37,), width=72),
@@ -285,3 +286,31 @@ def test_a_token_without_leading_dims_through_the_implementation_of_the_op(dtype
         grads = cotangents(tuple(results[:-2]))
         actual = backward(*grads, *made.inputs, *kept, **made.others)
         assert [a.shape for a in actual] == [value.shape for value in made.inputs]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "members", "teams", "lag", "with_part"),
+    [
+        (1, 72, 2, 2, 2, True),
+        (150, 72, 2, 2, 2, True),  # several rounds a team, the second member of few channels
+        (70, 72, 2, 1, 3, True),
+        (100, 264, 2, 1, 2, False),  # six warps of columns
+    ],
+)
+def test_backward_of_pre_in_one_pass(tokens, width, members, teams, lag, with_part, monkeypatch):
+    team = kernel("pre_backward_team")
+    monkeypatch.setattr(team.Config, "launches", lambda *_: True)  # sm_80 hands over no registers
+    monkeypatch.setattr(team, "FLUSH", 2)
+    inputs = call("pre", Shape("team", tokens=(tokens,), width=width), torch.bfloat16).inputs
+    x, *parameters = wide(*inputs)
+    saved = [value.float() for value in reference.normalised_projection(x, parameters[0], 1e-6)]
+    layer_input = x[:, 0].bfloat16()
+    part = torch.randn_like(inputs[0]) if with_part else None
+    grads = cotangents((layer_input, torch.empty(tokens, 4), torch.empty(tokens, 4, 4)))
+    truth = gradients.pre_backward(*wide(*grads), x, *parameters, *wide(*saved), **CONSTANTS)
+    truth = (truth[0] + (part.double() if with_part else 0), *truth[1:])
+    config = team.Config(members, teams, lag)
+    actual = kernel("pre_backward").backward(
+        *grads, *inputs, *saved, part, **CONSTANTS, config=config
+    )
+    check("pre backward", actual, truth, 1, K["pre"] * BACKWARD)

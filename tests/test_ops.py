@@ -250,6 +250,15 @@ def test_a_tokens_bits_do_not_depend_on_its_batch(name, tokens, width, parts, mo
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "width"), [(2100, 1280), (333, 1048), (5, 2560)])
+@pytest.mark.parametrize("name", ["merge", "pre", "boundary"])
+def test_the_kernels_of_many_tokens_match_float64(name, tokens, width, monkeypatch):
+    monkeypatch.setattr(_dispatch, "BATCH_INVARIANT", True)
+    shape = Shape("many", tokens=(tokens,), width=width)
+    test_forward_and_backward_match_float64(name, torch.bfloat16, shape, "cuda")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["mapping", "pre", "boundary"])
 def test_what_no_kernel_takes_falls_back_with_one_warning(name):
     made = call(name, Shape("odd", tokens=(3,), n=3, width=8), torch.bfloat16, "cuda")

@@ -25,13 +25,13 @@ BATCH_INVARIANT = os.environ.get("MHC_TILE_BATCH_INVARIANT", "0") not in ("", "0
 def set_batch_invariant(enabled: bool) -> None:
     """Choose whether a token's bits are the same in a batch of any size, in every direction.
 
-    They never depend on a token's neighbours. Few tokens and many take different kernels in two
+    They never depend on a token's neighbours. Few tokens and many take different kernels in three
     places, which add or round in another order: `pre` (from 8 groups of 16 tokens on for each of
-    its teams of blocks: 1664 tokens at C = 2560 on an H200) and the backward of `merge` and
-    `pre_apply` (from 1024 tokens on). With this switch the kernels of many tokens serve every
-    number of them: few tokens take longer, many do not. Gradients of parameters sum over the tokens
-    and still depend on how many there are. The reference, which serves what no kernel takes, knows
-    no switch.
+    its teams of blocks: 1664 tokens at C = 2560 on an H200), its backward (from 16 groups on) and
+    the backward of `merge` and `pre_apply` (from 1024 tokens on). With this switch the kernels of
+    many tokens serve every number of them: few tokens take longer, many do not. Gradients of
+    parameters sum over the tokens and still depend on how many there are. The reference, which
+    serves what no kernel takes, knows no switch.
 
     It belongs to the process, holds for every thread, and is read when an op runs: by compiled
     functions too, and by CUDA graphs when they are captured. It starts as the environment variable

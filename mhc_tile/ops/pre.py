@@ -189,6 +189,7 @@ def pre_backward_kernel(
 
     grad_outputs = (flat(grad_layer_input, 1), flat(grad_h_post, 1), flat(grad_h_res, 2))
     saved = (flat(projection, 1), flat(inv_rms, 0))
+    constants["batch_invariant"] = _dispatch.BATCH_INVARIANT
     part = None if grad_x_part is None else flat(grad_x_part, 2)
     grad_x, *grads = kernel.backward(
         *grad_outputs, flat(x, 2), phi, alpha, bias, *saved, part, **constants

@@ -1,0 +1,356 @@
+"""`pre`, backward, in one pass over x: dot products and columns by teams of blocks.
+
+Equations as in pre_backward.py. Per token (3n + 1) C elements are read and n C written (13 C at
+n = 4 with merge's share of grad_x), where two passes read another (n + 1) C.
+
+grad_x needs grad_h_pre[i] = sum_c grad_layer_input[c] * x[i, c], a sum over the whole token, so x
+must stay on chip between the two. As in `pre_team` the blocks of the GPU form teams; a member owns
+a segment of the channels, all streams of it, and groups of 16 tokens flow through a ring of
+shared-memory tiles:
+
+* Four helper warps fetch a group, form the member's dot products and send them through L2 to every
+  member of the team: 64 words a group, self-validating as in `pre_team`. One round later they add
+  the members' words in the order of the members, each member for itself, complete the records and
+  leave them in shared memory in the order that the tensor cores want.
+* `lag` rounds after the dot products the other warps form grad_x from the tile, and their share of
+  grad_phi. Each holds 128 elements of nC: phi and the sums of grad_phi stay in registers for the
+  whole walk, which is why these warps take over registers from the helpers.
+
+All blocks must be resident, so the launch is cooperative. No atomics on data: a token's sums are
+formed over segments that depend on C alone, in a fixed order; a word that travels loses its last
+mantissa bit. The teams' parts of grad_phi are added by the next launch.
+
+Why no message is lost or mistaken: a member sends the dot products of group j in its round j, when
+it has received group j - lag. So every member had sent group j - lag, hence was in round j - lag
+and had received group j - 2 * lag, whose slot may be used again: slots >= 2 * lag. A reader waits
+for group j from round j + lag - 1 on; it has then received group j - slots, and a sender comes to
+group j + slots only once the reader has received group j, so one bit tells a slot's groups apart.
+
+What a round waits for. Everything that it needs was asked for a round ago, and it first asks for
+what the next one needs: the fetch of group j + 1 is on its way before group j has to be there.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import tilelang.language as T
+import torch
+from torch import Tensor
+
+from ._mapping_records import record_width, sums_width
+from ._programs import F32, architecture, ceil_div, logits_per_token, overlaps, program
+from ._programs import multiprocessors as count_multiprocessors
+from ._projection import WARP_ROLE_CONFIGS, shared_limit
+from ._team_backward_columns import columns_macros
+from ._team_backward_roles import (
+    BF16,
+    CHUNK,
+    F16,
+    GROUP,
+    HELPERS,
+    ROW_TILES,
+    STREAMS,
+    WARP,
+    Share,
+    dots_macro,
+    fetch_macros,
+    receive_macros,
+)
+
+WARPGROUP = 4 * WARP
+WIDEST = 256  # channels of a member: a lane of the helpers has 8
+MOST_MEMBERS = 32  # half of them are registers of a helper
+LINE = 64  # channels of 128 bytes: 240 channels a member take 264 us where 256 take 208
+FLUSH = 512  # rounds after which the sums of grad_phi go to memory
+
+
+@dataclass(frozen=True)
+class Config:
+    """Launch knobs of the team kernel.
+
+    Attributes:
+        members: blocks of a team; each owns ceil(C / members) channels of every stream.
+        teams: teams that share the tokens; members * teams blocks must be resident together.
+        lag: rounds from the dot products of a group to its columns. H200, 2026-11-24, 8192 x 2560:
+            2 take 188 us where 1, with another group in flight, takes 199: words are on their way.
+        registers: of a helper thread, where warps hand registers over; the others take the rest.
+    """
+
+    members: int
+    teams: int
+    lag: int = 2
+    registers: int = 88
+
+    def __post_init__(self) -> None:
+        """Reject what cannot launch on any GPU."""
+        if self.members < 2 or self.teams < 1 or self.lag < 2:
+            raise ValueError(f"pre_backward: config must be one that can launch, got {self}")
+        if self.registers % 8 or not 24 <= self.registers <= 168:
+            raise ValueError(f"pre_backward: config.registers must be 24 to 168, got {self}")
+
+    @property
+    def group(self) -> int:
+        """Tokens that travel together."""
+        return GROUP
+
+    @property
+    def sums(self) -> int:
+        """Rows of block_sums that the helpers write."""
+        return self.teams * HELPERS
+
+    @property
+    def slots(self) -> int:
+        """Slots of the exchange, a power of two."""
+        return 1 << (2 * self.lag - 1).bit_length()
+
+    def share(self, channels: int, with_part: bool = True) -> Share:
+        """The share of a member."""
+        width = ceil_div(ceil_div(channels, self.members), LINE) * LINE
+        return Share(channels, width, self.lag + 2, with_part)
+
+    def threads(self, channels: int) -> tuple[int, int]:
+        """First thread of the helpers, and one past the last: whole warpgroups."""
+        columns = ceil_div(self.share(channels).warps * WARP, WARPGROUP) * WARPGROUP
+        return columns, columns + HELPERS * WARP
+
+    def column_registers(self, channels: int) -> int:
+        """Registers of a thread that forms columns once the helpers have given theirs up."""
+        first, threads = self.threads(channels)
+        granted = 65536 // threads // 8 * 8 * threads - self.registers * (threads - first)
+        return min(240, granted // first // 8 * 8)
+
+    def launches(self, channels: int, arch: str) -> bool:
+        """Whether shared memory and registers allow the kernel."""
+        share = self.share(channels)
+        if not overlaps(arch) or share.width > WIDEST:  # no handing over of registers
+            return False
+        fits = share.shared_bytes <= shared_limit(arch)
+        return fits and self.column_registers(channels) >= 200 and self.members <= MOST_MEMBERS
+
+
+@lru_cache(maxsize=1024)
+def default_config(channels: int, n: int, multiprocessors: int, arch: str) -> Config | None:
+    """The first of `candidates`: members of 256 channels; None where no team can run."""
+    return next(candidates(channels, n, multiprocessors, arch), None)
+
+
+def candidates(channels: int, n: int, multiprocessors: int, arch: str) -> Iterator[Config]:
+    """Every configuration worth timing; impossible ones never leave."""
+    if n != STREAMS or channels % CHUNK:
+        return
+    for width in (256, 192, 128):
+        members = ceil_div(channels, width)
+        if 2 <= members <= multiprocessors:
+            # 28 members' words do not fit into 88 registers of sm_90a
+            registers = 104 if members > 24 and arch == "sm_90a" else 88
+            config = Config(members, multiprocessors // members, registers=registers)
+            if config.launches(channels, arch):
+                yield config
+
+
+@program(WARP_ROLE_CONFIGS)
+def team_program(channels: int, with_part: bool, config: Config, handover: bool) -> Any:
+    """Everything of `pre`'s backward behind the unfinished records, by teams of blocks."""
+    C, n = channels, STREAMS
+    members, teams = config.members, config.teams
+    lag, slots = config.lag, config.slots
+    share = config.share(C, with_part)
+    depth = share.depth
+    helpers_first, threads = config.threads(C)
+    column_threads = share.warps * WARP
+    meeting = column_threads + HELPERS * WARP  # threads that wait for what was fetched
+    column_registers = config.column_registers(C)
+    logits, width, sums_row = logits_per_token(n), record_width(n), sums_width(n)
+    tokens = T.dynamic("tokens")
+    fetch, fetch_part = fetch_macros(share, tokens)
+    send_dots = dots_macro(share, slots)
+    ask, request, receive, publish = receive_macros(share, members, slots)
+    load_phi, form, add_phi = columns_macros(share, tokens)
+    words_each = slots * HELPERS * 4 * n  # of a member
+
+    @T.prim_func
+    def mhc_pre_backward_team(
+        grad_layer_input: T.Tensor((tokens * C,), BF16),
+        x: T.Tensor((tokens * (n * C),), BF16),
+        part: T.Tensor((tokens * (n * C),), BF16),
+        phi: T.Tensor((logits, n, C), F32),
+        projection: T.Tensor((tokens, logits), F32),
+        inv_rms: T.Tensor((tokens,), F32),
+        alpha: T.Tensor((3,), F32),
+        unfinished: T.Tensor((tokens, width), F32),
+        exchange: T.Tensor((teams, slots, members, GROUP * n), "int32"),
+        grad_x: T.Tensor((tokens * (n * C),), BF16),
+        grad_phi_parts: T.Tensor((teams * logits * n * C,), F32),
+        block_sums: T.Tensor((teams * HELPERS, sums_row), F32),
+    ):
+        with T.Kernel(members, teams, threads=threads) as (member, team):
+            tx = T.get_thread_binding()
+            streams = T.alloc_shared((depth, GROUP, n, share.width), BF16)
+            inputs = T.alloc_shared((depth, GROUP, 1, share.width), BF16)
+            staged = T.alloc_shared((2, GROUP, n, share.width), BF16)
+            high_low = T.alloc_shared((WARP, ROW_TILES * 8), BF16)
+            scaled = T.alloc_shared((2, WARP, 8), F16)
+            weights = T.alloc_shared((GROUP, 8), F32)
+            # a variable, not an expression: the simplifier would expand it into every use
+            rounds = T.alloc_var("int32", (T.ceildiv(tokens, GROUP) + teams - 1 - team) // teams)
+            turns = T.alloc_var("int32", T.max(rounds, 1))  # a team without tokens leaves zeros
+
+            if tx < helpers_first:
+                if handover:
+                    T.set_max_nreg(column_registers, 1)
+                phi_tile = T.alloc_local((2 * 4 * ROW_TILES * 4,), F16)
+                grad_phi = T.alloc_local((2 * 4 * ROW_TILES * 4,), F32)
+                # no message yet: the first use of a slot expects an even word
+                for p in T.unroll(ceil_div(words_each, helpers_first)):
+                    entry = p * helpers_first + tx
+                    if entry < words_each:
+                        exchange[team, entry // (GROUP * n), member, entry % (GROUP * n)] = 1
+                if tx < column_threads:
+                    load_phi(phi_tile, weights, phi, member, tx)
+                for v in T.unroll(2 * 4 * ROW_TILES * 4):
+                    grad_phi[v] = 0.0
+                T.sync_grid()
+                for j in T.serial(turns + lag):
+                    T.sync_threads(1, threads)
+                    if j >= lag:
+                        T.sync_threads(2, threads)
+                    if tx < column_threads:
+                        first = T.cast((j - lag) * teams + team, "int64") * GROUP
+                        if (j >= lag) and (first < tokens):
+                            form(
+                                grad_x, grad_phi, phi_tile, streams, inputs, staged,
+                                high_low, scaled, weights,
+                                (j - lag) % depth, (j - lag) % 2, first, member, tx, meeting,
+                            )  # fmt: skip
+                        else:
+                            T.sync_threads(3, meeting)
+                        # sums of the tensor cores lose digits as they grow: a new one begins
+                        last = j == turns + lag - 1
+                        if (j >= lag) and (last or ((j - lag) % FLUSH == FLUSH - 1)):
+                            add_phi(grad_phi_parts, grad_phi, j - lag >= FLUSH, team, member, tx)
+            else:
+                if handover:
+                    T.set_max_nreg(config.registers, 0)
+                thread = tx - helpers_first
+                lane = thread % WARP
+                words = T.alloc_local((ceil_div(members, 2),), "int32")
+                record = T.alloc_local((6,), F32)
+                ready = T.alloc_local((5,), F32)
+                sums = T.alloc_local((2,), F32)
+                gate = T.alloc_var(F32, alpha[0])
+                group = T.alloc_var("int32", 0)
+                for m in T.unroll(ceil_div(members, 2)):
+                    words[m] = 0
+                for v in T.unroll(6):
+                    record[v] = 0.0
+                for v in T.unroll(5):
+                    ready[v] = 0.0
+                sums[0] = 0.0
+                sums[1] = 0.0
+                # read with the rest, never used
+                scaled[thread // 64, thread // 2 % WARP, 6 + thread % 2] = T.cast(0.0, F16)
+                first = T.cast(team, "int64") * GROUP
+                fetch(x, grad_layer_input, streams, inputs, 0, first, member, thread)
+                T.ptx_commit_group()
+                T.sync_grid()
+                for j in T.serial(turns + lag):
+                    T.sync_threads(1, threads)
+                    if j >= lag:
+                        publish(ready, high_low, scaled, weights, thread)
+                        T.sync_threads(2, threads)
+                    group = j + 1 - lag
+                    if (group >= 0) and (group < (rounds if with_part else 0)):
+                        first = T.cast(group * teams + team, "int64") * GROUP
+                        fetch_part(part, staged, group % 2, first, member, thread)
+                    if j + 1 < rounds:
+                        first = T.cast((j + 1) * teams + team, "int64") * GROUP
+                        fetch(
+                            x, grad_layer_input, streams, inputs, (j + 1) % depth, first, member,
+                            thread,
+                        )  # fmt: skip
+                    T.ptx_commit_group()
+                    # what the previous round asked for is here: x of group j, part of group j - lag
+                    T.ptx_wait_group(1)
+                    T.sync_threads(3, meeting)
+                    if j < rounds:
+                        send_dots(streams, inputs, j % depth, exchange, team, member, j, thread)
+                    if (group >= 0) and (group < rounds):
+                        first = T.cast(group * teams + team, "int64") * GROUP
+                        receive(
+                            words, record, ready, exchange, gate, sums, team, group, first,
+                            tokens, thread,
+                        )  # fmt: skip
+                    if (group >= -1) and (group < rounds - 1):
+                        first = T.cast((group + 1) * teams + team, "int64") * GROUP
+                        request(record, unfinished, projection, inv_rms, first, tokens, thread)
+                        ask(words, exchange, team, group + 1, thread)
+                # grad_bias of h_pre's logits and their part of grad_alpha, of every token once
+                for v in T.unroll(2):
+                    sums[v] = sums[v] + T.shfl_xor(sums[v], 8)
+                    sums[v] = sums[v] + T.shfl_xor(sums[v], 16)
+                sums[1] = sums[1] + T.shfl_xor(sums[1], 1)
+                sums[1] = sums[1] + T.shfl_xor(sums[1], 2)
+                sums[1] = T.shfl_sync(sums[1], 0)
+                if member == 0:
+                    for q in T.unroll(sums_row // WARP):
+                        column = q * WARP + lane
+                        block_sums[team * HELPERS + thread // WARP, column] = T.if_then_else(
+                            column == logits, sums[1], T.if_then_else(column < n, sums[0], 0.0)
+                        )
+
+    return mhc_pre_backward_team
+
+
+def launch(
+    config: Config,
+    grad_layer_input: Tensor,
+    x: Tensor,
+    phi: Tensor,
+    projection: Tensor,
+    inv_rms: Tensor,
+    alpha: Tensor,
+    unfinished: Tensor,
+    grad_x_part: Tensor | None,
+    block_sums: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Launch the team kernel on at least one token.
+
+    Args:
+        config: of the launch.
+        grad_layer_input: [T, C], bf16.
+        x: [T, n, C], bf16.
+        phi: [n*n + 2n, n*C], fp32.
+        projection: [T, n*n + 2n], fp32.
+        inv_rms: [T], fp32.
+        alpha: [3], fp32.
+        unfinished: [T, record_width(n)], fp32, of `token_records` without grad_h_pre.
+        grad_x_part: [T, n, C], bf16, or None.
+        block_sums: [config.teams * HELPERS, sums_width(n)], fp32; written.
+
+    Returns:
+        grad_x [T, n, C], bf16, and the teams' parts of grad_phi [teams, n*n + 2n, n, C], fp32.
+    """
+    _, n, channels = x.shape
+    arch, available = architecture(x.device), count_multiprocessors(x.device)
+    assert n == STREAMS
+    assert x.dtype == torch.bfloat16
+    if config.members * config.teams > available or not config.launches(channels, arch):
+        raise ValueError(
+            f"pre_backward: config must launch for C {channels} on the {available} multiprocessors "
+            f"of this {arch} GPU, got {config}"
+        )
+    grad_x = torch.empty_like(x)
+    parts = phi.new_empty(config.teams, phi.shape[0], n, channels)
+    exchange = torch.empty(
+        config.teams, config.slots, config.members, GROUP * n, dtype=torch.int32, device=x.device
+    )
+    kernel = team_program(arch, channels, grad_x_part is not None, config, overlaps(arch))
+    part = x if grad_x_part is None else grad_x_part  # left unread
+    kernel(
+        grad_layer_input.view(-1), x.view(-1), part.view(-1), phi.view(parts.shape[1:]),
+        projection, inv_rms, alpha,
+        unfinished, exchange, grad_x.view(-1), parts.view(-1), block_sums,
+    )  # fmt: skip
+    return grad_x, parts
