@@ -32,8 +32,8 @@ def set_batch_invariant(enabled: bool) -> None:
     `pre_apply` (from 1024 tokens on). With this switch the kernels of many tokens serve every
     number of them: few tokens take longer, many do not. Tuned tables keep to this: they hold one
     order of sums for few tokens and one for many, and with the switch the latter serves all.
-    Gradients of parameters sum over the tokens and still depend on how many there are. The reference, which serves what no kernel takes, knows
-    no switch.
+    Gradients of parameters sum over the tokens and still depend on how many there are. The
+    reference, which serves what no kernel takes, knows no switch.
 
     It belongs to the process, holds for every thread, and is read when an op runs: by compiled
     functions too, and by CUDA graphs when they are captured. It starts as the environment variable
