@@ -1,8 +1,9 @@
 """Processes that do what may crash or hang: compile, launch, measure.
 
 A worker is a fresh process (spawned, so that it has a CUDA context of its own) that handles one
-task after another and answers each with messages. One that says nothing for too long is killed, one
-that dies is noticed; the caller goes on with a new one.
+task after another and answers each with messages; it waits until a message has been dealt with. One
+that says nothing for too long is killed, one that dies is noticed; the caller goes on with a new
+one.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from typing import Any
 
 START_SECONDS = 180.0  # to import torch and TileLang and to open the GPU, on a busy machine
 DONE = "done"
+GO_ON = "go on"
 READY = "ready"
 
 
@@ -84,6 +86,7 @@ class Worker:
             self._ready = True
         while (said := self.message(seconds)) != DONE:
             yield said
+            self.send(GO_ON)
 
     def message(self, seconds: float) -> Any:
         """The next message as it is: READY once, then answers, DONE after each task.
@@ -98,7 +101,9 @@ class Worker:
         try:
             if not self.connection.poll(seconds):
                 self.kill()
-                raise WorkerHung(f"no answer for {seconds:.0f} s")
+                raise WorkerHung(
+                    f"no answer for {seconds:.0f} s" if seconds else "no answer in time"
+                )
             return self.connection.recv()
         except (EOFError, OSError) as error:
             raise WorkerDied(self._epitaph()) from error
@@ -159,12 +164,19 @@ def pooled(
         with contextlib.suppress(WorkerDied):  # noticed when its answer is read
             fresh.send(task)
 
-    def answer(worker: Worker, seconds: float) -> tuple[Any, Worker | None]:
-        """Its next message, and the worker if that was not its last."""
+    def answer(worker: Worker) -> tuple[Any, Worker | None]:
+        """What it says now, and the worker if it can take another task after that."""
         try:
-            return worker.message(seconds), worker
+            said = worker.message(0.0)
         except (WorkerDied, WorkerHung) as error:
             return error, None
+        if said != READY:
+            try:
+                worker.send(GO_ON)
+                assert worker.message(seconds) == DONE  # tasks of a pool have one answer
+            except (WorkerDied, WorkerHung):
+                return said, None
+        return said, worker
 
     try:
         while left and len(busy) < jobs:
@@ -175,12 +187,10 @@ def pooled(
             late = [at for at, entry in busy.items() if entry[2] <= time.monotonic()]
             for connection in dict.fromkeys((*heard, *late)):
                 worker, task, _ = busy.pop(connection)
-                said, alive = answer(worker, 0.0)
+                said, alive = answer(worker)
                 if said == READY:
                     busy[connection] = worker, task, time.monotonic() + seconds
                     continue
-                if alive and worker.message(seconds) != DONE:
-                    raise RuntimeError(f"pooled: {handler} must answer a task once, got more")
                 if left:
                     start(alive)
                 elif alive:
@@ -210,6 +220,7 @@ def _serve(
         while (task := connection.recv()) is not None:
             for message in handle(task):
                 connection.send(message)
+                connection.recv()  # GO_ON
             connection.send(DONE)
 
 
