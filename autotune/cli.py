@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to tune")
     what.add_argument("--preset", choices=sorted(PRESETS), help="shapes of models, or all of them")
     what.add_argument("--hidden", type=int, nargs="+", metavar="C", help="hidden sizes instead")
-    what.add_argument("--streams", type=int, nargs="+", metavar="n", default=[4], help="with C")
-    what.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="with C")
+    what.add_argument("--streams", type=int, nargs="+", metavar="n", help="with C; default: 4")
+    what.add_argument("--dtype", nargs="+", choices=DTYPES, help="with C; default: bfloat16")
     what.add_argument("--tokens", type=int, nargs="+", metavar="T", help="default: 1, 4, .. 65536")
     what.add_argument("--kernel", nargs="+", choices=list(KERNELS), help="only these")
     phase = parser.add_argument_group("phases").add_mutually_exclusive_group()
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     again = how.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_false", dest="force", help="the default: go on")
     again.add_argument("--force", action="store_true", help="measure again what is known")
+    parser.set_defaults(force=False)
     how.add_argument("--output", type=Path, help="the table; default: the user's data folder")
 
 
@@ -57,8 +58,9 @@ def run(args: argparse.Namespace) -> int:
     """
     for module in ("tqdm", "tabulate", "matplotlib.figure"):
         require(module, "autotune")
+    shapes = _shapes(args)
     device, target = _target(args)
-    wanted = problems(_shapes(args), args.kernel or KERNELS)
+    wanted = problems(shapes, args.kernel or KERNELS)
     folder = journal.folder()
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "workers.log"
@@ -91,6 +93,8 @@ def _target(args: argparse.Namespace) -> tuple[Device | None, Target]:
                 f"known are {', '.join(_shipped.MULTIPROCESSORS)}"
             )
         return None, Target(args.arch, number)
+    if args.multiprocessors:
+        raise ValueError("autotune: --multiprocessors must come with --arch, got no --arch")
     try:
         device = describe()
         arch = _toolchain.target(device.capability)["arch"]
@@ -109,12 +113,15 @@ def _device(device: Device | None) -> Device:
 def _shapes(args: argparse.Namespace) -> Sequence[Shape]:
     if bool(args.preset) == bool(args.hidden):
         raise ValueError(f"autotune: one of --preset {sorted(PRESETS)} and --hidden must be given")
+    for name in ("streams", "dtype"):
+        if args.preset and getattr(args, name):
+            raise ValueError(f"autotune: --{name} must come with --hidden, got --preset")
     for name in ("hidden", "tokens", "jobs", "budget", "timeout"):
         values = getattr(args, name)
         values = values if isinstance(values, list) else [values]
         if any(value is not None and value <= 0 for value in values):
             raise ValueError(f"autotune: --{name} must be above 0, got {values}")
-    if wrong := [n for n in args.streams if n not in _toolchain.STREAMS]:
+    if wrong := [n for n in args.streams or () if n not in _toolchain.STREAMS]:
         raise ValueError(f"autotune: --streams must be in {_toolchain.STREAMS}, got {wrong}")
     tokens = tuple(args.tokens or TOKENS)
     if wrong := [count for count in tokens if count & (count - 1)]:
@@ -124,8 +131,8 @@ def _shapes(args: argparse.Namespace) -> Sequence[Shape]:
     return [
         Shape(channels, n, dtype, tokens)
         for channels in args.hidden
-        for n in args.streams
-        for dtype in args.dtype
+        for n in args.streams or (4,)
+        for dtype in args.dtype or ("bfloat16",)
     ]
 
 

@@ -23,6 +23,7 @@ from . import cubin, worker
 from .table import replace
 
 SECONDS = 300.0  # for one program; the slowest take 10 on one core
+_LIBRARY = "executable.so"  # of a kernel in TileLang's cache, with its cubin
 _HANDLER = f"{__name__}:handler"
 
 
@@ -72,7 +73,7 @@ def known(job: Job) -> tuple[Resources, ...] | None:
     """What a compiled program's kernels take; None if it has yet to be compiled here."""
     try:
         record = json.loads(job.path.read_text(encoding="utf-8"))
-        if not (_toolchain.kernel_cache() / record["kernel"]).exists():
+        if not (_toolchain.kernel_cache() / record["kernel"] / _LIBRARY).is_file():
             return None
         return tuple(Resources(**values) for values in record["takes"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -136,13 +137,13 @@ def build(job: Job) -> tuple[Resources, ...]:
 
     program = getattr(importlib.import_module(job.module), job.name)
     kernel = program(job.arch, *job.constants)
-    if kernel.artifact.device_mod is not None:
+    if kernel.artifact is not None:
         functions = _lowering.device_functions(kernel.artifact.device_mod).values()
     else:  # from the cache, which keeps no module: lower it once more
         prim_func = program.factory(*job.constants)
         functions = _lowering.lower(prim_func, job.arch, program.pass_configs).functions
     folder = Path(kernel._tilelang_cache_path)
-    usage = cubin.usage((folder / "executable.so").read_bytes())
+    usage = cubin.usage((folder / _LIBRARY).read_bytes())
     taken = tuple(
         Resources(
             kernel=function.name,
