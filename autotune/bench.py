@@ -84,18 +84,17 @@ class CudaBench:
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
     """Fill what torch.empty returns with NaN, so that an element nobody wrote is seen."""
+    settings: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled()
-    warn, fill = (
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
-    )
+    warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        settings.fill_uninitialized_memory = fill
 
 
 def difference(

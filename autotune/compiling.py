@@ -138,7 +138,7 @@ def build(job: Job) -> tuple[Resources, ...]:
     program = getattr(importlib.import_module(job.module), job.name)
     kernel = program(job.arch, *job.constants)
     if kernel.artifact is not None:
-        functions = _lowering.device_functions(kernel.artifact.device_mod).values()
+        functions = tuple(_lowering.device_functions(kernel.artifact.device_mod).values())
     else:  # from the cache, which keeps no module: lower it once more
         prim_func = program.factory(*job.constants)
         functions = _lowering.lower(prim_func, job.arch, program.pass_configs).functions

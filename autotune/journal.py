@@ -106,9 +106,9 @@ class Journal:
                 return
             problem = Problem(**values["problem"])
             if "outcome" in values:
-                outcome = dict(values["outcome"])
-                sample = outcome.pop("sample")
-                outcome = Outcome(**outcome, sample=Sample(**sample) if sample else None)
+                fields = dict(values["outcome"])
+                sample = fields.pop("sample")
+                outcome = Outcome(**fields, sample=Sample(**sample) if sample else None)
                 self._outcomes[problem][name_of(values["config"])] = outcome
             elif values["complete"]:
                 self._complete.add(problem)

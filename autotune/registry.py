@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,35 +50,46 @@ class Target:
     multiprocessors: int
 
 
-def _rowwise(backward: bool) -> dict[str, Callable[..., Any]]:
+class Knobs(NamedTuple):
+    """How a kernel's module is asked for configurations.
+
+    default: from the module, a problem, a target and `batch_invariant=`, a configuration.
+    candidates: from the module, a problem and a target, those worth measuring.
+    """
+
+    default: Callable[..., Any]
+    candidates: Callable[..., Any]
+
+
+def _rowwise(backward: bool) -> Knobs:
     """`merge` and `pre_apply`: direction, tokens, n, C, dtype."""
 
     def sizes(problem: Problem) -> tuple[Any, ...]:
         return backward, problem.tokens, problem.n, problem.channels, problem.dtype
 
-    return {
-        "default": lambda kernel, p, target, **pin: kernel.default_config(*sizes(p), **pin),
-        "candidates": lambda kernel, p, target: kernel.candidates(*sizes(p)),
-    }
+    return Knobs(
+        default=lambda kernel, p, target, **pin: kernel.default_config(*sizes(p), **pin),
+        candidates=lambda kernel, p, target: kernel.candidates(*sizes(p)),
+    )
 
 
-def _projecting() -> dict[str, Callable[..., Any]]:
+def _projecting() -> Knobs:
     """`mapping` and `pre`: tokens, n, C and the target by name."""
 
     def sizes(problem: Problem) -> tuple[Any, ...]:
         return problem.tokens, problem.n, problem.channels
 
-    return {
-        "default": lambda kernel, p, target, **pin: kernel.default_config(
+    return Knobs(
+        default=lambda kernel, p, target, **pin: kernel.default_config(
             *sizes(p), **dataclasses.asdict(target), **pin
         ),
-        "candidates": lambda kernel, p, target: kernel.candidates(
+        candidates=lambda kernel, p, target: kernel.candidates(
             *sizes(p), **dataclasses.asdict(target)
         ),
-    }
+    )
 
 
-def _columns() -> dict[str, Callable[..., Any]]:
+def _columns() -> Knobs:
     """`mapping_backward` and `pre_backward`: tokens, C, n, dtype and the target in order."""
 
     def sizes(problem: Problem, target: Target) -> tuple[Any, ...]:
@@ -86,18 +97,18 @@ def _columns() -> dict[str, Callable[..., Any]]:
         place = target.multiprocessors, target.arch
         return problem.tokens, problem.channels, problem.n, dtype, *place
 
-    return {
-        "default": lambda kernel, p, target, **pin: kernel.default_config(*sizes(p, target), **pin),
-        "candidates": lambda kernel, p, target: kernel.candidates(*sizes(p, target)),
-    }
+    return Knobs(
+        default=lambda kernel, p, target, **pin: kernel.default_config(*sizes(p, target), **pin),
+        candidates=lambda kernel, p, target: kernel.candidates(*sizes(p, target)),
+    )
 
 
-def _constant(candidates: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+def _constant(candidates: Callable[..., Any]) -> Knobs:
     """`streams` and `sinkhorn`: one default for every size."""
-    return {
-        "default": lambda kernel, p, target, **pin: kernel.default_config(),
-        "candidates": candidates,
-    }
+    return Knobs(
+        default=lambda kernel, p, target, **pin: kernel.default_config(),
+        candidates=candidates,
+    )
 
 
 @dataclass(frozen=True)
@@ -109,8 +120,7 @@ class Kernel:
         inputs: from an `Inputs`, the tensors of a call.
         call: from the module, these tensors and `config=`, the results as a tuple.
         traffic: from the module and a problem, bytes that must move.
-        default: from the module, a problem, a target and `batch_invariant=`, a configuration.
-        candidates: from the module, a problem and a target, those worth measuring.
+        knobs: the configurations that it has.
         sums: whether a configuration can change the order of a token's sums.
         parameter_grads: results, the last ones, that sum over tokens.
         of_channels: whether C and dtype matter.
@@ -121,8 +131,7 @@ class Kernel:
     inputs: Callable[[Inputs], tuple[Tensor, ...]]
     call: Callable[..., tuple[Tensor, ...]]
     traffic: Callable[[ModuleType, Problem], int]
-    default: Callable[..., Any]
-    candidates: Callable[..., Any]
+    knobs: Knobs
     sums: bool = False
     parameter_grads: int = 0
     of_channels: bool = True
@@ -182,14 +191,14 @@ KERNELS: dict[str, Kernel] = {
         lambda make: (make.x, make.hidden, make.vector, make.matrix),
         _identity,
         _direction("forward"),
-        **_rowwise(False),
+        _rowwise(False),
     ),
     "merge_backward": Kernel(
         "merge",
         lambda make: (make.x, make.x, make.hidden, make.vector, make.matrix),
         lambda kernel, tensors, config: kernel.backward(*tensors, config=config),
         _direction("backward"),
-        **_rowwise(True),
+        _rowwise(True),
         sums=True,
     ),
     "pre_apply": Kernel(
@@ -197,14 +206,14 @@ KERNELS: dict[str, Kernel] = {
         lambda make: (make.x, make.vector),
         _identity,
         _direction("forward"),
-        **_rowwise(False),
+        _rowwise(False),
     ),
     "pre_apply_backward": Kernel(
         "pre_apply",
         lambda make: (make.hidden, make.x, make.vector),
         lambda kernel, tensors, config: kernel.backward(*tensors, config=config),
         _direction("backward"),
-        **_rowwise(True),
+        _rowwise(True),
         sums=True,
     ),
     "expand": Kernel(
@@ -212,14 +221,14 @@ KERNELS: dict[str, Kernel] = {
         lambda make: (make.hidden, make.problem.n),  # type: ignore[arg-type,return-value]
         lambda kernel, tensors, config: (kernel.expand(*tensors, config=config),),
         _direction("expand"),
-        **_constant(lambda kernel, problem, target: kernel.candidates()),
+        _constant(lambda kernel, problem, target: kernel.candidates()),
     ),
     "collapse": Kernel(
         "streams",
         lambda make: (make.x,),
         lambda kernel, tensors, config: (kernel.collapse(*tensors, mean=False, config=config),),
         _direction("collapse"),
-        **_constant(lambda kernel, problem, target: kernel.candidates()),
+        _constant(lambda kernel, problem, target: kernel.candidates()),
     ),
     "sinkhorn": Kernel(
         "sinkhorn",
@@ -228,7 +237,7 @@ KERNELS: dict[str, Kernel] = {
             kernel.forward(*tensors, iters=20, eps=0.0, config=config),
         ),
         lambda kernel, problem: kernel.traffic(problem.tokens, problem.n)["forward"][0],
-        **_constant(lambda kernel, p, target: kernel.candidates(False, p.n, 20)),
+        _constant(lambda kernel, p, target: kernel.candidates(False, p.n, 20)),
         of_channels=False,
     ),
     "sinkhorn_backward": Kernel(
@@ -238,7 +247,7 @@ KERNELS: dict[str, Kernel] = {
             kernel.backward(*tensors, iters=20, eps=0.0, config=config),
         ),
         lambda kernel, problem: kernel.traffic(problem.tokens, problem.n)["backward"][0],
-        **_constant(lambda kernel, p, target: kernel.candidates(True, p.n, 20)),
+        _constant(lambda kernel, p, target: kernel.candidates(True, p.n, 20)),
         of_channels=False,
     ),
     "mapping": Kernel(
@@ -248,7 +257,7 @@ KERNELS: dict[str, Kernel] = {
             *tensors, **_EPSILONS, post_scale=2.0, config=config
         ),
         _moved,
-        **_projecting(),
+        _projecting(),
         sums=True,
         tensor_cores=True,
     ),
@@ -259,7 +268,7 @@ KERNELS: dict[str, Kernel] = {
         ),
         lambda kernel, tensors, config: kernel.backward(*tensors, **_MAPPING, config=config),
         _columns_traffic(),
-        **_columns(),
+        _columns(),
         sums=True,
         parameter_grads=3,
     ),
@@ -270,7 +279,7 @@ KERNELS: dict[str, Kernel] = {
             *tensors, **_EPSILONS, post_scale=2.0, **_SINKHORN, config=config
         ),
         _moved,
-        **_projecting(),
+        _projecting(),
         sums=True,
         tensor_cores=True,
     ),
@@ -283,7 +292,7 @@ KERNELS: dict[str, Kernel] = {
             *tensors, **_MAPPING, **_SINKHORN, config=config
         ),
         _columns_traffic(with_part=True),
-        **_columns(),
+        _columns(),
         sums=True,
         parameter_grads=3,
     ),
@@ -301,8 +310,8 @@ def default(problem: Problem, target: Target, *, batch_invariant: bool = False) 
     """
     kernel = KERNELS[problem.kernel]
     if batch_invariant and kernel.pins():
-        return kernel.default(kernel.load(), problem, target, batch_invariant=True)
-    return kernel.default(kernel.load(), problem, target)
+        return kernel.knobs.default(kernel.load(), problem, target, batch_invariant=True)
+    return kernel.knobs.default(kernel.load(), problem, target)
 
 
 def regime(problem: Problem, target: Target, *, batch_invariant: bool = False) -> str:
@@ -333,7 +342,7 @@ def candidates(problem: Problem, target: Target) -> list[Any]:
     if kernel.untunable(problem):
         return [first]
     pinned = default(problem, target, batch_invariant=True)
-    offered: Iterator[Any] = kernel.candidates(kernel.load(), problem, target)
+    offered: Iterator[Any] = kernel.knobs.candidates(kernel.load(), problem, target)
     return list(dict.fromkeys((first, pinned, *offered)))
 
 

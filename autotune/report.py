@@ -95,8 +95,8 @@ def closing(found: Sequence[Row]) -> str:
         found: at least one.
     """
     tabulate = require("tabulate", "autotune").tabulate
-    headers = ("kernel", "tokens x C", "n", "dtype", "default us", "tuned us", "gain", "% of floor")
-    headers += ("configuration",)
+    headers: tuple[str, ...] = ("kernel", "tokens x C", "n", "dtype", "default us", "tuned us")
+    headers += ("gain", "% of floor", "configuration")
     lines = [
         (
             row.problem.kernel,

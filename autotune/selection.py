@@ -6,7 +6,7 @@ the whole family is faster and none of its entries slower.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ class Choice:
     default_us: float
 
 
-def select(family: dict[int, Sequence[Timed]]) -> dict[int, Choice]:
+def select(family: Mapping[int, Sequence[Timed]]) -> dict[int, Choice]:
     """Choose a configuration for each number of tokens of a family.
 
     Args:

@@ -197,8 +197,10 @@ def _family(item: dict[str, Any], source: str) -> Family:
         entries[int(tokens)] = Entry(config, bool(entry["default"]), *numbers)
     if not entries or min(entries) < 1:
         raise ValueError(f"entries of {key} at no number of tokens")
-    versions = (str(item[name]) for name in ("order", "tilelang", "driver", "date"))
-    return Family(key, *versions, entries, source)
+    order, tilelang, driver, date = (
+        str(item[name]) for name in ("order", "tilelang", "driver", "date")
+    )
+    return Family(key, order, tilelang, driver, date, entries, source)
 
 
 def render(table: Table) -> str:

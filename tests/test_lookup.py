@@ -295,9 +295,9 @@ class OnGPU:
 
 def test_an_op_launches_with_the_tables_configuration(fake_gpu):
     launched = []
-    _dispatch.tuned("merge", OnGPU(), 64, 4, 2560, launched.append)
-    _dispatch.tuned("merge", OnGPU(), 0, 4, 2560, launched.append)
-    _dispatch.tuned("merge", torch.empty(1), 64, 4, 2560, launched.append)
+    _dispatch.tuned("merge", OnGPU(), (64, 4, 2560), launched.append)
+    _dispatch.tuned("merge", OnGPU(), (0, 4, 2560), launched.append)
+    _dispatch.tuned("merge", torch.empty(1), (64, 4, 2560), launched.append)
     assert launched == [merge_config(96), None, None]
 
 
@@ -310,10 +310,10 @@ def test_a_configuration_that_does_not_launch_gives_way_to_the_default(fake_gpu)
 
     launched: list[object] = []
     with pytest.warns(RuntimeWarning, match="must launch, got too much shared memory"):
-        assert _dispatch.tuned("merge", OnGPU(), 64, 4, 2560, launch) == "results"
+        assert _dispatch.tuned("merge", OnGPU(), (64, 4, 2560), launch) == "results"
     assert launched == [merge_config(96), None]
     for tokens in (64, 4096):  # the family as a whole: one order of sums
-        assert _dispatch.tuned("merge", OnGPU(), tokens, 4, 2560, launch) == "results"
+        assert _dispatch.tuned("merge", OnGPU(), (tokens, 4, 2560), launch) == "results"
     assert launched[2:] == [None, None]
     assert lookup.explain(ASKED).why == "default"
 
@@ -323,7 +323,7 @@ def test_what_fails_with_the_default_too_is_the_callers_error(fake_gpu):
         raise ValueError("no such shape")
 
     with pytest.raises(ValueError, match="no such shape"):
-        _dispatch.tuned("merge", OnGPU(), 64, 4, 2560, launch)
+        _dispatch.tuned("merge", OnGPU(), (64, 4, 2560), launch)
     assert lookup.config(ASKED) == merge_config(96)
 
 
@@ -334,7 +334,7 @@ def test_an_op_out_of_memory_blames_no_configuration(fake_gpu):
 
     launched: list[object] = []
     with pytest.raises(torch.OutOfMemoryError):
-        _dispatch.tuned("merge", OnGPU(), 64, 4, 2560, launch)
+        _dispatch.tuned("merge", OnGPU(), (64, 4, 2560), launch)
     assert launched == [merge_config(96)]
 
 
@@ -346,8 +346,8 @@ def test_every_launcher_of_an_op_gets_its_configuration(name, monkeypatch):
     op = importlib.import_module(f"mhc_tile.ops.{name}")
     asked = []
 
-    def tuned(kernel, x, tokens, n, channels, launch):
-        asked.append((kernel, tokens, n, channels, x.dtype))
+    def tuned(kernel, x, sizes, launch):
+        asked.append((kernel, *sizes, x.dtype))
         assert kernel in KERNELS
         raise InterruptedError
 

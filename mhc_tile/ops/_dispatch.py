@@ -9,7 +9,7 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -50,9 +50,7 @@ def set_batch_invariant(enabled: bool) -> None:
     BATCH_INVARIANT = enabled
 
 
-def tuned(
-    kernel: str, x: Tensor, tokens: int, n: int, channels: int, launch: Callable[[Any], Any]
-) -> Any:
+def tuned(kernel: str, x: Tensor, sizes: Sequence[int], launch: Callable[[Any], Any]) -> Any:
     """Launch a kernel with the configuration that a table has for it, else with its default.
 
     A configuration that fails where the default does not is never used again.
@@ -60,11 +58,10 @@ def tuned(
     Args:
         kernel: a name of `autotune.registry.KERNELS`.
         x: a tensor of the device and the dtype that decide.
-        tokens: T.
-        n: streams.
-        channels: C; 0 for kernels that see none.
+        sizes: T, n and C; C is 0 for kernels that see none.
         launch: from a configuration, or None for the default, the results.
     """
+    tokens, n, channels = sizes
     if not (tokens and x.is_cuda):
         return launch(None)
     asked = (kernel, n, channels, x.dtype, tokens, x.device.index, BATCH_INVARIANT)

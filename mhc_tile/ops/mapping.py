@@ -81,7 +81,7 @@ def _cuda(
     results = tuned(
         "mapping",
         x,
-        *inputs[0].shape,
+        inputs[0].shape,
         lambda config: kernel.forward(*inputs, **constants, config=config),
     )
     return tuple(value.view((*x.shape[:-2], *value.shape[1:])) for value in results)
@@ -124,7 +124,7 @@ def _backward_cuda(
     grad_x, *grads = tuned(
         "mapping_backward",
         x,
-        *tensors[3].shape,
+        tensors[3].shape,
         lambda config: kernel.backward(*tensors, **constants, config=config),
     )
     return grad_x.view(x.shape), *grads

@@ -56,7 +56,7 @@ def merge_kernel(x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor)
 
     inputs = (flat(x, 2), flat(layer_output, 1), flat(h_post, 1), flat(h_res, 2))
     x_next = tuned(
-        "merge", x, *inputs[0].shape, lambda config: kernel.forward(*inputs, config=config)
+        "merge", x, inputs[0].shape, lambda config: kernel.forward(*inputs, config=config)
     )
     return x_next.view(x.shape)
 
@@ -88,7 +88,7 @@ def merge_backward_kernel(grad_x_next: Tensor, *inputs: Tensor) -> tuple[Tensor,
     def launch(config: Any) -> tuple[Tensor, ...]:
         return kernel.backward(grad, *tensors, config=config or backward_config(kernel, x))
 
-    grads = tuned("merge_backward", x, *tensors[0].shape, launch)
+    grads = tuned("merge_backward", x, tensors[0].shape, launch)
     return tuple(grad.view(value.shape) for grad, value in zip(grads, inputs, strict=True))
 
 

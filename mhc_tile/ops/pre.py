@@ -119,7 +119,7 @@ def pre_kernel(
     results = tuned(
         "pre",
         x,
-        *inputs[0].shape,
+        inputs[0].shape,
         lambda config: kernel.forward(*inputs, **constants, config=config),
     )
     return tuple(value.view((*x.shape[:-2], *value.shape[1:])) for value in results)
@@ -200,7 +200,7 @@ def pre_backward_kernel(
     grad_x, *grads = tuned(
         "pre_backward",
         x,
-        *tensors[3].shape,
+        tensors[3].shape,
         lambda config: kernel.backward(*tensors, **constants, config=config),
     )
     return grad_x.view(x.shape), *grads

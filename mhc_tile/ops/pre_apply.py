@@ -37,7 +37,7 @@ def _cuda(x: Tensor, h_pre: Tensor) -> Tensor:
 
     inputs = (flat(x, 2), flat(h_pre, 1))
     layer_input = tuned(
-        "pre_apply", x, *inputs[0].shape, lambda config: kernel.forward(*inputs, config=config)
+        "pre_apply", x, inputs[0].shape, lambda config: kernel.forward(*inputs, config=config)
     )
     return layer_input.view(*x.shape[:-2], x.shape[-1])
 
@@ -66,7 +66,7 @@ def _backward_cuda(grad_layer_input: Tensor, x: Tensor, h_pre: Tensor) -> tuple[
     def launch(config: Any) -> tuple[Tensor, ...]:
         return kernel.backward(*tensors, config=config or backward_config(kernel, x))
 
-    grads = tuned("pre_apply_backward", x, *tensors[1].shape, launch)
+    grads = tuned("pre_apply_backward", x, tensors[1].shape, launch)
     return grads[0].view(x.shape), grads[1].view(h_pre.shape)
 
 

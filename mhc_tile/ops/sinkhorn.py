@@ -54,7 +54,7 @@ def _cuda(logits: Tensor, *, iters: int, eps: float) -> Tensor:
     h_res = tuned(
         "sinkhorn",
         logits,
-        *sizes,
+        sizes,
         lambda config: kernel.forward(tokens, iters=iters, eps=eps, config=config),
     )
     return h_res.view(logits.shape)
@@ -81,7 +81,7 @@ def _backward_cuda(grad_h_res: Tensor, logits: Tensor, *, iters: int, eps: float
     grad_logits = tuned(
         "sinkhorn_backward",
         logits,
-        *sizes,
+        sizes,
         lambda config: kernel.backward(*tensors, iters=iters, eps=eps, config=config),
     )
     return grad_logits.view(logits.shape)

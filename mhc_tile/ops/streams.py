@@ -103,7 +103,7 @@ def _expand_cuda(hidden: Tensor, num_streams: int) -> Tensor:
     tokens = flat(hidden, 1)
     sizes = (tokens.shape[0], num_streams, tokens.shape[1])
     x = tuned(
-        "expand", hidden, *sizes, lambda config: kernel.expand(tokens, num_streams, config=config)
+        "expand", hidden, sizes, lambda config: kernel.expand(tokens, num_streams, config=config)
     )
     return x.view(*hidden.shape[:-1], num_streams, hidden.shape[-1])
 
@@ -115,7 +115,7 @@ def _collapse_cuda(x: Tensor, mode: str) -> Tensor:
     hidden = tuned(
         "collapse",
         x,
-        *tokens.shape,
+        tokens.shape,
         lambda config: kernel.collapse(tokens, mean=mode == "mean", config=config),
     )
     return hidden.view(*x.shape[:-2], x.shape[-1])
@@ -133,7 +133,7 @@ def _collapse_backward_cuda(grad_hidden: Tensor, num_streams: int, mode: str) ->
     grad_x = tuned(
         "expand",
         grad_hidden,
-        *sizes,
+        sizes,
         lambda config: kernel.collapse_backward(
             tokens, num_streams, mean=mode == "mean", config=config
         ),
