@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-gpu sanitize static lint types format doctor clean
+.PHONY: help demo tune test test-gpu sanitize static lint types format doctor clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -16,6 +16,9 @@ $(READY): pyproject.toml constraints.txt mhc_tile/_version.py
 
 demo: $(READY) ## Train residual, HC and mHC on real text and write a report with pictures
 	$(BIN)/mhc-tile demo
+
+tune: $(READY) ## Fit the kernels to this machine's GPU
+	$(BIN)/mhc-tile autotune --preset paper
 
 test: $(READY) ## Every test that needs no GPU, in parallel
 	$(BIN)/python -m pytest -n auto -m "not gpu" --durations 10

@@ -1,6 +1,7 @@
 """Which GPU this is: what tables are keyed by and reports are headed with."""
 
 import re
+import subprocess
 from dataclasses import dataclass
 
 import torch
@@ -69,3 +70,13 @@ def describe(index: int = 0) -> Device:
         l2_bytes=properties.L2_cache_size,
         torch_cuda=torch.version.cuda or "",
     )
+
+
+def driver_version() -> str:
+    """The NVIDIA driver's version, such as "580.65.06"; "unknown" where nvidia-smi does not say."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return (result.stdout.split() or ["unknown"])[0]

@@ -90,10 +90,7 @@ def lower(prim_func: Any, arch: str, pass_configs: dict[str, Any] | None = None)
     target = tvm.target.Target({"kind": "cuda", "arch": arch})
     with target, tvm.transform.PassContext(opt_level=3, config=configs):
         artifact = tilelang.lower(prim_func, target=target)
-    functions = {
-        str(function.attrs["global_symbol"]): _device_function(function)
-        for function in artifact.device_mod.functions.values()
-    }
+    functions = device_functions(artifact.device_mod)
     order = _launches(artifact.host_mod, functions)
     return Lowered(artifact.kernel_source, tuple(functions[name] for name in order))
 
@@ -119,6 +116,12 @@ def evaluate(expression: Any, sizes: dict[str, int]) -> int:
     if not isinstance(result, tvm.tirx.IntImm):
         raise ValueError(f"evaluate: {expression} must follow from {sizes}, left with {result}")
     return int(result)
+
+
+def device_functions(module: Any) -> dict[str, DeviceFunction]:
+    """The kernels of a lowered module, such as `JITKernel.artifact.device_mod`, by name."""
+    found = (_device_function(function) for function in module.functions.values())
+    return {function.name: function for function in found}
 
 
 def _device_function(function: Any) -> DeviceFunction:

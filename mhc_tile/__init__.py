@@ -29,6 +29,7 @@ from .ops import (
     sinkhorn,
 )
 from .ops._dispatch import set_batch_invariant
+from .ops._warmup import kernels_info, warmup
 
 __all__ = [
     "__version__",
@@ -37,12 +38,14 @@ __all__ = [
     "collapse",
     "expand",
     "head",
+    "kernels_info",
     "mapping",
     "merge",
     "pre",
     "pre_apply",
     "set_batch_invariant",
     "sinkhorn",
+    "warmup",
     "Collapse",
     "Expand",
     "Head",

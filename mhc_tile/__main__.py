@@ -10,11 +10,12 @@ from . import __version__
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands; each sets `run`, a function of the parsed arguments."""
     from . import doctor
+    from .autotune import cli as autotune
     from .training import cli
 
     parser = argparse.ArgumentParser(
         prog="mhc-tile",
-        description="Manifold-Constrained Hyper-Connections: demo, training, diagnosis.",
+        description="Manifold-Constrained Hyper-Connections: demo, training, tuning, diagnosis.",
     )
     parser.add_argument("--version", action="version", version=f"mhc-tile {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -26,6 +27,10 @@ def build_parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train one named model on your own text")
     cli.add_train_arguments(train)
     train.set_defaults(run=cli.run_train)
+
+    tuning = commands.add_parser("autotune", help="fit the kernels to this GPU, once")
+    autotune.add_arguments(tuning)
+    tuning.set_defaults(run=autotune.run)
 
     diagnosis = commands.add_parser("doctor", help="versions, GPU, compiler, caches, what to mend")
     diagnosis.set_defaults(run=doctor.run)
@@ -41,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 for an error that was printed, 2 for wrong usage, 130 after Ctrl-C.
     """
-    from .training.extras import MissingExtraError
+    from .autotune._extras import MissingExtraError
 
     args = build_parser().parse_args(argv)
     try:

@@ -36,7 +36,13 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at everything, in the order of the report. Nothing is compiled, changed or fetched."""
-    checks: tuple[Callable[[], Iterator[Finding]], ...] = (_software, _gpu, _compiler, _train)
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = (
+        _software,
+        _gpu,
+        _tables,
+        _compiler,
+        _train,
+    )
     return [finding for check in checks for finding in check()]
 
 
@@ -71,6 +77,34 @@ def _gpu() -> Iterator[Finding]:
             str(device),
             "" if supported else "kernels need compute capability 8.0; ops use the reference here",
         )
+
+
+def _tables() -> Iterator[Finding]:
+    """Which tuned configurations count; files are read, nothing is remembered."""
+    from .autotune import lookup, table
+    from .autotune.device import describe
+
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        item = f"tuning {index}"
+        if table.is_off():
+            yield Finding(item, "note", f"switched off by {table.VARIABLE}={table.OFF}")
+            continue
+        tables = lookup.load(describe(index))
+        files = ", ".join(str(path) for path in tables.files)
+        entries = sum(len(family.entries) for family in tables.families.values())
+        if not entries:
+            remedy = "mhc-tile autotune --preset paper fits the kernels to this GPU"
+            yield Finding(item, "note", "no table; default configurations", remedy)
+        elif tables.other_tilelang:
+            versions = ", ".join(tables.other_tilelang)
+            remedy = "mhc-tile autotune measures again with the TileLang that is installed"
+            yield Finding(
+                item, "note", f"{entries} entries in {files}, of TileLang {versions}", remedy
+            )
+        else:
+            yield Finding(item, "ok", f"{entries} entries in {files}")
+        for fault in tables.faults:
+            yield Finding(item, "note", fault, "mhc-tile autotune writes a new one")
 
 
 def _compiler() -> Iterator[Finding]:

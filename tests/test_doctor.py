@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mhc_tile import doctor
+from mhc_tile.autotune import table
 from mhc_tile.autotune.device import Device, describe
 from mhc_tile.kernels import _toolchain
 
@@ -115,6 +116,37 @@ def test_the_required_tilelang_is_the_declared_one():
 def test_describe_without_a_gpu():
     with pytest.raises(RuntimeError, match="torch must see a CUDA device, got none"):
         describe()
+
+
+def test_the_table_in_use_is_named(monkeypatch, tmp_path):
+    from test_table import DEVICE, family
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr("mhc_tile.autotune.device.describe", lambda index: DEVICE)
+    monkeypatch.setattr(table, "SHIPPED", tmp_path / "nothing")
+    monkeypatch.setattr(table, "user_folder", lambda: tmp_path)
+    monkeypatch.setattr(_toolchain, "tilelang_version", lambda: "0.1.15")
+    monkeypatch.delenv(table.VARIABLE, raising=False)
+    finding = by_item()["tuning 0"]
+    assert (finding.status, finding.found) == ("note", "no table; default configurations")
+    assert "mhc-tile autotune" in finding.remedy
+
+    path = tmp_path / f"{DEVICE.slug}.json"
+    table.update(path, DEVICE, [family(), family("pre", at=4096)])
+    finding = by_item()["tuning 0"]
+    assert (finding.status, finding.found) == ("ok", f"2 entries in {path}")
+
+    monkeypatch.setattr(_toolchain, "tilelang_version", lambda: "0.1.16")
+    finding = by_item()["tuning 0"]
+    assert finding.status == "note"
+    assert finding.found == f"2 entries in {path}, of TileLang 0.1.15"
+
+    path.write_text("{")
+    faults = [f for f in doctor.examine() if f.item == "tuning 0" and str(path) in f.found]
+    assert "must be a table in JSON" in faults[0].found
+    monkeypatch.setenv(table.VARIABLE, "off")
+    assert by_item()["tuning 0"].found == "switched off by MHC_TILE_TABLES=off"
 
 
 @pytest.mark.gpu

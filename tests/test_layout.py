@@ -19,6 +19,7 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = PROJECT["tool"]["setuptools"]["packages"]
+TABLES = ROOT / "autotune" / "tables"
 MAPPED = PROJECT["tool"]["setuptools"]["package-dir"]
 
 # Who may import whom: each layer sees itself and what stands before it.
@@ -180,12 +181,16 @@ def test_from_an_editable_install(checkout, venv, tmp_path):
 
 
 def test_from_a_wheel(checkout, venv, tmp_path):
+    (checkout / "autotune" / "tables").mkdir(exist_ok=True)
+    (checkout / "autotune" / "tables" / "a_gpu.json").write_text("{}")
     pip(venv, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, checkout, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {f"{name.replace('.', '/')}.py" for name in modules() if name not in PACKAGES}
     expected |= {f"{n.replace('.', '/')}/__init__.py" for n in modules() if n in PACKAGES}
-    assert packed == expected | {"mhc_tile/py.typed"}
+    tables = {f"mhc_tile/autotune/tables/{path.name}" for path in TABLES.glob("*.json")}
+    tables.add("mhc_tile/autotune/tables/a_gpu.json")
+    assert packed == expected | tables | {"mhc_tile/py.typed"}
     pip(venv, "install", "--no-deps", wheel, cwd=tmp_path)
     # Also while standing in the checkout, whose kernels/ must not win over the wheel's.
     for cwd in (tmp_path, checkout.parent):

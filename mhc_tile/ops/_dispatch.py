@@ -9,13 +9,14 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..autotune import lookup
 from ..kernels import _toolchain
 
 REFERENCE_ONLY = os.environ.get("MHC_TILE_REFERENCE", "0") not in ("", "0")
@@ -29,9 +30,10 @@ def set_batch_invariant(enabled: bool) -> None:
     places, which add or round in another order: `pre` (from 8 groups of 16 tokens on for each of
     its teams of blocks: 1664 tokens at C = 2560 on an H200), its backward (from 16 groups on) and
     the backward of `merge` and `pre_apply` (from 1024 tokens on). With this switch the kernels of
-    many tokens serve every number of them: few tokens take longer, many do not. Gradients of
-    parameters sum over the tokens and still depend on how many there are. The reference, which
-    serves what no kernel takes, knows no switch.
+    many tokens serve every number of them: few tokens take longer, many do not. Tuned tables keep
+    to this: they hold one order of sums for few tokens and one for many, and with the switch the
+    latter serves all. Gradients of parameters sum over the tokens and still depend on how many
+    there are. The reference, which serves what no kernel takes, knows no switch.
 
     It belongs to the process, holds for every thread, and is read when an op runs: by compiled
     functions too, and by CUDA graphs when they are captured. It starts as the environment variable
@@ -48,8 +50,36 @@ def set_batch_invariant(enabled: bool) -> None:
     BATCH_INVARIANT = enabled
 
 
+def tuned(kernel: str, x: Tensor, sizes: Sequence[int], launch: Callable[[Any], Any]) -> Any:
+    """Launch a kernel with the configuration that a table has for it, else with its default.
+
+    A configuration that fails where the default does not is never used again.
+
+    Args:
+        kernel: a name of `autotune.registry.KERNELS`.
+        x: a tensor of the device and the dtype that decide.
+        sizes: T, n and C; C is 0 for kernels that see none.
+        launch: from a configuration, or None for the default, the results.
+    """
+    tokens, n, channels = sizes
+    if not (tokens and x.is_cuda):
+        return launch(None)
+    asked = (kernel, n, channels, x.dtype, tokens, x.device.index, BATCH_INVARIANT)
+    config = lookup.config(asked)
+    try:
+        return launch(config)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if config is None:
+            raise
+        results = launch(None)  # fails too where the configuration is not to blame
+        lookup.reject(asked, error)
+        return results
+
+
 def backward_config(kernel: ModuleType, x: Tensor) -> Any:
-    """What `kernel.backward` is to run with on x [..., n, C]; None for its default."""
+    """What `kernel.backward` is to run with on x [..., n, C] without a table; None: its default."""
     if not BATCH_INVARIANT:
         return None
     tokens, (n, channels) = x.shape[:-2].numel(), x.shape[-2:]

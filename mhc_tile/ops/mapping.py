@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import _checks, gradients, reference
 from .._library import define, derive, rounded
-from ._dispatch import flat, on_cuda
+from ._dispatch import flat, on_cuda, tuned
 from ._saved import given, keep_projection
 
 
@@ -77,7 +77,13 @@ def _cuda(
 ) -> tuple[Tensor, ...]:
     from ..kernels import mapping as kernel
 
-    results = kernel.forward(flat(x, 2), phi, alpha, bias, **constants)
+    inputs = (flat(x, 2), phi, alpha, bias)
+    results = tuned(
+        "mapping",
+        x,
+        inputs[0].shape,
+        lambda config: kernel.forward(*inputs, **constants, config=config),
+    )
     return tuple(value.view((*x.shape[:-2], *value.shape[1:])) for value in results)
 
 
@@ -114,7 +120,13 @@ def _backward_cuda(
 
     grad_maps = (flat(grad_h_pre, 1), flat(grad_h_post, 1), flat(grad_h_res_logits, 2))
     saved = (flat(projection, 1), flat(inv_rms, 0))
-    grad_x, *grads = kernel.backward(*grad_maps, flat(x, 2), phi, alpha, bias, *saved, **constants)
+    tensors = (*grad_maps, flat(x, 2), phi, alpha, bias, *saved)
+    grad_x, *grads = tuned(
+        "mapping_backward",
+        x,
+        tensors[3].shape,
+        lambda config: kernel.backward(*tensors, **constants, config=config),
+    )
     return grad_x.view(x.shape), *grads
 
 

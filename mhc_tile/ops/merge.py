@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import _checks, gradients, reference
 from .._library import define, derive, rounded
-from ._dispatch import backward_config, flat, on_cuda
+from ._dispatch import backward_config, flat, on_cuda, tuned
 
 
 def merge(x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
@@ -55,7 +55,10 @@ def merge_kernel(x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor)
     from ..kernels import merge as kernel
 
     inputs = (flat(x, 2), flat(layer_output, 1), flat(h_post, 1), flat(h_res, 2))
-    return kernel.forward(*inputs).view(x.shape)
+    x_next = tuned(
+        "merge", x, inputs[0].shape, lambda config: kernel.forward(*inputs, config=config)
+    )
+    return x_next.view(x.shape)
 
 
 def _fake(x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
@@ -80,8 +83,12 @@ def merge_backward_kernel(grad_x_next: Tensor, *inputs: Tensor) -> tuple[Tensor,
 
     x, layer_output, h_post, h_res = inputs
     tensors = (flat(x, 2), flat(layer_output, 1), flat(h_post, 1), flat(h_res, 2))
-    config = backward_config(kernel, x)
-    grads = kernel.backward(flat(grad_x_next, 2), *tensors, config=config)
+    grad = flat(grad_x_next, 2)
+
+    def launch(config: Any) -> tuple[Tensor, ...]:
+        return kernel.backward(grad, *tensors, config=config or backward_config(kernel, x))
+
+    grads = tuned("merge_backward", x, tensors[0].shape, launch)
     return tuple(grad.view(value.shape) for grad, value in zip(grads, inputs, strict=True))
 
 

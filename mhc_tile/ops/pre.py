@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import _checks, gradients, reference
 from .._library import define, derive, rounded
 from . import _dispatch
-from ._dispatch import flat, on_cuda
+from ._dispatch import flat, on_cuda, tuned
 from ._saved import given, keep_projection, keep_shapes
 
 
@@ -115,7 +115,13 @@ def pre_kernel(
     from ..kernels import pre as kernel
 
     constants["batch_invariant"] = _dispatch.BATCH_INVARIANT
-    results = kernel.forward(flat(x, 2), phi, alpha, bias, **constants)
+    inputs = (flat(x, 2), phi, alpha, bias)
+    results = tuned(
+        "pre",
+        x,
+        inputs[0].shape,
+        lambda config: kernel.forward(*inputs, **constants, config=config),
+    )
     return tuple(value.view((*x.shape[:-2], *value.shape[1:])) for value in results)
 
 
@@ -191,8 +197,12 @@ def pre_backward_kernel(
     saved = (flat(projection, 1), flat(inv_rms, 0))
     constants["batch_invariant"] = _dispatch.BATCH_INVARIANT
     part = None if grad_x_part is None else flat(grad_x_part, 2)
-    grad_x, *grads = kernel.backward(
-        *grad_outputs, flat(x, 2), phi, alpha, bias, *saved, part, **constants
+    tensors = (*grad_outputs, flat(x, 2), phi, alpha, bias, *saved, part)
+    grad_x, *grads = tuned(
+        "pre_backward",
+        x,
+        tensors[3].shape,
+        lambda config: kernel.backward(*tensors, **constants, config=config),
     )
     return grad_x.view(x.shape), *grads
 

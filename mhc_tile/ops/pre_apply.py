@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import _checks, gradients, reference
 from .._library import define, derive, rounded
-from ._dispatch import backward_config, flat, on_cuda
+from ._dispatch import backward_config, flat, on_cuda, tuned
 
 
 def pre_apply(x: Tensor, h_pre: Tensor) -> Tensor:
@@ -35,7 +35,10 @@ def pre_apply(x: Tensor, h_pre: Tensor) -> Tensor:
 def _cuda(x: Tensor, h_pre: Tensor) -> Tensor:
     from ..kernels import pre_apply as kernel
 
-    layer_input = kernel.forward(flat(x, 2), flat(h_pre, 1))
+    inputs = (flat(x, 2), flat(h_pre, 1))
+    layer_input = tuned(
+        "pre_apply", x, inputs[0].shape, lambda config: kernel.forward(*inputs, config=config)
+    )
     return layer_input.view(*x.shape[:-2], x.shape[-1])
 
 
@@ -59,7 +62,11 @@ def _backward_cuda(grad_layer_input: Tensor, x: Tensor, h_pre: Tensor) -> tuple[
     from ..kernels import pre_apply as kernel
 
     tensors = (flat(grad_layer_input, 1), flat(x, 2), flat(h_pre, 1))
-    grads = kernel.backward(*tensors, config=backward_config(kernel, x))
+
+    def launch(config: Any) -> tuple[Tensor, ...]:
+        return kernel.backward(*tensors, config=config or backward_config(kernel, x))
+
+    grads = tuned("pre_apply_backward", x, tensors[1].shape, launch)
     return grads[0].view(x.shape), grads[1].view(h_pre.shape)
 
 

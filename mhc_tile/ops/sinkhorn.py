@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import _checks, gradients, reference
 from .._library import define, derive
-from ._dispatch import flat, on_cuda
+from ._dispatch import flat, on_cuda, tuned
 
 
 def sinkhorn(logits: Tensor, *, iters: int = 20, eps: float = 0.0) -> Tensor:
@@ -49,7 +49,15 @@ def _streams(logits: Tensor, *_: Tensor) -> tuple[Tensor, int]:
 def _cuda(logits: Tensor, *, iters: int, eps: float) -> Tensor:
     from ..kernels import sinkhorn as kernel
 
-    return kernel.forward(flat(logits, 2), iters=iters, eps=eps).view(logits.shape)
+    tokens = flat(logits, 2)
+    sizes = (tokens.shape[0], tokens.shape[1], 0)
+    h_res = tuned(
+        "sinkhorn",
+        logits,
+        sizes,
+        lambda config: kernel.forward(tokens, iters=iters, eps=eps, config=config),
+    )
+    return h_res.view(logits.shape)
 
 
 def _fake(logits: Tensor, **_: Any) -> Tensor:
@@ -68,7 +76,14 @@ def _backward(ctx: Any, grad_h_res: Tensor) -> Tensor:
 def _backward_cuda(grad_h_res: Tensor, logits: Tensor, *, iters: int, eps: float) -> Tensor:
     from ..kernels import sinkhorn as kernel
 
-    grad_logits = kernel.backward(flat(grad_h_res, 2), flat(logits, 2), iters=iters, eps=eps)
+    tensors = (flat(grad_h_res, 2), flat(logits, 2))
+    sizes = (tensors[1].shape[0], tensors[1].shape[1], 0)
+    grad_logits = tuned(
+        "sinkhorn_backward",
+        logits,
+        sizes,
+        lambda config: kernel.backward(*tensors, iters=iters, eps=eps, config=config),
+    )
     return grad_logits.view(logits.shape)
 
 

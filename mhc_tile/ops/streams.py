@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _checks, gradients, reference
 from .._library import define, derive, rounded
-from ._dispatch import flat, on_cuda
+from ._dispatch import flat, on_cuda, tuned
 from ._saved import given, keep_projection
 
 MODES = ("sum", "mean")
@@ -100,14 +100,24 @@ def head(
 def _expand_cuda(hidden: Tensor, num_streams: int) -> Tensor:
     from ..kernels import streams as kernel
 
-    x = kernel.expand(flat(hidden, 1), num_streams)
+    tokens = flat(hidden, 1)
+    sizes = (tokens.shape[0], num_streams, tokens.shape[1])
+    x = tuned(
+        "expand", hidden, sizes, lambda config: kernel.expand(tokens, num_streams, config=config)
+    )
     return x.view(*hidden.shape[:-1], num_streams, hidden.shape[-1])
 
 
 def _collapse_cuda(x: Tensor, mode: str) -> Tensor:
     from ..kernels import streams as kernel
 
-    hidden = kernel.collapse(flat(x, 2), mean=mode == "mean")
+    tokens = flat(x, 2)
+    hidden = tuned(
+        "collapse",
+        x,
+        tokens.shape,
+        lambda config: kernel.collapse(tokens, mean=mode == "mean", config=config),
+    )
     return hidden.view(*x.shape[:-2], x.shape[-1])
 
 
@@ -118,7 +128,16 @@ def _expand_backward_cuda(grad_x: Tensor) -> Tensor:
 def _collapse_backward_cuda(grad_hidden: Tensor, num_streams: int, mode: str) -> Tensor:
     from ..kernels import streams as kernel
 
-    grad_x = kernel.collapse_backward(flat(grad_hidden, 1), num_streams, mean=mode == "mean")
+    tokens = flat(grad_hidden, 1)
+    sizes = (tokens.shape[0], num_streams, tokens.shape[1])
+    grad_x = tuned(
+        "expand",
+        grad_hidden,
+        sizes,
+        lambda config: kernel.collapse_backward(
+            tokens, num_streams, mean=mode == "mean", config=config
+        ),
+    )
     return grad_x.view(*grad_hidden.shape[:-1], num_streams, grad_hidden.shape[-1])
 
 

@@ -1,11 +1,11 @@
 """Third-party packages of the extra `mhc-tile[train]`, imported where they are used."""
 
-import importlib
 from types import ModuleType
 
+from ..autotune import _extras
+from ..autotune._extras import MissingExtraError
 
-class MissingExtraError(RuntimeError):
-    """A package of an extra is not installed."""
+__all__ = ["MissingExtraError", "require"]
 
 
 def require(module: str, purpose: str) -> ModuleType:
@@ -25,10 +25,4 @@ def require(module: str, purpose: str) -> ModuleType:
         >>> require("json", "a demonstration").dumps([1])
         '[1]'
     """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingExtraError(
-            f"{purpose}: the package {module.split('.')[0]!r} must be installed, got "
-            f"{type(error).__name__} ({error}); pip install 'mhc-tile[train]' brings it"
-        ) from error
+    return _extras.require(module, purpose, "train")

@@ -1,0 +1,156 @@
+"""Running and timing one problem's candidates on a GPU."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .inputs import Inputs
+from .problems import Problem
+from .registry import KERNELS
+from .timing import Timer, impression
+
+ROTATED_BYTES = 300e6  # several times the L2 of any GPU
+MOST_SETS = 32
+TURN_US = 1000.0  # of one turn: then the host's part of a launch is below 1% of it
+MOST_REPLAYS = 50
+RUNS = 3  # of a check: races show as bits that differ
+
+
+class CudaBench:
+    """The inputs of one problem on the current GPU, and calls on them.
+
+    Args:
+        problem: kernel and shape.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self._kernel = KERNELS[problem.kernel]
+        self._module = self._kernel.load()
+        first = self._kernel.inputs(Inputs(problem, "cuda"))
+        size = sum(value.nbytes for value in first if isinstance(value, Tensor))
+        count = max(1, min(MOST_SETS, int(ROTATED_BYTES / size) + 1))
+        others = (self._kernel.inputs(Inputs(problem, "cuda", seed)) for seed in range(1, count))
+        self._sets = [first, *others]
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+
+    def results(self, config: Any) -> Iterator[tuple[Tensor, ...]]:
+        """The results of a few calls on the first inputs; what is not written is NaN."""
+        for _ in range(RUNS):
+            with poisoned():
+                results = self._kernel.call(self._module, self._sets[0], config)
+            torch.cuda.synchronize()
+            yield results
+
+    def timer(self, config: Any) -> Timer:
+        """A timer of a graph that calls the kernel once on every set of inputs."""
+        call, module = self._kernel.call, self._module
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            call(module, self._sets[0], config)
+            self._stream.synchronize()
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                # kept until the end, so that no call writes where another has just written
+                kept = [call(module, values, config) for values in self._sets]
+        del kept
+        count = len(self._sets)
+
+        def replays(times: int) -> float:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            with torch.cuda.stream(self._stream):
+                begin.record()
+                for _ in range(times):
+                    graph.replay()
+                end.record()
+            self._stream.synchronize()
+            return begin.elapsed_time(end) * 1000 / times
+
+        once = impression(lambda: replays(1))
+        repeats = max(1, min(MOST_REPLAYS, round(TURN_US / once)))
+        return lambda: replays(repeats) / count
+
+    def healthy(self) -> bool:
+        """Whether the GPU still answers; after some errors this process's context never does."""
+        try:
+            torch.cuda.synchronize()
+            return bool(torch.ones(1, device="cuda").item() == 1)
+        except RuntimeError:
+            return False
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Fill what torch.empty returns with NaN, so that an element nobody wrote is seen."""
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled()
+    warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    settings.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
+        settings.fill_uninitialized_memory = fill
+
+
+def difference(
+    actual: Sequence[Tensor], expected: Sequence[Tensor], *, same_bits: int
+) -> str | None:
+    """Why results are wrong; None if they are right.
+
+    Args:
+        actual: of a candidate.
+        expected: of the default.
+        same_bits: how many of the results, the first ones, must have the default's bits; the others
+            add in another order and may differ by a few roundings.
+    """
+    for index, (value, truth) in enumerate(zip(actual, expected, strict=True)):
+        if index < same_bits:
+            if not torch.equal(value, truth):
+                return f"result {index} must have the default's bits, got others"
+            continue
+        limit = max(torch.finfo(value.dtype).eps / 8, 256 * torch.finfo(torch.float32).eps)
+        error = _relative_rms(value, truth)
+        if not error <= limit:  # NaN, too
+            return f"result {index} must be within {limit:.1e} of the default's, got {error:.1e}"
+    return None
+
+
+def _relative_rms(actual: Tensor, expected: Tensor) -> float:
+    """||actual - expected|| / ||expected||, by parts: float64 of the whole might not fit."""
+    error = norm = 0.0
+    parts = zip(actual.flatten().split(1 << 26), expected.flatten().split(1 << 26), strict=True)
+    for one, other in parts:
+        wide = other.double()
+        error += (one.double() - wide).square().sum().item()
+        norm += wide.square().sum().item()
+    return (error / norm) ** 0.5 if norm else error
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by a large copy kernel."""
+    source = torch.randn(256 * 2**20, device="cuda")
+    target = torch.empty_like(source)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        torch.mul(source, 1.0, out=target)
+        stream.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            torch.mul(source, 1.0, out=target)
+
+    def turn() -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.stream(stream):
+            begin.record()
+            graph.replay()
+            end.record()
+        stream.synchronize()
+        return begin.elapsed_time(end) * 1000
+
+    for _ in range(5):
+        turn()
+    return 2 * source.nbytes / (impression(turn) * 1e-6)

@@ -1,0 +1,229 @@
+"""The command `mhc-tile autotune`: its arguments, and the phases they ask for."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..kernels import _shipped, _static, _toolchain
+from . import compiling, journal, report, table, tuner
+from ._extras import require
+from .device import Device, describe, driver_version
+from .measuring import Measurer
+from .problems import DTYPES, PRESETS, TOKENS, Problem, Shape, problems
+from .registry import KERNELS, Target
+
+SECONDS = 60.0  # for one candidate: the inputs, its launches, its graph
+_BANDWIDTH = f"{__package__}.bench:copy_bandwidth"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    what = parser.add_argument_group("what to tune")
+    what.add_argument("--preset", choices=sorted(PRESETS), help="shapes of models, or all of them")
+    what.add_argument("--hidden", type=int, nargs="+", metavar="C", help="hidden sizes instead")
+    what.add_argument("--streams", type=int, nargs="+", metavar="n", help="with C; default: 4")
+    what.add_argument("--dtype", nargs="+", choices=DTYPES, help="with C; default: bfloat16")
+    what.add_argument("--tokens", type=int, nargs="+", metavar="T", help="default: 1, 4, .. 65536")
+    what.add_argument("--kernel", nargs="+", choices=list(KERNELS), help="only these")
+    phase = parser.add_argument_group("phases").add_mutually_exclusive_group()
+    phase.add_argument("--dry-run", action="store_true", help="compile and list the candidates")
+    phase.add_argument("--compile-only", action="store_true", help="fill the cache; needs no GPU")
+    phase.add_argument("--measure-only", action="store_true", help="what is compiled; no table")
+    phase.add_argument("--write-only", action="store_true", help="a table of what is measured")
+    how = parser.add_argument_group("how")
+    how.add_argument("--arch", help="without a GPU: such as sm_90a")
+    how.add_argument("--multiprocessors", type=int, help="with --arch, of a model that has fewer")
+    how.add_argument("--budget", type=float, metavar="MINUTES", help="begin no measurement after")
+    how.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compiling processes")
+    how.add_argument("--timeout", type=float, default=SECONDS, help="seconds for a candidate")
+    again = how.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_false", dest="force", help="the default: go on")
+    again.add_argument("--force", action="store_true", help="measure again what is known")
+    parser.set_defaults(force=False)
+    how.add_argument("--output", type=Path, help="the table; default: the user's data folder")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the phases that the arguments ask for.
+
+    Returns:
+        0, or 1 if something could not be measured.
+
+    Raises:
+        ValueError: The arguments do not fit together or this machine.
+        MissingExtraError: A package of the tune extra is missing.
+    """
+    for module in ("tqdm", "tabulate", "matplotlib.figure"):
+        require(module, "autotune")
+    shapes = _shapes(args)
+    device, target = _target(args)
+    wanted = problems(shapes, args.kernel or KERNELS)
+    folder = journal.folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "workers.log"
+    if args.write_only:
+        return _write(args, _device(device), target, wanted)
+    plans = [tuner.plan(problem, target) for problem in _bar(wanted, len(wanted), "plan")]
+    build = not args.measure_only
+    if build and (why := _static.available()):
+        raise ValueError(f"autotune: a compiler must be here, got none: {why}")
+    count = tuner.compile_plans(plans, processes=args.jobs, progress=_bar, log=log, build=build)
+    if args.dry_run:
+        _say(report.listing(plans, target.arch))
+        return 0
+    options = [option for plan in plans for option in plan.options if option.pruned]
+    cache = _toolchain.kernel_cache()
+    _say(f"{count} programs for {target.arch} in {cache}; {len(options)} candidates pruned")
+    if args.compile_only:
+        return 0
+    return _measure(args, _device(device), target, plans, log)
+
+
+def _target(args: argparse.Namespace) -> tuple[Device | None, Target]:
+    if args.arch:
+        if not (args.compile_only or args.dry_run):
+            raise ValueError("autotune: --arch must come with --compile-only or --dry-run")
+        known = _shipped.MULTIPROCESSORS.get(args.arch)
+        if not (number := args.multiprocessors or known):
+            raise ValueError(
+                f"autotune: --multiprocessors must be given for this --arch, got {args.arch}; "
+                f"known are {', '.join(_shipped.MULTIPROCESSORS)}"
+            )
+        return None, Target(args.arch, number)
+    if args.multiprocessors:
+        raise ValueError("autotune: --multiprocessors must come with --arch, got no --arch")
+    try:
+        device = describe()
+        arch = _toolchain.target(device.capability)["arch"]
+    except RuntimeError as error:
+        raise ValueError(
+            f"autotune: {error}; --compile-only --arch sm_90a works without a GPU"
+        ) from error
+    return device, Target(arch, device.multiprocessors)
+
+
+def _device(device: Device | None) -> Device:
+    assert device is not None  # --arch goes with phases that need none
+    return device
+
+
+def _shapes(args: argparse.Namespace) -> Sequence[Shape]:
+    if bool(args.preset) == bool(args.hidden):
+        raise ValueError(f"autotune: one of --preset {sorted(PRESETS)} and --hidden must be given")
+    for name in ("streams", "dtype"):
+        if args.preset and getattr(args, name):
+            raise ValueError(f"autotune: --{name} must come with --hidden, got --preset")
+    for name in ("hidden", "tokens", "jobs", "budget", "timeout"):
+        values = getattr(args, name)
+        values = values if isinstance(values, list) else [values]
+        if any(value is not None and value <= 0 for value in values):
+            raise ValueError(f"autotune: --{name} must be above 0, got {values}")
+    if wrong := [n for n in args.streams or () if n not in _toolchain.STREAMS]:
+        raise ValueError(f"autotune: --streams must be in {_toolchain.STREAMS}, got {wrong}")
+    tokens = tuple(args.tokens or TOKENS)
+    if wrong := [count for count in tokens if count & (count - 1)]:
+        raise ValueError(f"autotune: --tokens must be powers of two, got {wrong}")
+    if args.preset:
+        return [Shape(s.channels, s.n, s.dtype, tokens) for s in PRESETS[args.preset]]
+    return [
+        Shape(channels, n, dtype, tokens)
+        for channels in args.hidden
+        for n in args.streams or (4,)
+        for dtype in args.dtype or ("bfloat16",)
+    ]
+
+
+def _measure(
+    args: argparse.Namespace,
+    device: Device,
+    target: Target,
+    plans: list[tuner.Plan],
+    log: Path,
+) -> int:
+    kept = journal.Journal(journal.path_of(device), compiling.fingerprint())
+    driver = driver_version()
+
+    def after(members: list[tuner.Plan]) -> None:
+        if not args.measure_only:
+            done = [plan.problem for plan in members]
+            table.update(_path(args, device), device, _families(kept, done, target, driver))
+
+    with Measurer(seconds=args.timeout, log=log) as measurer:
+        kept.note_bandwidth(measurer.ask(_BANDWIDTH))
+        outcome = tuner.measure_plans(
+            plans,
+            kept,
+            measurer,
+            budget=args.budget and args.budget * 60,
+            force=args.force,
+            progress=_bar,
+            after=after,
+        )
+    _rejected(plans, kept)
+    for failure in outcome.failed:
+        _say(f"failed: {failure}")
+    if outcome.left:
+        _say(f"{len(outcome.left)} problems are beyond the budget; the same command goes on there")
+    if args.measure_only:
+        _say(f"measured; journal: {kept.path}")
+    else:
+        _close(args, device, target, [plan.problem for plan in plans], kept, driver)
+    return 1 if outcome.failed else 0
+
+
+def _write(args: argparse.Namespace, device: Device, target: Target, wanted: list[Problem]) -> int:
+    kept = journal.Journal(journal.path_of(device), compiling.fingerprint())
+    driver = driver_version()
+    table.update(_path(args, device), device, _families(kept, wanted, target, driver))
+    _close(args, device, target, wanted, kept, driver)
+    return 0
+
+
+def _families(
+    kept: journal.Journal, wanted: Iterable[Problem], target: Target, driver: str
+) -> list[table.Family]:
+    return tuner.families(kept, wanted, target, driver=driver)
+
+
+def _close(
+    args: argparse.Namespace,
+    device: Device,
+    target: Target,
+    wanted: list[Problem],
+    kept: journal.Journal,
+    driver: str,
+) -> None:
+    """Print and draw the entries that were asked for, and say where everything is."""
+    found = report.rows(_families(kept, wanted, target, driver), kept.bandwidth)
+    path = _path(args, device)
+    if not found:
+        _say(f"nothing is measured yet; journal: {kept.path}")
+        return
+    _say(report.closing(found))
+    picture = kept.path.with_suffix(".png")
+    report.draw(found, picture, f"{device.name}: tuned configurations against the default")
+    _say(f"\ntable: {path}\npicture: {picture}\njournal: {kept.path}")
+
+
+def _path(args: argparse.Namespace, device: Device) -> Path:
+    return args.output or table.user_path(device)
+
+
+def _rejected(plans: Iterable[tuner.Plan], kept: journal.Journal) -> None:
+    for plan in plans:
+        for name, outcome in kept.outcomes(plan.problem).items():
+            if outcome.status == "rejected":
+                _say(f"rejected: {plan.problem}: {name}: {outcome.why}")
+
+
+def _bar(items: Iterable[Any], total: int, title: str) -> Iterable[Any]:
+    tqdm = require("tqdm", "autotune").tqdm
+    return tqdm(items, total=total, desc=title, mininterval=0.5, disable=None, dynamic_ncols=True)
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()

@@ -1,0 +1,175 @@
+"""The first phase: every program of every candidate, compiled by several processes.
+
+TileLang's disk cache keeps the kernels, under a key that names the architecture, so the phase runs
+on a machine without a GPU as well and the cache can be copied. What each kernel takes is kept
+beside them, in `mhc_tile/` of the cache: candidates are pruned by it, and a program with such a
+record is not compiled again. Processes, not `tilelang.par_compile`'s threads: tracing and lowering,
+half of the time, hold the interpreter's lock, and a compiler that crashes takes one program with
+it.
+"""
+
+import functools
+import hashlib
+import importlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..kernels import _toolchain
+from ..kernels._static import Resources
+from . import cubin, worker
+from .table import replace
+
+SECONDS = 300.0  # for one program; the slowest take 10 on one core
+_LIBRARY = "executable.so"  # of a kernel in TileLang's cache, with its cubin
+_HANDLER = f"{__name__}:handler"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One program for one architecture.
+
+    Attributes:
+        module: that has the decorated factory.
+        name: the factory's.
+        constants: its arguments.
+        arch: such as "sm_90a".
+    """
+
+    module: str
+    name: str
+    constants: tuple[Any, ...]
+    arch: str
+
+    @classmethod
+    def of(cls, program: Any, constants: tuple[Any, ...], arch: str) -> "Job":
+        """The job that compiles `program(arch, *constants)`."""
+        return cls(program.factory.__module__, program.factory.__name__, constants, arch)
+
+    @property
+    def path(self) -> Path:
+        """The file of its record."""
+        parts = (self.module, self.name, repr(self.constants), self.arch, fingerprint())
+        digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+        return _toolchain.kernel_cache() / "mhc_tile" / f"{digest}.json"
+
+    def __str__(self) -> str:
+        """One line for a person."""
+        return f"{self.module.rpartition('.')[2]}.{self.name}{self.constants} for {self.arch}"
+
+
+@functools.cache
+def fingerprint() -> str:
+    """A digest of TileLang's version and the kernels' sources: when it changes, so may the code."""
+    digest = hashlib.sha256((_toolchain.tilelang_version() or "").encode())
+    for path in sorted(Path(_toolchain.__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def known(job: Job) -> tuple[Resources, ...] | None:
+    """What a compiled program's kernels take; None if it has yet to be compiled here."""
+    try:
+        record = json.loads(job.path.read_text(encoding="utf-8"))
+        if not (_toolchain.kernel_cache() / record["kernel"] / _LIBRARY).is_file():
+            return None
+        return tuple(Resources(**values) for values in record["takes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def compile_all(
+    jobs: Iterable[Job], *, processes: int, log: Path | None = None, build: bool = True
+) -> Iterator[tuple[Job, tuple[Resources, ...] | str]]:
+    """Compile programs that are not in the cache.
+
+    Args:
+        jobs: each once.
+        processes: how many compile at a time.
+        log: where the processes' output goes.
+        build: whether to compile at all, or to look in the cache only.
+
+    Yields:
+        (job, what its kernels take), in the order of completion; or a text that says why it does
+        not compile.
+    """
+    left = []
+    for job in jobs:
+        if (taken := known(job)) is None:
+            left.append(job)
+        else:
+            yield job, taken
+    if not build:
+        yield from ((job, "it is not compiled yet") for job in left)
+        return
+    answers = worker.pooled(_HANDLER, left, jobs=processes, seconds=SECONDS, log=log)
+    for job, answer in answers:
+        yield job, str(answer) if isinstance(answer, Exception) else answer
+
+
+def handler() -> Any:
+    """What a worker process runs: a job to one message, its resources or why there are none."""
+
+    def handle(job: Job) -> Iterator[tuple[Resources, ...] | str]:
+        try:
+            yield build(job)
+        except Exception as error:
+            yield f"{type(error).__name__}: {error}"
+
+    return handle
+
+
+def build(job: Job) -> tuple[Resources, ...]:
+    """Compile a program, or find it in TileLang's cache, and keep a record of what it takes.
+
+    Args:
+        job: the program.
+
+    Returns:
+        One entry per kernel.
+
+    Raises:
+        RuntimeError: It does not compile.
+    """
+    from ..kernels import _lowering
+
+    program = getattr(importlib.import_module(job.module), job.name)
+    kernel = program(job.arch, *job.constants)
+    if kernel.artifact is not None:
+        functions = tuple(_lowering.device_functions(kernel.artifact.device_mod).values())
+    else:  # from the cache, which keeps no module: lower it once more
+        prim_func = program.factory(*job.constants)
+        functions = _lowering.lower(prim_func, job.arch, program.pass_configs).functions
+    folder = Path(kernel._tilelang_cache_path)
+    usage = cubin.usage((folder / _LIBRARY).read_bytes())
+    taken = tuple(
+        Resources(
+            kernel=function.name,
+            registers=usage[function.name].registers,
+            spill_stores=0,  # a cubin does not tell; what spills has a stack
+            spill_loads=0,
+            stack=usage[function.name].stack,
+            static_smem=usage[function.name].static_smem,
+            dynamic_smem=function.dynamic_shared,
+            threads=function.threads,
+        )
+        for function in functions
+    )
+    place = folder.relative_to(_toolchain.kernel_cache())
+    record = {"program": str(job), "kernel": str(place), "takes": [asdict(t) for t in taken]}
+    job.path.parent.mkdir(parents=True, exist_ok=True)
+    replace(job.path, json.dumps(record, indent=1))
+    return taken
+
+
+def faults(taken: Iterable[Resources], arch: str) -> list[str]:
+    """Why a program must not be measured: what spills, and what cannot launch."""
+    found = []
+    for kernel in taken:
+        wrong = kernel.faults(arch)
+        if kernel.stack:
+            wrong.append(f"keeps {kernel.stack} bytes of a thread in local memory")
+        found += [f"{kernel.kernel} {fault}" for fault in wrong]
+    return found

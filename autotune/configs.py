@@ -1,0 +1,41 @@
+"""Configurations of kernels as plain values, named by module and class."""
+
+import dataclasses
+import importlib
+import re
+from typing import Any
+
+
+def type_name(config: Any) -> str:
+    """Module and class of a configuration, such as "merge.BackwardConfig"."""
+    kind = type(config)
+    return f"{kind.__module__.rpartition('.')[2]}.{kind.__qualname__}"
+
+
+def encode(config: Any) -> dict[str, Any]:
+    """A configuration as plain values: its fields, and its type by name."""
+    return {"type": type_name(config), **dataclasses.asdict(config)}
+
+
+def decode(values: Any) -> Any:
+    """The configuration that `encode` made values of.
+
+    Raises:
+        ValueError: The type is gone, its fields are others, or it rejects their values.
+    """
+    if not isinstance(values, dict) or not re.fullmatch(r"\w+\.\w+", str(values.get("type"))):
+        raise ValueError(f"decode: values must name a type such as 'merge.Config', got {values}")
+    module, _, name = values["type"].partition(".")
+    try:
+        kind = getattr(importlib.import_module(f"..kernels.{module}", __package__), name)
+    except (ImportError, AttributeError):
+        kind = None
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+        raise ValueError(f"decode: type must be a configuration of a kernel, got {values['type']}")
+    knobs = {key: value for key, value in values.items() if key != "type"}
+    fields = {field.name for field in dataclasses.fields(kind)}
+    if set(knobs) != fields or not all(type(value) in (int, bool) for value in knobs.values()):
+        raise ValueError(
+            f"decode: {values['type']} must have integers {sorted(fields)}, got {knobs}"
+        )
+    return kind(**knobs)

@@ -1,0 +1,348 @@
+"""Which configuration an op uses: the table's for this shape, its neighbour's, or the default.
+
+Decided once for each kernel, shape and GPU, then remembered under a tuple of plain values: a call
+costs one lookup in a dict. Nothing is compiled or measured here.
+
+A table never makes a token's bits follow the number of tokens more than the defaults do. Within a
+family all configurations form sums in one order; a regime of few tokens and one of many have
+families of their own where the default has such regimes; with batch invariance the family of many
+serves every number of tokens. Of a neighbouring C the family's order is carried over once, from its
+entry of most tokens, and every number of tokens keeps to that.
+"""
+
+import math
+import threading
+import warnings
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..kernels import _toolchain
+from . import table
+from .configs import decode
+from .device import Device, describe
+from .problems import Problem, bucket
+
+MOST_REMEMBERED = 1 << 16  # shapes; a server of ragged batches sees each number of tokens
+FARTHEST = 1.0  # a neighbour's C is at most this many powers of two away
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One kernel's configuration at one shape.
+
+    Attributes:
+        problem: the kernel and the shape.
+        config: launch knobs; None for the launcher's own default.
+        why: "exact" (an entry of this shape), "nearest" (of a neighbour), or "default".
+        detail: which entry, or why there is none.
+        source: the table's file; empty for the default.
+        family: the entry's family, if there is one.
+    """
+
+    problem: Problem
+    config: Any
+    why: str
+    detail: str
+    source: str = ""
+    family: table.Key | None = None
+
+    def __str__(self) -> str:
+        """One line for a person."""
+        source = f" in {self.source}" if self.source else ""
+        return f"{self.problem}: {self.config or 'default'} ({self.why}: {self.detail}{source})"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A decision for every number of tokens of a bucket; config None is the default of each."""
+
+    config: Any
+    why: str
+    detail: str
+    source: str = ""
+    family: table.Key | None = None
+
+
+@dataclass
+class Tables:
+    """What all tables together say about one GPU.
+
+    Attributes:
+        device: the GPU.
+        families: by key, each from the file that counts most.
+        files: those that were read, the one that counts most first.
+        faults: why files or families are bypassed, each beginning with the file's name.
+        plans: what was decided for a bucket of tokens and a regime, without the default's part.
+        banned: families, and the C at which they do not work.
+    """
+
+    device: Device
+    families: dict[table.Key, table.Family] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    plans: dict[tuple[Problem, str], "Plan"] = field(default_factory=dict)
+    banned: set[tuple[table.Key, int]] = field(default_factory=set)
+
+    def ban(self, key: table.Key, channels: int, why: str) -> None:
+        """Bypass a family at a C, for every number of tokens, so that all keep one order of sums.
+
+        Args:
+            key: of the family.
+            channels: C.
+            why: a fault, without the file's name.
+        """
+        self.banned.add((key, channels))
+        self.plans.clear()
+        self.faults.append(f"{self.families[key].source}: {key}: {why}; it is bypassed")
+
+    @property
+    def other_tilelang(self) -> list[str]:
+        """Versions of TileLang, other than the installed one, that families were measured with."""
+        versions = {family.tilelang for family in self.families.values()}
+        return sorted(versions - {_toolchain.tilelang_version()})
+
+
+def load(device: Device) -> Tables:
+    """Read every table of a GPU; what cannot be used is among the faults.
+
+    Args:
+        device: the GPU.
+    """
+    found = Tables(device)
+    for path in table.sources(device):
+        if not path.is_file():
+            continue
+        try:
+            families = table.read(path, device).families
+        except (table.TableError, OSError) as error:
+            found.faults.append(f"{error}; it is bypassed")
+            continue
+        found.files.append(path)
+        found.families = {**families, **found.families}
+    return found
+
+
+def decide(
+    tables: Tables, problem: Problem, *, arch: str, batch_invariant: bool = False
+) -> Decision:
+    """The configuration of a kernel at a shape, and why.
+
+    Args:
+        tables: of the GPU.
+        problem: kernel and shape.
+        arch: the GPU's architecture, such as "sm_90a".
+        batch_invariant: the regime of many tokens, whatever their number.
+    """
+    from . import registry
+
+    target = registry.Target(arch, tables.device.multiprocessors)
+    own = registry.default(problem, target, batch_invariant=batch_invariant)
+    if why := registry.KERNELS[problem.kernel].untunable(problem):
+        return Decision(problem, own if batch_invariant else None, "default", why)
+    regime = registry.regime(problem, target, batch_invariant=batch_invariant)
+    key = problem.at(bucket(problem.tokens)), regime
+    if key not in tables.plans:
+        tables.plans[key] = _plan(tables, *key, own, target)
+    plan = tables.plans[key]
+    if plan.why == "default":
+        return Decision(problem, own if batch_invariant else None, "default", plan.detail)
+    config = own if plan.config is None else plan.config
+    return Decision(problem, config, plan.why, plan.detail, plan.source, plan.family)
+
+
+def _plan(tables: Tables, problem: Problem, regime: str, own: Any, target: Any) -> Plan:
+    """What is decided for all numbers of tokens of a bucket and a regime."""
+    family = _closest(tables, problem, regime)
+    if family is None:
+        return Plan(None, "default", "no table has this kernel near this shape")
+    tokens = _nearest(family.entries, problem.tokens)
+    try:
+        config = _adapted(family, tokens, problem, own, target)
+    except ValueError as error:
+        tables.ban(family.key, problem.channels, str(error))
+        return _plan(tables, problem, regime, own, target)
+    exact = family.key.channels == problem.channels and tokens == problem.tokens
+    detail = f"{tokens} x {family.key.channels}" if family.key.channels else f"{tokens} tokens"
+    return Plan(config, "exact" if exact else "nearest", detail, family.source, family.key)
+
+
+def _closest(tables: Tables, problem: Problem, regime: str) -> table.Family | None:
+    """The family of the nearest C in log space, the smaller of two; None if all are far."""
+
+    def distance(key: table.Key) -> float:
+        if problem.channels == key.channels:
+            return 0.0
+        return abs(math.log2(key.channels / problem.channels)) if key.channels else math.inf
+
+    same = problem.kernel, problem.n, problem.dtype, regime
+    near = [
+        key
+        for key in tables.families
+        if (key.kernel, key.n, key.dtype, key.regime) == same
+        and distance(key) <= FARTHEST
+        and (key, problem.channels) not in tables.banned
+    ]
+    best = min(near, key=lambda key: (distance(key), key.channels), default=None)
+    return tables.families[best] if best else None
+
+
+def _nearest(entries: dict[int, table.Entry], tokens: int) -> int:
+    """The nearest bucket in log space, the larger of two."""
+    at = math.log2(bucket(tokens))
+    return min(entries, key=lambda known: (abs(math.log2(known) - at), -known))
+
+
+def _adapted(family: table.Family, tokens: int, problem: Problem, own: Any, target: Any) -> Any:
+    """The entry's configuration at a shape: itself where the kernel offers it, else the nearest.
+
+    None where the entry says that the default is best.
+
+    Raises:
+        ValueError: It does not decode, or nothing that can launch keeps the family's order.
+    """
+    from . import registry
+
+    kernel = registry.KERNELS[problem.kernel]
+    order = _order(family, problem, own, target)
+    entry = family.entries[tokens]
+    if entry.default and kernel.order(own) == order:
+        return None
+    offered = registry.candidates(problem, target)
+    return _similar(decode(entry.config), [c for c in offered if kernel.order(c) == order])
+
+
+def _order(family: table.Family, problem: Problem, own: Any, target: Any) -> Any:
+    """The order of sums that a family stands for at a shape's C, whatever its tokens.
+
+    Raises:
+        ValueError: The family's entries are not of one order.
+    """
+    from . import registry
+
+    kernel, key = registry.KERNELS[problem.kernel], family.key
+    measured = Problem(key.kernel, key.n, key.channels, key.dtype, 1)
+    pin = key.regime == "many"
+    orders = set()
+    for tokens, entry in family.entries.items():
+        config = decode(entry.config)
+        if entry.default:
+            config = registry.default(measured.at(tokens), target, batch_invariant=pin)
+        orders.add(kernel.order(config))
+    if len(orders) > 1:
+        raise ValueError("its entries must form sums in one order, got several")
+    if key.channels == problem.channels:
+        return orders.pop()
+    most = max(family.entries)
+    if family.entries[most].default:
+        return kernel.order(own)
+    offered = registry.candidates(problem.at(most), target)
+    return kernel.order(_similar(decode(family.entries[most].config), offered))
+
+
+def _similar(config: Any, offered: list[Any]) -> Any:
+    """Of what a kernel offers, the configuration nearest to one, in log space; the first of equals.
+
+    Raises:
+        ValueError: It offers none of this type.
+    """
+    if config in offered:
+        return config
+
+    def distance(other: Any) -> float:
+        pairs = ((value + 1, getattr(other, name) + 1) for name, value in vars(config).items())
+        return sum(abs(math.log2(a / b)) for a, b in pairs)
+
+    alike = [other for other in offered if type(other) is type(config)]
+    if not alike:
+        raise ValueError(f"the kernel must offer a configuration like {config} here, got none")
+    return min(alike, key=distance)
+
+
+# What ops ask: kernel (of `registry.KERNELS`), n, C (0 where a kernel sees none), dtype of x,
+# tokens, index of the CUDA device, whether the regime of many tokens serves every number of them.
+Asked = tuple[str, int, int, torch.dtype, int, int, bool]
+
+_known: dict[Asked, Any] = {}
+_lock = threading.RLock()
+
+
+def config(asked: Asked) -> Any:
+    """The configuration that a launcher is to run with; None for the launcher's own default.
+
+    Args:
+        asked: kernel, n, C, dtype, tokens, device index, batch invariance; see `Asked`.
+    """
+    try:
+        return _known[asked]
+    except KeyError:
+        decision = explain(asked)
+    if len(_known) >= MOST_REMEMBERED:
+        _known.clear()
+    _known[asked] = decision.config
+    return decision.config
+
+
+def explain(asked: Asked) -> Decision:
+    """What `config` returns, and why.
+
+    Args:
+        asked: as there.
+    """
+    kernel, n, channels, dtype, tokens, device, batch_invariant = asked
+    problem = Problem(kernel, n, channels, str(dtype).removeprefix("torch."), tokens)
+    with _lock:
+        tables = of_device(device)
+        arch = _toolchain.target(tables.device.capability)["arch"]
+        before = len(tables.faults)
+        decision = decide(tables, problem, arch=arch, batch_invariant=batch_invariant)
+        _report(tables.faults[before:])
+    return decision
+
+
+def reject(asked: Asked, error: Exception) -> None:
+    """Bypass the family that answered: its configuration failed where the default did not.
+
+    Args:
+        asked: as in `config`.
+        error: how it failed.
+    """
+    decision = explain(asked)
+    with _lock:
+        tables = of_device(asked[5])
+        if decision.family is not None:
+            why = f"{decision.config} must launch, got {error}"
+            tables.ban(decision.family, decision.problem.channels, why)
+            _report(tables.faults[-1:])
+        _known.clear()
+
+
+@cache
+def of_device(index: int) -> Tables:
+    """The tables of a CUDA device, read once; the first call warns of what is wrong with them."""
+    tables = load(describe(index))
+    _report(tables.faults)
+    if not tables.families and not table.is_off():
+        _report(
+            [
+                f"no tuned configurations for {tables.device.name}: defaults run. `mhc-tile "
+                f"autotune --preset paper` on this machine makes a table; {table.VARIABLE}="
+                f"{table.OFF} silences this"
+            ]
+        )
+    return tables
+
+
+def forget() -> None:
+    """Read tables anew at the next call: a table or MHC_TILE_TABLES has changed."""
+    with _lock:
+        _known.clear()
+        of_device.cache_clear()
+
+
+def _report(faults: list[str]) -> None:
+    for fault in faults:
+        warnings.warn(f"mhc_tile: {fault}", RuntimeWarning, stacklevel=4)

@@ -1,0 +1,302 @@
+"""The second phase: run, check and time the candidates of a problem, in a process that may fail.
+
+In the worker process `measure` tries one candidate after another: its results must be the
+default's, and a first impression of its time must not be hopeless. The best then take turns with
+the default. In the tuner's process `Measurer` listens, kills a worker that hangs, replaces one that
+died, and goes on with the next candidate.
+"""
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from .bench import difference
+from .problems import Problem
+from .timing import HOPELESS, Sample, Timer, impression, interleaved
+from .worker import Worker, WorkerDied, WorkerHung
+
+CUDA = f"{__package__}.bench:CudaBench"
+FINALISTS = 4  # of the default's order of sums, and the best of every other order
+RESTARTS = 2  # of a worker that failed without a candidate to blame
+_HANDLER = f"{__name__}:handler"
+
+
+class Bench(Protocol):
+    """What measures one problem: `bench.CudaBench`, or a test's."""
+
+    def results(self, config: Any) -> Iterator[Any]:
+        """Results of several calls, each a tuple of tensors."""
+
+    def timer(self, config: Any) -> Timer:
+        """A timer of a call."""
+
+    def healthy(self) -> bool:
+        """Whether it can go on after an error."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One configuration to measure.
+
+    Attributes:
+        config: launch knobs.
+        order: how it forms a token's sums; where it is the default's, so must be the bits.
+    """
+
+    config: Any
+    order: Any
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a candidate.
+
+    Attributes:
+        status: "measured", "slow" (hopeless at first sight) or "rejected".
+        why: for a person, where it is not measured.
+        ratio: first impression of its time over the default's; 0 if there is none.
+        sample: its time, if it was measured.
+    """
+
+    status: str
+    why: str = ""
+    ratio: float = 0.0
+    sample: Sample | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A problem for a worker.
+
+    Attributes:
+        problem: kernel and shape.
+        candidates: the default first.
+        known: outcomes of earlier attempts, by index.
+        parameter_grads: results, the last ones, that sum over tokens: their bits are nobody's.
+    """
+
+    problem: Problem
+    candidates: tuple[Candidate, ...]
+    known: dict[int, Outcome]
+    parameter_grads: int = 0
+
+
+@dataclass(frozen=True)
+class Trying:
+    """A worker begins with a candidate: if nothing follows, this is to blame."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a worker found out about a candidate; a later one replaces an earlier one."""
+
+    index: int
+    outcome: Outcome
+
+
+def handler(bench: str) -> Callable[[Any], Iterator[Any]]:
+    """What a worker process runs: tasks to `Trying` and `Found`, or a function's name to its value.
+
+    Args:
+        bench: "module:class" of a `Bench`.
+    """
+
+    def handle(task: Task | str) -> Iterator[Any]:
+        if isinstance(task, str):
+            yield resolve(task)()
+        else:
+            yield from measure(task, resolve(bench))
+
+    return handle
+
+
+def resolve(name: str) -> Any:
+    """What "module:attribute" names."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def measure(task: Task, open_bench: Callable[[Problem], Bench]) -> Iterator[Trying | Found]:
+    """Check and time the candidates of a problem.
+
+    Args:
+        task: what to measure.
+        open_bench: a `Bench` for a problem.
+
+    Yields:
+        `Trying` before whatever may fail, `Found` for each candidate, again for each finalist.
+
+    Raises:
+        RuntimeError: The default fails, or an error after which nothing runs: the process must end.
+    """
+    yield Trying(0)
+    bench = open_bench(task.problem)
+    expected = _repeated(bench, task.candidates[0].config)
+    timers = {0: bench.timer(task.candidates[0].config)}
+    default = impression(timers[0])
+    outcomes = {0: Outcome("slow", ratio=1.0), **task.known}
+    yield Found(0, outcomes[0])
+    for index, candidate in enumerate(task.candidates):
+        if index in outcomes:
+            continue
+        yield Trying(index)
+        try:
+            same_order = candidate.order == task.candidates[0].order
+            same_bits = len(expected) - task.parameter_grads if same_order else 0
+            outcomes[index] = _check(bench, candidate.config, expected, same_bits)
+            if outcomes[index].status != "rejected":
+                timer = bench.timer(candidate.config)
+                ratio = impression(timer) / default
+                why = f"{ratio:.2f} times the default at first sight"
+                if ratio <= HOPELESS * _fastest(outcomes):
+                    timers[index] = timer
+                outcomes[index] = Outcome("slow", why, ratio)
+        except Exception as error:
+            why = f"crashed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            outcomes[index] = Outcome("rejected", why)
+            yield Found(index, outcomes[index])
+            if not bench.healthy():
+                raise
+        else:
+            yield Found(index, outcomes[index])
+    finalists = _finalists(task.candidates, outcomes)
+    for index in finalists:
+        if index not in timers:
+            yield Trying(index)
+            timers[index] = bench.timer(task.candidates[index].config)
+    samples = interleaved([timers[index] for index in finalists])
+    for index, sample in zip(finalists, samples, strict=True):
+        yield Found(index, Outcome("measured", ratio=outcomes[index].ratio, sample=sample))
+
+
+def _repeated(bench: Bench, config: Any) -> Any:
+    """The default's results; they must have the same bits every time."""
+    first, *others = bench.results(config)
+    for results in others:
+        if why := difference(results, first, same_bits=len(first)):
+            raise RuntimeError(f"measure: the default must be deterministic: {why}")
+    return first
+
+
+def _check(bench: Bench, config: Any, expected: Any, same_bits: int) -> Outcome:
+    """Compare several results with the default's, and with each other."""
+    first = None
+    for results in bench.results(config):
+        why = difference(results, expected, same_bits=same_bits)
+        if why is None and first is not None:
+            why = difference(results, first, same_bits=len(first))
+        if why:
+            return Outcome("rejected", f"wrong: {why}")
+        first = results
+    return Outcome("checked")
+
+
+def _fastest(outcomes: dict[int, Outcome]) -> float:
+    return min(o.ratio for o in outcomes.values() if o.ratio)
+
+
+def _finalists(candidates: tuple[Candidate, ...], outcomes: dict[int, Outcome]) -> list[int]:
+    """The default, the best few of its order of sums, and the best of every other order."""
+    limit = HOPELESS * _fastest(outcomes)
+    ranked = sorted(
+        (o.ratio, index) for index, o in outcomes.items() if index and 0 < o.ratio <= limit
+    )
+    chosen, places = [0], {candidates[0].order: FINALISTS}
+    for _, index in ranked:
+        order = candidates[index].order
+        if places.setdefault(order, 1):
+            places[order] -= 1
+            chosen.append(index)
+    return chosen
+
+
+class Measurer:
+    """Measures problems in a worker process that is replaced when it fails.
+
+    Args:
+        seconds: that a candidate may take before its process is killed.
+        bench: "module:class" of a `Bench`.
+        log: where the process's own output goes.
+    """
+
+    def __init__(self, *, seconds: float, bench: str = CUDA, log: Path | None = None) -> None:
+        self._seconds = seconds
+        self._bench = bench
+        self._log = log
+        self._worker: Worker | None = None
+
+    def __enter__(self) -> "Measurer":
+        """Itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the process."""
+        if self._worker:
+            self._worker.kill()
+
+    def ask(self, function: str) -> Any:
+        """What a function of no arguments, "module:name", returns in the process."""
+        (answer,) = self._messages(function)
+        return answer
+
+    def measure(
+        self,
+        problem: Problem,
+        candidates: tuple[Candidate, ...],
+        known: dict[int, Outcome],
+        keep: Callable[[int, Outcome], None],
+        parameter_grads: int = 0,
+    ) -> dict[int, Outcome]:
+        """Outcomes of a problem's candidates, by index.
+
+        Args:
+            problem: kernel and shape.
+            candidates: the default first.
+            known: outcomes of an earlier run.
+            keep: called with each outcome as soon as it is known.
+            parameter_grads: as in `Task`.
+
+        Raises:
+            RuntimeError: The default itself fails, or workers fail without a candidate to blame.
+        """
+        outcomes = dict(known)
+        restarts = 0
+        while True:
+            trying: int | None = None
+            try:
+                task = Task(problem, candidates, outcomes, parameter_grads)
+                for message in self._messages(task):
+                    if isinstance(message, Trying):
+                        trying = message.index
+                        continue
+                    trying = None
+                    outcomes[message.index] = message.outcome
+                    keep(message.index, message.outcome)
+                return outcomes
+            except (WorkerDied, WorkerHung) as error:
+                if trying == 0:
+                    raise RuntimeError(f"{problem}: the default must run, got {error}") from error
+                if trying is not None:
+                    kind = "hung" if isinstance(error, WorkerHung) else "crashed"
+                    outcomes[trying] = Outcome("rejected", f"{kind}: {error}")
+                    keep(trying, outcomes[trying])
+                    continue
+                restarts += 1
+                if restarts > RESTARTS:
+                    raise RuntimeError(f"{problem}: measuring must end, got {error}") from error
+
+    def _messages(self, task: Any) -> Iterator[Any]:
+        worker = self._worker = self._worker or Worker(_HANDLER, (self._bench,), self._log)
+        try:
+            worker.send(task)
+            yield from worker.messages(self._seconds)
+        except BaseException:
+            self._worker = None
+            with contextlib.suppress(ValueError, OSError):
+                worker.kill()
+            raise

@@ -1,0 +1,96 @@
+"""What is tuned: one kernel at one shape, and the shapes of the presets."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+DTYPES = ("bfloat16", "float16", "float32")
+TOKENS = tuple(4**power for power in range(9))  # 1 to 65536
+
+
+@dataclass(frozen=True, order=True)
+class Problem:
+    """One kernel at one shape.
+
+    Attributes:
+        kernel: a name of `registry.KERNELS`.
+        n: streams.
+        channels: C; 0 for kernels that see no channels.
+        dtype: of x, such as "bfloat16".
+        tokens: T.
+    """
+
+    kernel: str
+    n: int
+    channels: int
+    dtype: str
+    tokens: int
+
+    def at(self, tokens: int) -> "Problem":
+        """The same with another number of tokens."""
+        return Problem(self.kernel, self.n, self.channels, self.dtype, tokens)
+
+    def __str__(self) -> str:
+        """One line for a person."""
+        size = f"{self.tokens} x {self.channels}" if self.channels else f"{self.tokens} tokens"
+        return f"{self.kernel} {size}, n {self.n}, {self.dtype}"
+
+
+@dataclass(frozen=True, order=True)
+class Shape:
+    """What a user tunes for: n, C and dtype, at some numbers of tokens."""
+
+    channels: int
+    n: int = 4
+    dtype: str = "bfloat16"
+    tokens: tuple[int, ...] = TOKENS
+
+
+def _shapes(*channels: int) -> tuple[Shape, ...]:
+    return tuple(Shape(width) for width in channels)
+
+
+_PAPER = _shapes(1280, 1920, 2560)  # hidden sizes of the 3B, 9B and 27B models, arXiv 2512.24880
+_DEEPSEEK_V4 = _shapes(4096, 7168)
+PRESETS: dict[str, tuple[Shape, ...]] = {
+    "paper": _PAPER,
+    "deepseek-v4": _DEEPSEEK_V4,
+    "all": (
+        *_PAPER,
+        *_DEEPSEEK_V4,
+        Shape(5120),
+        Shape(2560, n=2),
+        Shape(2560, n=8),
+        Shape(2560, dtype="float16"),
+        Shape(2560, dtype="float32"),
+    ),
+}
+"""Shapes by name; "all" is what the shipped tables are made of."""
+
+
+def bucket(tokens: int) -> int:
+    """The power of two at or below a number of tokens: what tables are keyed by.
+
+    Example:
+        >>> bucket(1), bucket(1023), bucket(4096)
+        (1, 512, 4096)
+    """
+    return 1 << max(tokens, 1).bit_length() - 1
+
+
+def problems(shapes: Iterable[Shape], kernels: Iterable[str]) -> list[Problem]:
+    """Every kernel at every shape, each once, the numbers of tokens of a shape in a row.
+
+    Args:
+        shapes: what to tune for.
+        kernels: names of `registry.KERNELS`.
+    """
+    from .registry import KERNELS
+
+    found: dict[Problem, None] = {}
+    for shape in shapes:
+        for name in kernels:
+            sized = KERNELS[name].of_channels
+            channels, dtype = (shape.channels, shape.dtype) if sized else (0, "float32")
+            for tokens in sorted(shape.tokens, reverse=True):
+                found[Problem(name, shape.n, channels, dtype, tokens)] = None
+    return list(found)

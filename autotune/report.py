@@ -1,0 +1,158 @@
+"""What the tuner prints and draws: the candidates before, the gains after."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import table
+from ._extras import require
+from .problems import Problem
+from .registry import KERNELS
+from .resources import occupancy
+from .tuner import Option, Plan
+
+
+def short(config: Any) -> str:
+    """A configuration on one line: "10 members, 13 blocks" of a type that goes without saying."""
+    return " ".join(f"{name}={value}" for name, value in vars(config).items())
+
+
+def listing(plans: Sequence[Plan], arch: str) -> str:
+    """Every candidate with what it takes, and why it is pruned if it is.
+
+    Args:
+        plans: compiled.
+        arch: such as "sm_90a".
+    """
+    tabulate = require("tabulate", "autotune").tabulate
+    headers = ("configuration", "registers", "shared bytes", "occupancy", "")
+    align = ("left", "right", "right", "right", "left")
+    parts = []
+    for plan in plans:
+        parts.append(f"{plan.problem}: {plan.bytes / 1e6:.3f} MB must move")
+        if plan.idle:
+            parts[-1] += f"; nothing to tune: {plan.idle}"
+            continue
+        rows = [_row(plan, option, arch) for option in plan.options]
+        parts.append(tabulate(rows, headers, disable_numparse=True, colalign=align))
+        parts.append(f"{len(plan.candidates)} of {len(plan.options)} to measure\n")
+    return "\n".join(parts)
+
+
+def _row(plan: Plan, option: Option, arch: str) -> tuple[str, ...]:
+    verdict = f"pruned: {option.pruned}" if option.pruned else ""
+    verdict = "default" if option is plan.options[0] else verdict
+    if not option.takes:
+        return short(option.config), "", "", "", verdict
+    shares = [share for t in option.takes if (share := occupancy(t, arch)) is not None]
+    return (
+        short(option.config),
+        str(max(t.registers for t in option.takes)),
+        str(max(t.dynamic_smem + t.static_smem for t in option.takes)),
+        f"{min(shares):.0%}" if shares else "",
+        verdict,
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One entry of a table, for the closing report; floor_us is 0 where it is not known."""
+
+    problem: Problem
+    entry: table.Entry
+    floor_us: float
+
+    @property
+    def gain(self) -> float:
+        """The default's time over the entry's."""
+        return self.entry.default_us / self.entry.us
+
+
+def rows(families: Sequence[table.Family], bandwidth: float) -> list[Row]:
+    """The entries of families, sorted.
+
+    Args:
+        families: of a table.
+        bandwidth: bytes per second of a copy; 0 where it is not known.
+    """
+    found = []
+    for family in families:
+        key = family.key
+        for tokens, entry in family.entries.items():
+            problem = Problem(key.kernel, key.n, key.channels, key.dtype, tokens)
+            kernel = KERNELS[key.kernel]
+            moved = kernel.traffic(kernel.load(), problem)
+            found.append(Row(problem, entry, moved / bandwidth * 1e6 if bandwidth else 0.0))
+    return sorted(found, key=lambda row: row.problem)
+
+
+def closing(found: Sequence[Row]) -> str:
+    """The table of times: default, tuned, gain, share of the floor that bandwidth sets.
+
+    Args:
+        found: at least one.
+    """
+    tabulate = require("tabulate", "autotune").tabulate
+    headers: tuple[str, ...] = ("kernel", "tokens x C", "n", "dtype", "default us", "tuned us")
+    headers += ("gain", "% of floor", "configuration")
+    lines = [
+        (
+            row.problem.kernel,
+            f"{row.problem.tokens} x {row.problem.channels or '-'}",
+            str(row.problem.n),
+            row.problem.dtype,
+            f"{row.entry.default_us:.1f}",
+            f"{row.entry.us:.1f}",
+            f"{row.gain - 1:+.1%}",
+            f"{row.floor_us / row.entry.us:.0%}" if row.floor_us else "",
+            "default" if row.entry.default else _knobs(row.entry.config),
+        )
+        for row in found
+    ]
+    align = ("left", "left", "right", "left", "right", "right", "right", "right", "left")
+    mean = math.exp(sum(math.log(row.gain) for row in found) / len(found))
+    changed = sum(not row.entry.default for row in found)
+    text = tabulate(lines, headers, disable_numparse=True, colalign=align)
+    summary = f"{changed} of {len(found)} differ from the default; geometric mean {mean - 1:+.1%}"
+    return f"{text}\n\n{summary}"
+
+
+def _knobs(config: dict[str, Any]) -> str:
+    return " ".join(str(v) if k == "type" else f"{k}={v}" for k, v in config.items())
+
+
+def draw(found: Sequence[Row], path: Path, title: str) -> None:
+    """A PNG of the gains: an axis a kernel, a line a shape.
+
+    Args:
+        found: at least one.
+        path: of the file.
+        title: above it all.
+    """
+    figure_of = require("matplotlib.figure", "autotune").Figure
+    kernels = list(dict.fromkeys(row.problem.kernel for row in found))
+    columns = min(4, len(kernels))
+    lines = -(-len(kernels) // columns)
+    figure = figure_of(figsize=(3.6 * columns, 0.8 + 2.6 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False, sharex=True).flatten()
+    for axis in axes[len(kernels) :]:
+        axis.set_axis_off()
+    for axis, kernel in zip(axes, kernels, strict=False):
+        shapes: dict[Problem, list[Row]] = {}
+        for row in found:
+            if row.problem.kernel == kernel:
+                shapes.setdefault(row.problem.at(1), []).append(row)
+        for shape, members in shapes.items():
+            label = f"{shape.channels or 'n'} {shape.n} {shape.dtype}"
+            tokens = [row.problem.tokens for row in members]
+            axis.plot(tokens, [row.gain for row in members], ".-", label=label, linewidth=1)
+        axis.axhline(1, color="black", linewidth=0.5)
+        axis.set_xscale("log", base=2)
+        axis.set_title(kernel, fontsize=9)
+        axis.legend(fontsize=5)
+    figure.supxlabel("tokens")
+    figure.supylabel("default / tuned time")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,265 @@
+"""Tables of tuned configurations: the file format, where files are, reading, and safe writing.
+
+A table belongs to one GPU model. It holds families: the entries of one kernel, n, C, dtype and
+regime (few tokens or many), by number of tokens, a power of two. All entries of a family form a
+token's sums in one order, so that its bits do not follow the number of tokens; a family is
+therefore replaced as a whole by one of another order. README.md beside this file has an example.
+
+Writing takes a lock, merges with what is there, and replaces the file in one step: a killed writer
+leaves the old table, and of two writers neither loses what it wrote.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import platformdirs
+from filelock import FileLock
+
+from .device import Device
+
+SCHEMA = 1
+SHIPPED = Path(__file__).parent / "tables"
+VARIABLE = "MHC_TILE_TABLES"
+OFF = "off"
+
+
+class TableError(ValueError):
+    """A table's file cannot be used; the message begins with its path."""
+
+
+class UnreadableError(TableError):
+    """The file is no table at all, or a broken one."""
+
+
+class Key(NamedTuple):
+    """What a family is for; channels is 0 for kernels that see none."""
+
+    kernel: str
+    n: int
+    channels: int
+    dtype: str
+    regime: str
+
+    def __str__(self) -> str:
+        """One line for a person."""
+        width = f" x {self.channels}" if self.channels else ""
+        return f"{self.kernel}{width}, n {self.n}, {self.dtype}, {self.regime} tokens"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The configuration for one number of tokens.
+
+    Attributes:
+        config: as `configs.encode` returns it.
+        default: whether this is the kernel's default, because nothing was faster.
+        us: microseconds of a call.
+        default_us: the same with the default, measured beside it.
+    """
+
+    config: dict[str, Any]
+    default: bool
+    us: float
+    default_us: float
+
+
+@dataclass
+class Family:
+    """Entries by number of tokens, and what they were measured with.
+
+    Attributes:
+        key: what they are for.
+        order: how a token's sums are formed, the same for all of them; a text.
+        tilelang: the version that generated the code.
+        driver: the GPU driver's version.
+        date: of the measurement, YYYY-MM-DD.
+        entries: by number of tokens.
+        source: the file that it was read from.
+    """
+
+    key: Key
+    order: str
+    tilelang: str
+    driver: str
+    date: str
+    entries: dict[int, Entry] = field(default_factory=dict)
+    source: str = ""
+
+    def updated(self, newer: "Family") -> "Family":
+        """This family with a newer one's entries; the newer one alone if its order is another."""
+        if self.order != newer.order:
+            return newer
+        entries = {**self.entries, **newer.entries}
+        return Family(
+            newer.key, newer.order, newer.tilelang, newer.driver, newer.date, entries, newer.source
+        )
+
+
+@dataclass
+class Table:
+    """The families of one GPU model.
+
+    Attributes:
+        gpu: the vendor's name of the model.
+        multiprocessors: how many it has; a model's name alone does not tell.
+        families: by key.
+    """
+
+    gpu: str
+    multiprocessors: int
+    families: dict[Key, Family] = field(default_factory=dict)
+
+    def add(self, families: Iterable[Family]) -> None:
+        """Merge newer families into this table."""
+        for family in families:
+            known = self.families.get(family.key)
+            self.families[family.key] = known.updated(family) if known else family
+
+
+def user_folder() -> Path:
+    """Where a user's own tables are."""
+    return platformdirs.user_data_path("mhc_tile", appauthor=False) / "tables"
+
+
+def user_path(device: Device) -> Path:
+    """The file that the tuner writes for a GPU."""
+    return user_folder() / f"{device.slug}.json"
+
+
+def is_off() -> bool:
+    """Whether tables are switched off by MHC_TILE_TABLES=off."""
+    return os.environ.get(VARIABLE, "").lower() == OFF
+
+
+def sources(device: Device) -> list[Path]:
+    """Files that may hold a table for a GPU, the one that counts most first; not all exist.
+
+    $MHC_TILE_TABLES names a file, or a folder of files by GPU; then come the user's data folder and
+    what is shipped.
+    """
+    if is_off():
+        return []
+    name = f"{device.slug}.json"
+    found = [user_folder() / name, SHIPPED / name]
+    if given := os.environ.get(VARIABLE):
+        path = Path(given).expanduser()
+        found.insert(0, path if path.suffix == ".json" else path / name)
+    return found
+
+
+def read(path: Path, device: Device | None = None) -> Table:
+    """Read a table.
+
+    Args:
+        path: the file.
+        device: the GPU that it must be for; any if None.
+
+    Raises:
+        TableError: It is corrupt, of a newer schema, or for another GPU.
+        OSError: It cannot be read.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        schema = values["schema"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UnreadableError(f"{path}: must be a table in JSON, got {error!r}") from error
+    if schema != SCHEMA:
+        raise TableError(f"{path}: schema must be {SCHEMA}, got {schema!r}; update mhc-tile")
+    try:
+        table = Table(str(values["gpu"]), int(values["multiprocessors"]))
+        for item in values["families"]:
+            family = _family(item, str(path))
+            table.families[family.key] = family
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UnreadableError(f"{path}: must be a whole table, got {error!r}") from error
+    own = (table.gpu, table.multiprocessors)
+    if device is not None and own != (device.name, device.multiprocessors):
+        raise TableError(
+            f"{path}: must be for {device.name} with {device.multiprocessors} multiprocessors, "
+            f"got one for {own[0]} with {own[1]}"
+        )
+    return table
+
+
+def _family(item: dict[str, Any], source: str) -> Family:
+    key = Key(
+        str(item["kernel"]), int(item["n"]), int(item["C"]), str(item["dtype"]), str(item["regime"])
+    )
+    entries = {}
+    for tokens, entry in item["tokens"].items():
+        config = dict(entry["config"])
+        numbers = float(entry["us"]), float(entry["default_us"])
+        entries[int(tokens)] = Entry(config, bool(entry["default"]), *numbers)
+    if not entries or min(entries) < 1:
+        raise ValueError(f"entries of {key} at no number of tokens")
+    order, tilelang, driver, date = (
+        str(item[name]) for name in ("order", "tilelang", "driver", "date")
+    )
+    return Family(key, order, tilelang, driver, date, entries, source)
+
+
+def render(table: Table) -> str:
+    """The file's text: a line an entry, sorted, so that equal tables are equal files."""
+    families = []
+    for key, family in sorted(table.families.items()):
+        head = {"kernel": key.kernel, "n": key.n, "C": key.channels, "dtype": key.dtype}
+        head |= {"regime": key.regime, "order": family.order, "tilelang": family.tilelang}
+        head |= {"driver": family.driver, "date": family.date}
+        entries = ",\n".join(
+            f"   {json.dumps(str(tokens))}: {json.dumps(asdict(entry))}"
+            for tokens, entry in sorted(family.entries.items())
+        )
+        families.append(f'  {json.dumps(head)[:-1]}, "tokens": {{\n{entries}\n  }}}}')
+    own = f' "gpu": {json.dumps(table.gpu)},\n "multiprocessors": {table.multiprocessors},\n'
+    body = ",\n".join(families)
+    return f'{{\n "schema": {SCHEMA},\n{own} "families": [\n{body}\n ]\n}}\n'
+
+
+def update(path: Path, device: Device, families: Iterable[Family]) -> Table:
+    """Merge families into a file, under its lock and in one step.
+
+    A file that cannot be read is kept beside the new one as `<name>.unreadable`.
+
+    Args:
+        path: the file; it and its folder need not exist.
+        device: the GPU that was measured.
+        families: what was measured.
+
+    Returns:
+        What the file now holds.
+
+    Raises:
+        TableError: The file has a newer schema or is for another GPU: it is left alone.
+        OSError: It cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        table = Table(device.name, device.multiprocessors)
+        if path.exists():
+            try:
+                table = read(path, device)
+            except UnreadableError:
+                os.replace(path, f"{path}.unreadable")
+        table.add(families)
+        replace(path, render(table))
+    return table
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file in one step: a reader, or a crash, sees the old text or the new."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # mkstemp's files are their owner's alone
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

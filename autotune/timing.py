@@ -1,0 +1,86 @@
+"""Times that can be compared: medians with a spread, taken in turns, and what counts as faster.
+
+A timer is a function that runs a call once or more and returns microseconds a call; on a GPU it
+replays a CUDA graph (`bench.CudaBench.timer`). `tilelang.profiler.do_bench` times one function
+after another and averages; here candidates take turns with the default, so that a clock that drifts
+drifts for all of them, and medians of equal numbers of turns are compared.
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+Timer = Callable[[], float]
+
+MARGIN = 0.015  # of the slower: differences below are not told apart
+HOPELESS = 1.2  # times the fastest first impression: not measured further
+FIRST_TURNS = 3
+TURNS = 20
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Microseconds of a call: median, 20th and 80th percentile of some turns."""
+
+    us: float
+    low: float
+    high: float
+    turns: int
+
+
+def summarise(times: Sequence[float]) -> Sample:
+    """Median and spread.
+
+    Args:
+        times: at least one.
+
+    Example:
+        >>> summarise([3.0, 1.0, 2.0, 100.0, 2.5])
+        Sample(us=2.5, low=2.0, high=3.0, turns=5)
+    """
+    ordered = sorted(times)
+    last = len(ordered) - 1
+    low, high = ordered[round(0.2 * last)], ordered[round(0.8 * last)]
+    return Sample(statistics.median(ordered), low, high, len(ordered))
+
+
+def faster(one: Sample, other: Sample) -> bool:
+    """Whether one is faster beyond the margin and beyond both spreads.
+
+    Args:
+        one: of one candidate.
+        other: of another, measured in turns with it.
+
+    Example:
+        >>> faster(Sample(95, 94, 96, 20), Sample(100, 99, 101, 20))
+        True
+        >>> faster(Sample(99, 98, 99, 20), Sample(100, 99.5, 101, 20))  # within 1.5%
+        False
+        >>> faster(Sample(95, 80, 110, 20), Sample(100, 99, 101, 20))  # it scatters
+        False
+    """
+    return one.us < other.us * (1 - MARGIN) and one.high < other.low
+
+
+def impression(timer: Timer) -> float:
+    """Microseconds of a call by a few turns, after one to warm up."""
+    timer()
+    return statistics.median(timer() for _ in range(FIRST_TURNS))
+
+
+def interleaved(timers: Sequence[Timer], turns: int = TURNS) -> list[Sample]:
+    """Let timers take turns, each round beginning with another one.
+
+    Args:
+        timers: at least one.
+        turns: of each.
+
+    Returns:
+        A sample for each, in their order.
+    """
+    times: list[list[float]] = [[] for _ in timers]
+    for turn in range(turns):
+        for place in range(len(timers)):
+            index = (turn + place) % len(timers)
+            times[index].append(timers[index]())
+    return [summarise(values) for values in times]

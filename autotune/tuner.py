@@ -1,0 +1,266 @@
+"""The three phases: compile the candidates, measure them, write the table.
+
+Each can run alone and begins where an earlier run ended: compiled programs are in TileLang's cache,
+outcomes in the journal, and a table is made from the journal. TileLang's own AutoTuner tunes again
+in every process where sizes are dynamic, knows no GPU's name and does not check results that are
+written in place, so selection, checking and persistence are here.
+"""
+
+import datetime
+import itertools
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..kernels import _toolchain
+from ..kernels._static import Resources
+from . import compiling, registry, table
+from .compiling import Job
+from .configs import encode
+from .journal import Journal, name_of
+from .measuring import Candidate, Measurer, Outcome
+from .problems import Problem
+from .registry import KERNELS, Target
+from .selection import Choice, Timed, select
+
+Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
+
+
+def silent(items: Iterable[Any], total: int, title: str) -> Iterable[Any]:
+    """No progress bar."""
+    return items
+
+
+@dataclass
+class Option:
+    """A candidate of a problem before it is measured.
+
+    Attributes:
+        config: launch knobs.
+        order: how it forms a token's sums.
+        jobs: its programs, in the order of their launches.
+        pruned: why it is not measured; empty if it is.
+        takes: what the kernels of its programs take, once they are compiled.
+    """
+
+    config: Any
+    order: Any
+    jobs: tuple[Job, ...] = ()
+    pruned: str = ""
+    takes: tuple[Resources, ...] = ()
+
+
+@dataclass
+class Plan:
+    """A problem and its options, the default first.
+
+    Attributes:
+        problem: kernel and shape.
+        options: what could run.
+        bytes: that a call must move.
+        idle: why there is nothing to tune; empty if there is.
+    """
+
+    problem: Problem
+    options: list[Option]
+    bytes: int
+    idle: str = ""
+
+    @property
+    def candidates(self) -> list[Option]:
+        """Options that are not pruned; the default is always among them, the first."""
+        return [option for option in self.options if not option.pruned]
+
+
+def plan(problem: Problem, target: Target) -> Plan:
+    """List the candidates of a problem; those whose launcher refuses them are pruned.
+
+    Args:
+        problem: kernel and shape.
+        target: the GPU, which need not be here.
+    """
+    kernel = KERNELS[problem.kernel]
+    configs = registry.candidates(problem, target)
+    idle = kernel.untunable(problem) or ""
+    if not idle and len(configs) == 1:
+        idle = "the kernel offers one configuration"
+    options = []
+    for config in configs:
+        option = Option(config, kernel.order(config))
+        try:
+            programs = registry.programs(problem, config, target)
+            option.jobs = tuple(dict.fromkeys(Job.of(*item, target.arch) for item in programs))
+        except (ValueError, RuntimeError) as error:
+            if config is configs[0]:
+                raise
+            option.pruned = f"refused: {error}"
+        options.append(option)
+    return Plan(problem, options, kernel.traffic(kernel.load(), problem), idle)
+
+
+def compile_plans(
+    plans: Sequence[Plan],
+    *,
+    processes: int,
+    progress: Progress = silent,
+    log: Path | None = None,
+    build: bool = True,
+) -> int:
+    """Compile every option's programs; prune what does not compile, spills or cannot launch.
+
+    Args:
+        plans: changed in place.
+        processes: how many compile at a time.
+        progress: wraps the programs as they are done.
+        log: where the compilers' output goes.
+        build: whether to compile at all, or to look in the cache only.
+
+    Returns:
+        How many programs there are.
+
+    Raises:
+        RuntimeError: A default does not compile.
+    """
+    options = [option for plan in plans if not plan.idle for option in plan.candidates]
+    jobs = list(dict.fromkeys(job for option in options for job in option.jobs))
+    done = compiling.compile_all(jobs, processes=processes, log=log, build=build)
+    results = dict(progress(done, len(jobs), "compile"))
+    for plan in plans:
+        for option in [] if plan.idle else plan.candidates:
+            found = [results[job] for job in option.jobs]
+            failed = [text for text in found if isinstance(text, str)]
+            option.takes = tuple(t for takes in found if not isinstance(takes, str) for t in takes)
+            wrong = failed or compiling.faults(option.takes, option.jobs[0].arch)
+            if failed and option is plan.options[0]:
+                raise RuntimeError(f"{plan.problem}: the default must compile, got {failed[0]}")
+            if wrong and option is not plan.options[0]:
+                option.pruned = f"{'does not compile: ' if failed else ''}{wrong[0]}"
+    return len(jobs)
+
+
+@dataclass
+class Report:
+    """What measuring did.
+
+    Attributes:
+        failed: why problems could not be measured.
+        left: problems that the budget did not reach.
+    """
+
+    failed: list[str] = field(default_factory=list)
+    left: list[Problem] = field(default_factory=list)
+
+
+def measure_plans(
+    plans: Sequence[Plan],
+    journal: Journal,
+    measurer: Measurer,
+    *,
+    budget: float | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+    after: Callable[[list[Plan]], None] = lambda plans: None,
+) -> Report:
+    """Measure what the journal does not know yet.
+
+    Args:
+        plans: compiled; the numbers of tokens of a shape in a row.
+        journal: gets every outcome.
+        measurer: runs the candidates.
+        budget: seconds after which no problem is begun; None for no limit.
+        force: measure again what the journal knows.
+        progress: wraps the problems.
+        after: called with the plans of a kernel and shape, once they are measured.
+
+    Returns:
+        What went wrong, and what is left.
+    """
+    report, begin = Report(), time.monotonic()
+    active = [plan for plan in plans if not plan.idle]
+
+    def shape(plan: Plan) -> Problem:
+        return plan.problem.at(1)
+
+    steps = progress(active, len(active), "measure")
+    for _, group in itertools.groupby(steps, key=shape):
+        members = []
+        for plan in group:
+            problem = plan.problem
+            members.append(plan)
+            if journal.complete(problem) and not force:
+                continue
+            if budget is not None and time.monotonic() - begin > budget:
+                report.left.append(problem)
+                continue
+            if force:
+                journal.forget(problem)
+            try:
+                _measure(plan, journal, measurer)
+            except RuntimeError as error:
+                report.failed.append(str(error))
+        after(members)
+    return report
+
+
+def _measure(plan: Plan, journal: Journal, measurer: Measurer) -> None:
+    options = plan.candidates
+    encoded = [encode(option.config) for option in options]
+    earlier = journal.outcomes(plan.problem)
+    known = {
+        index: earlier[name_of(config)]
+        for index, config in enumerate(encoded)
+        if index and name_of(config) in earlier
+    }
+
+    def keep(index: int, outcome: Outcome) -> None:
+        journal.add(plan.problem, encoded[index], outcome)
+
+    candidates = tuple(Candidate(option.config, option.order) for option in options)
+    grads = KERNELS[plan.problem.kernel].parameter_grads
+    measurer.measure(plan.problem, candidates, known, keep, grads)
+    journal.finish(plan.problem)
+
+
+def families(
+    journal: Journal, shapes: Iterable[Problem], target: Target, *, driver: str
+) -> list[table.Family]:
+    """The families of kernels and shapes, from everything that the journal knows of them.
+
+    Args:
+        journal: with the outcomes.
+        shapes: problems, whose numbers of tokens do not matter.
+        target: the GPU that was measured.
+        driver: its driver's version.
+    """
+    wanted = {problem.at(1) for problem in shapes}
+    timed: dict[table.Key, dict[int, list[Timed]]] = defaultdict(dict)
+    for problem in journal.problems():
+        if problem.at(1) not in wanted:
+            continue
+        outcomes = journal.outcomes(problem)
+        samples = [
+            Timed(config, KERNELS[problem.kernel].order(config), outcome.sample)
+            for config in registry.candidates(problem, target)
+            if (outcome := outcomes.get(name_of(encode(config)))) and outcome.sample
+        ]
+        if samples and samples[0].config == registry.default(problem, target):
+            regime = registry.regime(problem, target)
+            key = table.Key(problem.kernel, problem.n, problem.channels, problem.dtype, regime)
+            timed[key][problem.tokens] = samples
+    version = _toolchain.tilelang_version() or "unknown"
+    date = datetime.date.today().isoformat()
+    found = []
+    for key, by_tokens in timed.items():
+        if choices := select(by_tokens):
+            order = repr(next(iter(choices.values())).order)
+            entries = {tokens: _entry(choice) for tokens, choice in choices.items()}
+            found.append(table.Family(key, order, version, driver, date, entries))
+    return found
+
+
+def _entry(choice: Choice) -> table.Entry:
+    times = round(choice.us, 3), round(choice.default_us, 3)
+    return table.Entry(encode(choice.config), choice.default, *times)

@@ -1,0 +1,174 @@
+"""Everything before the first step: what kernels will run with, and their compilation."""
+
+import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from .._library import OPS
+from ..autotune import lookup
+from ..autotune.registry import KERNELS
+from ..config import MHCConfig
+from . import _dispatch
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def warmup(
+    config: MHCConfig,
+    hidden_size: int,
+    *,
+    tokens: int | Sequence[int],
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str | None = None,
+    threads: int = 8,
+    progress: bool = True,
+) -> None:
+    """Compile and load every kernel that a model's forward and backward pass will use.
+
+    Runs the ops that the modules of this package run, on random tensors of the model's sizes, so
+    that its first step compiles nothing. Kernels come from the disk cache where they are there. On
+    a device that is no GPU there is nothing to do.
+
+    Args:
+        config: of the model's mHC layers.
+        hidden_size: C.
+        tokens: T, or all T that will occur: batch size times sequence length.
+        dtype: of the streams: bf16, fp16 or fp32.
+        device: a GPU; the current one if None.
+        threads: ops that compile at the same time.
+        progress: whether to show a bar, where tqdm is installed.
+
+    Raises:
+        ValueError: A size or the dtype is off; the message names it.
+        RuntimeError: A kernel does not compile; the message says what to do.
+
+    Example:
+        >>> warmup(MHCConfig.paper(), 2560, tokens=8192, device="cpu")  # nothing to do there
+    """
+    counts = _counts("warmup", hidden_size, tokens, dtype)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if place.type != "cuda":
+        return
+    total = len(counts) * len(_calls(config, hidden_size, 1, dtype, torch.device("cpu")))
+    bar = _bar(total) if progress else None
+    with torch.cuda.device(place), ThreadPoolExecutor(threads) as pool:
+        for count in counts:
+            calls = _calls(config, hidden_size, count, dtype, place)
+            for _ in pool.map(lambda call: call(), calls.values()):
+                if bar is not None:
+                    bar.update()
+    torch.cuda.synchronize(place)
+    if bar is not None:
+        bar.close()
+
+
+def kernels_info(
+    config: MHCConfig,
+    hidden_size: int,
+    *,
+    tokens: int | Sequence[int],
+    dtype: torch.dtype = torch.bfloat16,
+    device: int | None = None,
+) -> list[lookup.Decision]:
+    """Which configuration each kernel would run with on a GPU, and why.
+
+    Args:
+        config: of the model's mHC layers.
+        hidden_size: C.
+        tokens: T, or several.
+        dtype: of the streams: bf16, fp16 or fp32.
+        device: index of a GPU; the current one if None.
+
+    Returns:
+        For each number of tokens and each kernel a decision; `print(decision)` says it in a line.
+        `why` is "exact" (a table's entry for this shape), "nearest" (adapted from a neighbour's) or
+        "default"; `detail` names the entry, `source` the table's file.
+
+    Raises:
+        ValueError: A size or the dtype is off; the message names it.
+        RuntimeError: There is no GPU.
+
+    Example:
+        >>> if torch.cuda.is_available():
+        ...     for decision in kernels_info(MHCConfig.paper(), 2560, tokens=8192):
+        ...         print(decision)
+    """
+    counts = _counts("kernels_info", hidden_size, tokens, dtype)
+    if not torch.cuda.is_available():
+        raise RuntimeError("kernels_info: torch must see a CUDA device, got none")
+    index = torch.cuda.current_device() if device is None else device
+    return [
+        lookup.explain(
+            (
+                name,
+                config.num_streams,
+                hidden_size if kernel.of_channels else 0,
+                dtype if kernel.of_channels else torch.float32,
+                count,
+                index,
+                _dispatch.BATCH_INVARIANT,
+            )
+        )
+        for count in counts
+        for name, kernel in KERNELS.items()
+    ]
+
+
+def _counts(
+    op: str, hidden_size: int, tokens: int | Sequence[int], dtype: torch.dtype
+) -> list[int]:
+    counts = [tokens] if isinstance(tokens, int) else list(tokens)
+    _checks.at_least(op, 1, hidden_size=hidden_size)
+    for count in counts:
+        _checks.at_least(op, 1, tokens=count)
+    if dtype not in DTYPES:
+        raise ValueError(f"{op}: dtype must be one of {[str(d) for d in DTYPES]}, got {dtype}")
+    return counts
+
+
+def _calls(
+    config: MHCConfig, hidden_size: int, tokens: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Callable[[], Any]]:
+    """Calls of the ops of a model, by name: `pre` and `merge` are those of `boundary`, too."""
+    n, width = config.num_streams, hidden_size
+
+    def normal(*size: int, kind: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(size, dtype=kind, device=device)
+
+    x, hidden = normal(tokens, n, width, kind=dtype), normal(tokens, width, kind=dtype)
+    h_post, h_res = normal(tokens, n), normal(tokens, n, n)
+    parameters = (normal(n * (n + 2), n * width), normal(3), normal(n * (n + 2)))
+    saved = (normal(tokens, n * (n + 2)), normal(tokens))
+    constants = {
+        name: getattr(config, name)
+        for name in ("norm_eps", "pre_eps", "post_scale", "iters", "sinkhorn_eps")
+    }
+    backward = functools.partial(
+        OPS["pre_backward"], hidden, h_post, h_res, x, *parameters, *saved, **constants
+    )
+    calls: dict[str, Callable[[], Any]] = {
+        "pre": functools.partial(OPS["pre"], x, *parameters, **constants),
+        "pre_backward": backward,
+        "pre_backward with a part of grad_x": functools.partial(backward, grad_x_part=x),
+        "merge": functools.partial(OPS["merge"], x, hidden, h_post, h_res),
+        "merge_backward": functools.partial(OPS["merge_backward"], x, x, hidden, h_post, h_res),
+        "expand": functools.partial(OPS["expand"], hidden, n),
+        "expand_backward": functools.partial(OPS["expand_backward"], x),
+        "collapse": functools.partial(OPS["collapse"], x, "mean"),
+        "collapse_backward": functools.partial(OPS["collapse_backward"], hidden, n, "mean"),
+    }
+    calls["collapse by sum"] = functools.partial(OPS["collapse"], x, "sum")
+    return calls
+
+
+def _bar(total: int) -> Any:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm(total=total, desc="kernels")

@@ -1,0 +1,307 @@
+"""The command: listing and compiling for real on one small kernel, and a run on a fake GPU."""
+
+import functools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tilelang")
+
+from mhc_tile import __main__
+from mhc_tile.autotune import __main__ as module
+from mhc_tile.autotune import _extras, cli, compiling, cubin, journal, measuring, registry, table
+from mhc_tile.autotune.problems import PRESETS, TOKENS, Problem, Shape, problems
+from mhc_tile.autotune.registry import KERNELS, Target
+from mhc_tile.autotune.resources import occupancy
+from mhc_tile.kernels import _static, streams
+from mhc_tile.kernels._static import Resources
+from test_table import DEVICE
+
+needs_compiler = pytest.mark.skipif(
+    _static.available() is not None, reason=str(_static.available() or "")
+)
+SMALL = ("--hidden", "64", "--kernel", "expand", "--tokens", "64", "--jobs", "2")
+
+
+@pytest.fixture(autouse=True)
+def places(tmp_path, monkeypatch) -> Path:
+    """Caches, journals and tables of this test alone."""
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(journal, "folder", lambda: tmp_path / "journal")
+    monkeypatch.setattr(table, "user_folder", lambda: tmp_path / "tables")
+    return tmp_path
+
+
+def run(capsys, *arguments: str) -> str:
+    assert __main__.main(["autotune", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def fails(capsys, *arguments: str) -> str:
+    assert __main__.main(["autotune", *arguments]) == 1
+    return capsys.readouterr().err
+
+
+@needs_compiler
+def test_compile_only_fills_a_cache_that_a_dry_run_lists(places, capsys):
+    arch, cache = ("--arch", "sm_80"), places / "cache"
+    said = run(capsys, *SMALL, *arch, "--compile-only")
+    assert said.startswith(f"3 programs for sm_80 in {cache}; 0 candidates pruned")
+    assert len(list(cache.rglob("executable.so"))) == 3
+    assert len(list((cache / "mhc_tile").glob("*.json"))) == 3
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
+
+    lines = run(capsys, *SMALL, *arch, "--dry-run").splitlines()
+    assert before == {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
+    moved = 64 * (4 + 1) * 64 * 2  # tokens, streams read or written, C, bytes
+    assert lines[0] == f"expand 64 x 64, n 4, bfloat16: {moved / 1e6:.3f} MB must move"
+    assert re.match(r"configuration +registers +shared bytes +occupancy", lines[1])
+    rows = [line.split() for line in lines[3:6]]
+    assert [row[0] for row in rows] == ["threads=256", "threads=128", "threads=512"]
+    for row in rows:
+        assert 8 < int(row[1]) < 64
+        assert row[2] == "0"
+        assert row[3] == "100%"
+    assert [row[4:] for row in rows] == [["default"], [], []]
+    assert lines[6] == "3 of 3 to measure"
+
+
+@needs_compiler
+def test_a_cubin_tells_what_the_assembler_printed(places):
+    job = compiling.Job(streams.__name__, "expand_program", (4, 64, "bfloat16", 1.0, 128), "sm_80")
+    program = streams.expand_program
+    printed = _static.resources(program.factory(*job.constants), job.arch, program.pass_configs)
+    assert compiling.known(job) is None
+    assert compiling.build(job) == printed
+    assert compiling.known(job) == printed
+    for path in (places / "cache").rglob("executable.so"):
+        path.unlink()  # of TileLang's cache; the record alone is not enough
+    assert compiling.known(job) is None
+
+
+@needs_compiler
+def test_a_kernel_from_the_cache_tells_the_same_as_one_just_compiled(places):
+    """In another process, where TileLang finds the kernel and keeps no module of it."""
+    code = (
+        "from mhc_tile.autotune.compiling import Job, build\n"
+        "constants = (4, 3, 0.0, 32)\n"
+        "job = Job('mhc_tile.kernels.sinkhorn', 'backward_program', constants, 'sm_80')\n"
+        "print(build(job)); job.path.unlink()"
+    )
+    said = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+        for _ in range(2)
+    ]
+    assert said[0].splitlines()[-1] == said[1].splitlines()[-1]
+    assert f"dynamic_smem={4 * 2 * 3 * 4 * 32}" in said[0]
+    assert "begins to compile" in said[0]
+    assert "begins to compile" not in said[1]
+
+
+@needs_compiler
+def test_a_cubin_tells_of_local_memory_and_such_a_kernel_is_at_fault(places):
+    import tilelang
+
+    import emulator_programs
+
+    target = {"kind": "cuda", "arch": "sm_80"}
+    kernel = tilelang.compile(emulator_programs.spilling(), target=target)
+    library = Path(kernel._tilelang_cache_path) / "executable.so"
+    ((name, usage),) = cubin.usage(library.read_bytes()).items()
+    assert usage.stack > 0
+    assert usage.threads == 256
+    taken = Resources(name, usage.registers, 0, 0, usage.stack, 0, 0, usage.threads)
+    (fault,) = compiling.faults([taken], "sm_80")
+    assert fault == f"{name} keeps {usage.stack} bytes of a thread in local memory"
+
+
+def test_a_file_without_a_cubin_has_no_kernels():
+    assert cubin.usage(Path(sys.executable).read_bytes()) == {}
+    assert cubin.usage(b"") == {}
+
+
+def test_a_program_that_does_not_compile_is_an_answer(monkeypatch):
+    job = compiling.Job(streams.__name__, "expand_program", (4, 64, "no dtype", 1.0, 128), "sm_80")
+    ((same, why),) = compiling.compile_all([job], processes=1)
+    assert same == job
+    assert "RuntimeError" in why or "KeyError" in why
+    assert compiling.known(job) is None
+    ((_, why),) = compiling.compile_all([job], processes=1, build=False)
+    assert why == "it is not compiled yet"
+
+
+def test_occupancy_is_limited_by_threads_blocks_registers_or_shared_memory():
+    def share(registers: int, shared: int, threads: int, arch: str = "sm_90a") -> float | None:
+        return occupancy(Resources("k", registers, 0, 0, 0, 0, shared, threads), arch)
+
+    assert share(32, 0, 1024) == 1.0
+    assert share(32, 0, 32) == 32 * 32 / 2048  # 32 blocks
+    assert share(255, 0, 256) == 256 / 2048
+    assert share(32, 200_000, 256) == 256 / 2048
+    assert share(32, 0, 1024, "sm_89") == 1024 / 1536
+    assert share(32, 0, 1024, "sm_999") is None
+
+
+def test_the_presets():
+    assert TOKENS == (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
+    plain = {s.channels for s in PRESETS["all"] if (s.n, s.dtype) == (4, "bfloat16")}
+    assert plain == {1280, 1920, 2560, 4096, 5120, 7168}
+    assert {(s.n, s.dtype) for s in PRESETS["all"]} == {
+        (4, "bfloat16"), (2, "bfloat16"), (8, "bfloat16"), (4, "float16"), (4, "float32"),
+    }  # fmt: skip
+    assert set(PRESETS["paper"]) | set(PRESETS["deepseek-v4"]) < set(PRESETS["all"])
+
+
+def test_problems_are_listed_once_with_their_tokens_in_a_row():
+    shapes = [Shape(64, tokens=(1, 16)), Shape(128, tokens=(1, 16))]
+    found = problems(shapes, ["merge", "sinkhorn"])
+    assert [(p.kernel, p.channels, p.tokens) for p in found] == [
+        ("merge", 64, 16), ("merge", 64, 1), ("sinkhorn", 0, 16), ("sinkhorn", 0, 1),
+        ("merge", 128, 16), ("merge", 128, 1),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (("--dry-run",), "one of --preset ['all', 'deepseek-v4', 'paper'] and --hidden"),
+        (("--preset", "paper", "--hidden", "64", "--dry-run"), "one of --preset"),
+        (("--preset", "paper", "--streams", "2", "--dry-run"), "--streams must come with --hidden"),
+        ((*SMALL, "--streams", "3", "--dry-run"), "--streams must be in (1, 2, 4, 8), got [3]"),
+        (("--hidden", "0", "--dry-run"), "--hidden must be above 0, got [0]"),
+        (("--hidden", "64", "--tokens", "96", "--dry-run"), "--tokens must be powers of two"),
+        ((*SMALL, "--budget", "0", "--dry-run"), "--budget must be above 0, got [0.0]"),
+        (SMALL, "--arch must come with --compile-only or --dry-run"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_explained(capsys, arguments, why):
+    assert why in fails(capsys, *arguments, "--arch", "sm_90a")
+
+
+def test_an_unknown_architecture_needs_its_multiprocessors(capsys):
+    why = fails(capsys, *SMALL, "--compile-only", "--arch", "sm_86")
+    assert "--multiprocessors must be given for this --arch, got sm_86" in why
+    why = fails(capsys, *SMALL, "--compile-only", "--multiprocessors", "84")
+    assert "--multiprocessors must come with --arch" in why
+
+
+def test_without_a_gpu_it_says_what_works(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    why = fails(capsys, *SMALL)
+    assert "must see a CUDA device, got none; --compile-only --arch sm_90a works" in why
+
+
+def test_a_missing_package_is_named_with_its_extra(capsys, monkeypatch):
+    def require(name: str) -> None:
+        raise ImportError("no such package")
+
+    monkeypatch.setattr(_extras.importlib, "import_module", require)
+    why = fails(capsys, *SMALL)
+    assert "autotune: the package 'tqdm' must be installed" in why
+    assert "pip install 'mhc-tile[tune]' brings it" in why
+
+
+def test_both_commands_are_one(capsys):
+    with pytest.raises(SystemExit):
+        __main__.main(["autotune", "--help"])
+    one = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        module.main(["--help"])
+    other = capsys.readouterr().out
+    assert one[one.index("options:") :] == other[other.index("options:") :]
+    assert module.main(["--tokens", "3"]) == 1
+    assert capsys.readouterr().err.startswith("autotune: ")
+
+
+# A GPU that is not there: everything but the CUDA calls is real.
+
+TUNE = ("--hidden", "2560", "--kernel", "merge", "sinkhorn", "--tokens", "64", "4096")
+PLANTED = {"160,2": 10.0, "96,2": 8.0, "320,1": "is wrong", "96,1": "hangs", "32": 2.0, "64": 2.0}
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("FAKE_BENCH", json.dumps(PLANTED))
+    monkeypatch.setenv("FAKE_BENCH_LOG", str(tmp_path / "runs.log"))
+    monkeypatch.setattr(cli, "describe", lambda: DEVICE)
+    monkeypatch.setattr(cli, "driver_version", lambda: "580.1")
+    monkeypatch.setattr(cli, "_BANDWIDTH", "fake_bench:bandwidth")
+    monkeypatch.setattr(
+        cli, "Measurer", functools.partial(measuring.Measurer, bench="fake_bench:FakeBench")
+    )
+    none = (Resources("k", 32, 0, 0, 0, 0, 0, 128),)
+    monkeypatch.setattr(compiling, "compile_all", lambda jobs, **_: [(job, none) for job in jobs])
+    monkeypatch.setattr(_static, "available", lambda: None)
+
+
+def test_the_command_from_candidates_to_table_and_picture(places, fake_gpu, capsys):
+    said = run(capsys, *TUNE, "--timeout", "3")
+    assert re.search(r"rejected: merge 64 x 2560, .*\"threads\": 320.*: wrong: result 0 must", said)
+    assert re.search(r"rejected: merge 64 x 2560, .*\"threads\": 96.*: hung: no answer", said)
+    row = next(line for line in said.splitlines() if re.match(r"merge +4096 x 2560", line))
+    found = row.split()[-7:]
+    assert found[:4] == ["10.0", "8.0", "+25.0%", "591%"]
+    assert found[4:] == ["merge.ForwardConfig", "threads=96", "vectors=2"]
+    assert "2 of 4 differ from the default; geometric mean +11.8%" in said  # 1.25 ** (2 / 4)
+    path = places / "tables" / "nvidia_test_1.json"
+    picture = places / "journal" / "nvidia_test_1_132.png"
+    assert f"table: {path}\npicture: {picture}" in said
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert {key.kernel for key in table.read(path, DEVICE).families} == {"merge", "sinkhorn"}
+
+
+def test_phases_can_be_run_apart(places, fake_gpu, capsys):
+    path = places / "here.json"
+    output = ("--output", str(path))
+    assert "nothing is measured yet" in run(capsys, *TUNE, *output, "--write-only")
+    assert not table.read(path, DEVICE).families
+    said = run(capsys, *TUNE, *output, "--measure-only", "--timeout", "3")
+    assert "measured; journal: " in said
+    assert not table.read(path, DEVICE).families
+    said = run(capsys, *TUNE, *output, "--write-only")
+    assert len(table.read(path, DEVICE).families) == 2
+    assert "differ from the default" in said
+    apart, runs = path.read_bytes(), (places / "runs.log").read_text()
+    for resume in ((), ("--resume",)):
+        run(capsys, *TUNE, *output, *resume)
+        assert path.read_bytes() == apart
+        assert (places / "runs.log").read_text() == runs  # nothing ran again
+    run(capsys, *TUNE, *output, "--force", "--timeout", "3")
+    assert (places / "runs.log").read_text() == 2 * runs
+
+
+def test_what_fails_is_the_exit_code(places, fake_gpu, capsys, monkeypatch):
+    monkeypatch.setenv("FAKE_BENCH", json.dumps({"160,2": "crashes"}))
+    assert __main__.main(["autotune", *TUNE]) == 1
+    said = capsys.readouterr().out
+    assert "failed: merge 4096 x 2560, n 4, bfloat16: the default must run" in said
+    assert "sinkhorn" in said
+
+
+def test_measure_only_compiles_nothing(places, fake_gpu, capsys, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(places / "cache"))
+    plans = [cli.tuner.plan(Problem("expand", 4, 64, "bfloat16", 64), Target("sm_90a", 132))]
+    with pytest.raises(RuntimeError, match="the default must compile, got it is not compiled yet"):
+        cli.tuner.compile_plans(plans, processes=1, build=False)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_inputs_fit_the_launcher_and_bytes_are_counted(kernel):
+    sized = KERNELS[kernel].of_channels
+    problem = Problem(kernel, 2, 64 if sized else 0, "float16" if sized else "float32", 3)
+    config = registry.default(problem, Target("sm_80", 108))
+    assert registry.programs(problem, config, Target("sm_80", 108))
+    tensors = KERNELS[kernel].inputs(registry.Inputs(problem, "cpu"))
+    again = KERNELS[kernel].inputs(registry.Inputs(problem, "cpu"))
+    sizes = 0
+    for one, other in zip(tensors, again, strict=True):
+        if not isinstance(one, int):
+            assert one.equal(other)
+            sizes += one.nbytes
+    moved = KERNELS[kernel].traffic(KERNELS[kernel].load(), problem)
+    assert moved > 0.5 * sizes

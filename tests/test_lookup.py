@@ -1,0 +1,387 @@
+"""Which configuration an op gets from tables, without a GPU."""
+
+import dataclasses
+import importlib
+import time
+import warnings
+
+import pytest
+import torch
+
+from mhc_tile.autotune import lookup, registry, table
+from mhc_tile.autotune.configs import decode, encode
+from mhc_tile.autotune.device import Device
+from mhc_tile.autotune.lookup import Tables, decide
+from mhc_tile.autotune.problems import Problem
+from mhc_tile.autotune.registry import KERNELS, Target
+from mhc_tile.ops import _dispatch
+
+pytest.importorskip("tilelang")
+
+DEVICE = Device("NVIDIA Test 1", (9, 0), 132, 80 * 2**30, 50 * 10**6, "13.0")
+TARGET = Target("sm_90a", 132)
+COUNTS = (1, 16, 100, 1023, 1024, 1663, 1664, 3000, 8192, 65536)
+
+
+def problem(kernel: str, tokens: int = 8192, width: int = 2560) -> Problem:
+    return Problem(kernel, 4, width, "bfloat16", tokens)
+
+
+def entry(config, default: bool = False) -> table.Entry:
+    return table.Entry(encode(config), default, 9.0, 10.0)
+
+
+def key(kernel: str, width: int = 2560, regime: str = "many") -> table.Key:
+    return table.Key(kernel, 4, width, "bfloat16", regime)
+
+
+def tables_of(**families) -> Tables:
+    """Tables of families given as kernel={tokens: entry}, or (key, entries) under any name."""
+    found = {}
+    for name, value in families.items():
+        own, entries = value if isinstance(value, tuple) else (key(name), value)
+        found[own] = table.Family(own, "", "0.1.15", "", "", dict(entries), f"{name}.json")
+    return Tables(DEVICE, found)
+
+
+def ask(tables: Tables, *asked, batch_invariant: bool = False) -> lookup.Decision:
+    return decide(tables, problem(*asked), arch="sm_90a", batch_invariant=batch_invariant)
+
+
+def merge_config(threads: int = 96, vectors: int = 2):
+    return KERNELS["merge"].load().ForwardConfig(threads, vectors)
+
+
+def test_exact_then_nearest_then_default():
+    tables = tables_of(merge={64: entry(merge_config(96)), 4096: entry(merge_config(160))})
+    for tokens, why, config in (
+        (64, "exact", merge_config(96)),
+        (127, "exact", merge_config(96)),
+        (1, "nearest", merge_config(96)),
+        (256, "nearest", merge_config(96)),
+        (512, "nearest", merge_config(160)),  # as far from both: the larger
+        (4097, "exact", merge_config(160)),
+        (65536, "nearest", merge_config(160)),
+    ):
+        decision = ask(tables, "merge", tokens)
+        assert (decision.why, decision.config) == (why, config), tokens
+        assert decision.source == "merge.json"
+    for asked in (("pre_apply", 64), ("merge", 64, 5248), ("merge", 64, 1264)):
+        assert ask(tables, *asked).why == "default"
+        assert ask(tables, *asked).config is None
+    assert ask(Tables(DEVICE), "merge", 64).detail.startswith("no table has")
+
+
+def test_a_neighbouring_width_gets_the_candidate_of_its_own_that_is_most_alike():
+    tables = tables_of(merge={4096: entry(merge_config(160, 2))})
+    decision = ask(tables, "merge", 4096, 2816)
+    assert decision.why == "nearest"
+    assert decision.detail == "4096 x 2560"
+    assert decision.config == merge_config(
+        192, 2
+    )  # 176 threads in whole warps, as 160 were at 2560
+    assert decision.config in registry.candidates(problem("merge", 4096, 2816), TARGET)
+
+
+def test_of_two_widths_the_nearer_in_log_space_counts():
+    near = table.Key("merge", 4, 3072, "bfloat16", "many")
+    far = table.Key("merge", 4, 2048, "bfloat16", "many")
+    tables = tables_of(
+        near=(near, {64: entry(merge_config(192))}), far=(far, {64: entry(merge_config(128))})
+    )
+    assert ask(tables, "merge", 64, 2560).source == "near.json"
+    assert ask(tables, "merge", 64, 2304).source == "far.json"
+
+
+def test_an_entry_that_keeps_the_default_keeps_that_of_the_shape_asked_for():
+    own = registry.default(problem("mapping_backward", 4096), TARGET)
+    tables = tables_of(mapping_backward={4096: entry(own, default=True)})
+    for tokens in (16, 64, 8192):
+        decision = ask(tables, "mapping_backward", tokens)
+        assert decision.config == registry.default(problem("mapping_backward", tokens), TARGET)
+        assert decision.why == "nearest"
+
+
+def orders(tables: Tables, kernel: str, width: int = 2560, **asked) -> dict[int, object]:
+    found = {}
+    for tokens in COUNTS:
+        decision = ask(tables, kernel, tokens, width, **asked)
+        config = decision.config or registry.default(
+            problem(kernel, tokens, width),
+            TARGET,
+            batch_invariant=asked.get("batch_invariant", False),
+        )
+        found[tokens] = KERNELS[kernel].order(config)
+    return found
+
+
+def other_order(kernel: str, tokens: int):
+    """A candidate that forms sums in another order than the default."""
+    options = registry.candidates(problem(kernel, tokens), TARGET)
+    own = KERNELS[kernel].order(options[0])
+    return next(
+        c for c in options if KERNELS[kernel].order(c) != own and type(c) is type(options[0])
+    )
+
+
+@pytest.mark.parametrize("kernel", ["merge_backward", "pre_apply_backward", "mapping", "pre"])
+@pytest.mark.parametrize("width", [2560, 2816])
+def test_a_table_keeps_one_order_of_sums_in_each_regime_of_the_default(kernel, width):
+    """Where the table has another order than the default, it has it for all T of a regime."""
+    tables = tables_of(
+        many=(key(kernel), {t: entry(other_order(kernel, t)) for t in (4096, 65536)}),
+        few=(key(kernel, regime="few"), {16: entry(other_order(kernel, 16))}),
+    )
+    found = orders(tables, kernel, width)
+    for regime in ("few", "many"):
+        members = [
+            tokens
+            for tokens in COUNTS
+            if registry.regime(problem(kernel, tokens, width), TARGET) == regime
+        ]
+        assert len({found[tokens] for tokens in members}) <= 1, regime
+    assert not tables.faults
+    if width == 2560:
+        wanted = KERNELS[kernel].order(other_order(kernel, 4096))
+        assert found[8192] == wanted
+
+
+@pytest.mark.parametrize("kernel", ["merge_backward", "pre_apply_backward", "mapping", "pre"])
+@pytest.mark.parametrize("tuned", [False, True])
+def test_batch_invariance_is_one_order_for_every_number_of_tokens(kernel, tuned):
+    members = {
+        "many": (key(kernel), {4096: entry(other_order(kernel, 4096))}),
+        "few": (key(kernel, regime="few"), {16: entry(other_order(kernel, 16))}),
+    }
+    tables = tables_of(**members) if tuned else Tables(DEVICE)
+    found = orders(tables, kernel, batch_invariant=True)
+    assert len(set(found.values())) == 1
+    if tuned:
+        assert found[1] == KERNELS[kernel].order(other_order(kernel, 4096))
+
+
+def test_a_family_whose_entries_add_in_several_orders_is_bypassed():
+    kernel = "merge_backward"
+    configs = [registry.default(problem(kernel), TARGET), other_order(kernel, 8192)]
+    tables = tables_of(
+        merge_backward={1024: entry(configs[0]), 4096: entry(configs[1])},
+    )
+    assert ask(tables, kernel, 4096).why == "default"
+    assert "must form sums in one order" in tables.faults[0]
+    assert ask(tables, kernel, 1024).why == "default"
+    assert len(tables.faults) == 1
+
+
+BROKEN = {
+    "gone": {"type": "merge.GoneConfig", "threads": 32},
+    "no module": {"type": "nothing.Config", "threads": 32},
+    "no class": {"type": "merge.dtype_name"},
+    "a path": {"type": "os.path.Config"},
+    "no type": {"threads": 32},
+    "another field": {"type": "merge.ForwardConfig", "threads": 32, "vectors": 1, "depth": 2},
+    "a field less": {"type": "merge.ForwardConfig", "threads": 32},
+    "a text": {"type": "merge.ForwardConfig", "threads": "32", "vectors": 1},
+    "refused": {"type": "merge.ForwardConfig", "threads": 33, "vectors": 1},
+}
+
+
+@pytest.mark.parametrize("values", BROKEN.values(), ids=BROKEN)
+def test_a_configuration_that_no_longer_decodes_is_bypassed_with_a_note(values):
+    with pytest.raises(ValueError, match=r"decode: |merge: config"):
+        decode(values)
+    tables = tables_of(merge={64: table.Entry(values, False, 9.0, 10.0)})
+    decision = ask(tables, "merge", 64)
+    assert (decision.why, decision.config) == ("default", None)
+    (fault,) = tables.faults
+    assert fault.startswith("merge.json: merge x 2560")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_candidate_survives_a_table(kernel):
+    width = 2560 if KERNELS[kernel].of_channels else 0
+    dtype = "bfloat16" if width else "float32"
+    options = registry.candidates(Problem(kernel, 4, width, dtype, 1024), TARGET)
+    for config in options:
+        assert decode(encode(config)) == config
+        assert registry.programs(Problem(kernel, 4, width, dtype, 1024), config, TARGET)
+    assert options[0] == registry.default(Problem(kernel, 4, width, dtype, 1024), TARGET)
+    assert len(set(options)) == len(options) > 1
+
+
+def test_only_scheduling_is_left_out_of_the_order():
+    """A new field of a configuration counts as one that changes the order of sums."""
+    config = registry.default(problem("pre"), TARGET)
+    order = KERNELS["pre"].order(config)
+    for field in dataclasses.fields(config):
+        step = 8 if field.name == "group" else 1
+        changed = dataclasses.replace(config, **{field.name: getattr(config, field.name) + step})
+        same = KERNELS["pre"].order(changed) == order
+        assert same == (field.name in registry.SCHEDULING), field.name
+
+
+def test_float32_and_ragged_widths_of_pre_have_nothing_to_tune():
+    for odd in (Problem("pre", 4, 2560, "float32", 64), Problem("mapping", 4, 127, "bfloat16", 64)):
+        assert decide(Tables(DEVICE), odd, arch="sm_90a").why == "default"
+        assert len(registry.candidates(odd, TARGET)) == 1
+
+
+# What ops call
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """A GPU that is not there, with a table for merge."""
+    monkeypatch.setattr(lookup, "describe", lambda index: DEVICE)
+    monkeypatch.setattr(lookup, "load", lambda _device: tables)
+    tables = tables_of(merge={64: entry(merge_config(96)), 4096: entry(merge_config(160))})
+    lookup.forget()
+    yield tables
+    lookup.forget()
+
+
+ASKED = ("merge", 4, 2560, torch.bfloat16, 64, 0, False)
+
+
+def test_a_call_is_decided_once(fake_gpu, monkeypatch):
+    assert lookup.config(ASKED) == merge_config(96)
+    monkeypatch.setattr(lookup, "explain", None)
+    assert lookup.config(ASKED) == merge_config(96)
+
+
+def test_a_remembered_decision_takes_less_than_two_microseconds(fake_gpu):
+    lookup.config(ASKED)
+    best = 1.0
+    for _ in range(20):
+        start = time.perf_counter()
+        for _ in range(1000):
+            lookup.config(("merge", 4, 2560, torch.bfloat16, 64, 0, False))
+        best = min(best, (time.perf_counter() - start) / 1000)
+    assert best < 2e-6
+
+
+def test_memory_of_decisions_is_bounded(fake_gpu, monkeypatch):
+    monkeypatch.setattr(lookup, "MOST_REMEMBERED", 10)
+    for tokens in range(1, 100):
+        lookup.config(("merge", 4, 2560, torch.bfloat16, tokens, 0, False))
+    assert len(lookup._known) <= 10
+
+
+def test_a_gpu_without_a_table_warns_once_and_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(lookup, "describe", lambda index: DEVICE)
+    monkeypatch.setattr(lookup, "load", Tables)
+    lookup.forget()
+    with pytest.warns(RuntimeWarning, match="NVIDIA Test 1.*`mhc-tile autotune --preset") as seen:
+        assert lookup.config(ASKED) is None
+    assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for kernel in KERNELS:
+            assert lookup.config((kernel, 4, 1280, torch.bfloat16, 64, 0, False)) is None
+    lookup.forget()
+    monkeypatch.setenv(table.VARIABLE, "off")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert lookup.config(ASKED) is None
+    lookup.forget()
+
+
+class OnGPU:
+    """Enough of a CUDA tensor for the dispatcher."""
+
+    is_cuda = True
+    dtype = torch.bfloat16
+    device = torch.device("cuda", 0)
+
+
+def test_an_op_launches_with_the_tables_configuration(fake_gpu):
+    launched = []
+    _dispatch.tuned("merge", OnGPU(), (64, 4, 2560), launched.append)
+    _dispatch.tuned("merge", OnGPU(), (0, 4, 2560), launched.append)
+    _dispatch.tuned("merge", torch.empty(1), (64, 4, 2560), launched.append)
+    assert launched == [merge_config(96), None, None]
+
+
+def test_a_configuration_that_does_not_launch_gives_way_to_the_default(fake_gpu):
+    def launch(config):
+        launched.append(config)
+        if config == merge_config(96):
+            raise RuntimeError("too much shared memory")
+        return "results"
+
+    launched: list[object] = []
+    with pytest.warns(RuntimeWarning, match="must launch, got too much shared memory"):
+        assert _dispatch.tuned("merge", OnGPU(), (64, 4, 2560), launch) == "results"
+    assert launched == [merge_config(96), None]
+    for tokens in (64, 4096):  # the family as a whole: one order of sums
+        assert _dispatch.tuned("merge", OnGPU(), (tokens, 4, 2560), launch) == "results"
+    assert launched[2:] == [None, None]
+    assert lookup.explain(ASKED).why == "default"
+
+
+def test_what_fails_with_the_default_too_is_the_callers_error(fake_gpu):
+    def launch(config):
+        raise ValueError("no such shape")
+
+    with pytest.raises(ValueError, match="no such shape"):
+        _dispatch.tuned("merge", OnGPU(), (64, 4, 2560), launch)
+    assert lookup.config(ASKED) == merge_config(96)
+
+
+def test_an_op_out_of_memory_blames_no_configuration(fake_gpu):
+    def launch(config):
+        launched.append(config)
+        raise torch.OutOfMemoryError
+
+    launched: list[object] = []
+    with pytest.raises(torch.OutOfMemoryError):
+        _dispatch.tuned("merge", OnGPU(), (64, 4, 2560), launch)
+    assert launched == [merge_config(96)]
+
+
+@pytest.mark.parametrize("name", ["merge", "pre_apply", "mapping", "pre", "sinkhorn", "streams"])
+def test_every_launcher_of_an_op_gets_its_configuration(name, monkeypatch):
+    """Each kernel that an op launches is asked for under its own name, with the op's sizes."""
+    from cases import Shape, call, cotangents
+
+    op = importlib.import_module(f"mhc_tile.ops.{name}")
+    asked = []
+
+    def tuned(kernel, x, sizes, launch):
+        asked.append((kernel, *sizes, x.dtype))
+        assert kernel in KERNELS
+        raise InterruptedError
+
+    monkeypatch.setattr(op, "tuned", tuned)
+    shape = Shape("any", tokens=(3, 5), n=2, width=64)
+    expected = {name: torch.bfloat16, f"{name}_backward": torch.bfloat16}
+    if name == "streams":
+        x = torch.empty(3, 5, 2, 64)
+        runs = [
+            lambda: op._expand_cuda(x[..., 0, :], 2),
+            lambda: op._collapse_cuda(x, "mean"),
+            lambda: op._expand_backward_cuda(x),
+            lambda: op._collapse_backward_cuda(x[..., 0, :], 2, "sum"),
+        ]
+        kernels = ["expand", "collapse", "collapse", "expand"]
+        sizes = (15, 2, 64)
+    else:
+        made = call(name, shape, torch.bfloat16)
+        results = made.run()
+        kept = ()
+        if name in ("mapping", "pre"):
+            kept = (torch.empty(3, 5, 8), torch.empty(3, 5))
+        forward = {"merge": "merge_kernel", "pre": "pre_kernel"}.get(name, "_cuda")
+        backward = {"merge": "merge_backward_kernel", "pre": "pre_backward_kernel"}
+        grads = cotangents(results)
+        runs = [
+            lambda: getattr(op, forward)(*made.inputs, **made.others),
+            lambda: getattr(op, backward.get(name, "_backward_cuda"))(
+                *grads, *made.inputs, *kept, **made.others
+            ),
+        ]
+        kernels = list(expected)
+        sizes = (15, 2, 0 if name == "sinkhorn" else 64)
+    for run in runs:
+        with pytest.raises(InterruptedError):
+            run()
+    assert [(kernel, *rest) for kernel, *rest, _ in asked] == [(k, *sizes) for k in kernels]

@@ -1,0 +1,235 @@
+"""Tables on disk: format, whose counts, and writers that are killed or come in pairs."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from mhc_tile.autotune import lookup, table
+from mhc_tile.autotune.device import Device
+from mhc_tile.autotune.problems import bucket
+from mhc_tile.autotune.table import Entry, Family, Key, Table
+
+DEVICE = Device("NVIDIA Test 1", (9, 0), 132, 80 * 2**30, 50 * 10**6, "13.0")
+
+
+def family(
+    kernel: str = "merge", width: int = 2560, order: str = "()", us: float = 9.0, at: int = 64
+) -> Family:
+    entry = Entry({"type": "merge.ForwardConfig", "threads": 160, "vectors": 2}, False, us, 10.0)
+    key = Key(kernel, 4, width, "bfloat16", "many")
+    return Family(key, order, "0.1.15", "580.1", "2026-11-24", {at: entry})
+
+
+def entries(read: Table) -> dict[tuple[str, int, int], float]:
+    return {
+        (key.kernel, key.channels, tokens): entry.us
+        for key, member in read.families.items()
+        for tokens, entry in member.entries.items()
+    }
+
+
+def test_what_is_written_is_read(tmp_path):
+    path = tmp_path / "new" / "table.json"
+    table.update(path, DEVICE, [family(), family("pre", at=4096)])
+    read = table.read(path, DEVICE)
+    assert (read.gpu, read.multiprocessors) == ("NVIDIA Test 1", 132)
+    expected = dataclasses.replace(family(), source=str(path))
+    assert read.families[expected.key] == expected
+    assert table.render(read) == path.read_text()
+
+
+def test_equal_tables_are_equal_files(tmp_path):
+    one, other = tmp_path / "one.json", tmp_path / "other.json"
+    members = [family("merge"), family("pre"), family("merge", 1280)]
+    table.update(one, DEVICE, members)
+    for member in reversed(members):
+        table.update(other, DEVICE, [member])
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_entries_of_one_order_of_sums_are_merged_and_those_of_another_replaced(tmp_path):
+    path = tmp_path / "table.json"
+    table.update(path, DEVICE, [family(at=64), family(at=256), family("pre")])
+    assert set(entries(table.read(path))) == {
+        ("merge", 2560, 64),
+        ("merge", 2560, 256),
+        ("pre", 2560, 64),
+    }
+    table.update(path, DEVICE, [family(order="('other',)", at=16)])
+    assert set(entries(table.read(path))) == {("merge", 2560, 16), ("pre", 2560, 64)}
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{", "must be a table in JSON, got JSONDecodeError"),
+        ("[]", "must be a table in JSON, got TypeError"),
+        ('{"schema": 2}', "schema must be 1, got 2; update mhc-tile"),
+        ('{"schema": 1}', "must be a whole table, got KeyError"),
+        (
+            '{"schema": 1, "gpu": "other", "multiprocessors": 132, "families": []}',
+            "must be for NVIDIA Test 1 with 132 multiprocessors, got one for other with 132",
+        ),
+        (
+            '{"schema": 1, "gpu": "NVIDIA Test 1", "multiprocessors": 132, "families": '
+            '[{"kernel": "merge", "n": 4, "C": 1, "dtype": "x", "regime": "many", "order": "",'
+            ' "tilelang": "", "driver": "", "date": "", "tokens": {}}]}',
+            "must be a whole table, got ValueError",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_reported_by_name_and_bypassed(
+    tmp_path, monkeypatch, text, why
+):
+    bad = tmp_path / f"{DEVICE.slug}.json"
+    bad.write_text(text)
+    with pytest.raises(table.TableError, match=re.escape(f"{bad}: {why}")):
+        table.read(bad, DEVICE)
+    good = tmp_path / "user"
+    table.update(good / f"{DEVICE.slug}.json", DEVICE, [family()])
+    monkeypatch.setenv(table.VARIABLE, str(bad))
+    monkeypatch.setattr(table, "user_folder", lambda: good)
+    tables = lookup.load(DEVICE)
+    assert set(tables.families) == {family().key}
+    (fault,) = tables.faults
+    assert fault.startswith(f"{bad}: {why}")
+    assert fault.endswith("it is bypassed")
+
+
+def test_a_writer_keeps_a_broken_file_aside_and_leaves_anothers_alone(tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text("{ broken")
+    table.update(path, DEVICE, [family()])
+    assert set(table.read(path).families) == {family().key}
+    assert (tmp_path / "table.json.unreadable").read_text() == "{ broken"
+    for text in ('{"schema": 2}', table.render(Table("NVIDIA Other", 1))):
+        path.write_text(text)
+        with pytest.raises(table.TableError):
+            table.update(path, DEVICE, [family()])
+        assert path.read_text() == text
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch) -> dict[str, Path]:
+    """One table in each place, each with a merge family of its own time, pre in the last alone."""
+    found = {name: tmp_path / name for name in ("given", "user", "shipped")}
+    monkeypatch.setenv(table.VARIABLE, str(found["given"]))
+    monkeypatch.setattr(table, "user_folder", lambda: found["user"])
+    monkeypatch.setattr(table, "SHIPPED", found["shipped"])
+    for us, (name, folder) in enumerate(found.items(), start=1):
+        members = [family(us=us)] + ([family("pre", us=us)] if name == "shipped" else [])
+        table.update(folder / f"{DEVICE.slug}.json", DEVICE, members)
+    return found
+
+
+def times() -> dict[str, float]:
+    families = lookup.load(DEVICE).families
+    return {key.kernel: member.entries[64].us for key, member in families.items()}
+
+
+def test_the_variable_counts_most_then_the_users_then_the_shipped(places, monkeypatch):
+    assert times() == {"merge": 1, "pre": 3}
+    monkeypatch.setenv(table.VARIABLE, str(places["user"] / f"{DEVICE.slug}.json"))  # a file
+    assert times() == {"merge": 2, "pre": 3}
+    monkeypatch.delenv(table.VARIABLE)
+    assert times() == {"merge": 2, "pre": 3}
+    assert len(lookup.load(DEVICE).files) == 2
+    (places["user"] / f"{DEVICE.slug}.json").unlink()
+    assert times() == {"merge": 3, "pre": 3}
+
+
+def test_tables_can_be_switched_off(places, monkeypatch):
+    monkeypatch.setenv(table.VARIABLE, "off")
+    assert table.is_off()
+    assert times() == {}
+
+
+def test_a_table_of_another_tilelang_is_used_and_named(places):
+    path = places["given"] / f"{DEVICE.slug}.json"
+    values = json.loads(path.read_text())
+    values["families"][0]["tilelang"] = "0.1.14"
+    path.write_text(json.dumps(values))
+    tables = lookup.load(DEVICE)
+    assert "0.1.14" in tables.other_tilelang
+    assert tables.families[family().key].entries[64].us == 1
+
+
+def test_buckets_are_powers_of_two_at_or_below():
+    assert [bucket(t) for t in (1, 2, 3, 4, 1023, 1024, 1663, 65536)] == [
+        1, 2, 2, 4, 512, 1024, 1024, 65536,
+    ]  # fmt: skip
+
+
+WRITER = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from mhc_tile.autotune import table
+from test_table import DEVICE, family
+print("ready", flush=True)
+for width in range({first}, {last}):
+    table.update(Path({path!r}), DEVICE, [family(width=width, us=width)])
+    print(width, flush=True)
+"""
+
+
+def writer(path: Path, first: int, last: int) -> subprocess.Popen:
+    tests = str(Path(__file__).parent)
+    code = WRITER.format(tests=tests, path=str(path), first=first, last=last)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+
+def test_a_killed_writer_leaves_every_table_that_it_finished(tmp_path):
+    path = tmp_path / "table.json"
+    process = writer(path, 1, 100_000)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    done = int(process.stdout.readline())
+    deadline = time.monotonic() + 0.3
+    while time.monotonic() < deadline:
+        done = int(process.stdout.readline())
+    os.kill(process.pid, signal.SIGKILL)
+    done = int((process.stdout.read().split() or [done])[-1])
+    process.wait()
+    found = {key[1] for key in entries(table.read(path, DEVICE))}
+    assert found >= set(range(1, done + 1))
+    assert len(found) <= done + 1
+    table.update(path, DEVICE, [family(width=999_999)])  # its lock died with it
+    assert len(table.read(path, DEVICE).families) == len(found) + 1
+
+
+def test_a_crash_while_writing_leaves_the_old_table(tmp_path, monkeypatch):
+    path = tmp_path / "table.json"
+    table.update(path, DEVICE, [family()])
+    before = path.read_bytes()
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(table.os, "fsync", crash)
+    with pytest.raises(KeyboardInterrupt):
+        table.update(path, DEVICE, [family("pre")])
+    assert path.read_bytes() == before
+    assert {item.name for item in tmp_path.iterdir()} <= {"table.json", "table.json.lock"}
+
+
+def test_two_writers_lose_nothing(tmp_path):
+    path = tmp_path / "table.json"
+    pair = [writer(path, 1, 61), writer(path, 101, 161)]
+    threads = [threading.Thread(target=process.communicate) for process in pair]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [process.returncode for process in pair] == [0, 0]
+    found = {key[1]: us for key, us in entries(table.read(path, DEVICE)).items()}
+    assert found == {width: width for width in (*range(1, 61), *range(101, 161))}

@@ -1,0 +1,59 @@
+"""Warming up and asking for configurations, without a GPU."""
+
+import pytest
+import torch
+
+import mhc_tile
+from mhc_tile import MHCConfig
+from mhc_tile.autotune import lookup
+from mhc_tile.autotune.registry import KERNELS
+from mhc_tile.ops import _warmup
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_the_calls_of_a_warmup_are_those_of_a_model(n):
+    """They run, here with the reference, and cover what the modules run forward and backward."""
+    config = MHCConfig.deepseek_v4(num_streams=n)
+    calls = _warmup._calls(config, 24, 5, torch.bfloat16, torch.device("cpu"))
+    for call in calls.values():
+        assert call() is not None
+    assert calls["pre"].keywords["sinkhorn_eps"] == 1e-6
+    for op in ("pre", "merge", "expand", "collapse"):
+        assert {op, f"{op}_backward"} <= set(calls)
+
+
+def test_on_a_cpu_there_is_nothing_to_do(monkeypatch):
+    monkeypatch.setattr(_warmup, "_calls", None)
+    mhc_tile.warmup(MHCConfig.paper(), 64, tokens=[8, 16], device="cpu")
+
+
+@pytest.mark.parametrize("function", [mhc_tile.warmup, mhc_tile.kernels_info])
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"hidden_size": 0}, "hidden_size must be finite and at least 1, got 0"),
+        ({"tokens": [8, 0]}, "tokens must be finite and at least 1, got 0"),
+        ({"dtype": torch.float64}, "dtype must be one of .*got torch.float64"),
+    ],
+)
+def test_sizes_that_no_kernel_takes_are_errors(function, wrong, why):
+    arguments = {"hidden_size": 64, "tokens": 8, **wrong}
+    with pytest.raises(ValueError, match=f"{function.__name__}: {why}"):
+        function(MHCConfig.paper(), **arguments)
+
+
+def test_without_a_gpu_there_are_no_configurations(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="kernels_info: torch must see a CUDA device, got none"):
+        mhc_tile.kernels_info(MHCConfig.paper(), 64, tokens=8)
+
+
+def test_every_kernel_is_asked_for_at_every_number_of_tokens(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(lookup, "explain", asked.append)
+    mhc_tile.kernels_info(MHCConfig.paper(), 64, tokens=(8, 16), device=1)
+    assert [key[0] for key in asked] == [*KERNELS, *KERNELS]
+    assert asked[0] == ("merge", 4, 64, torch.bfloat16, 8, 1, False)
+    sinkhorn = next(key for key in asked if key[0] == "sinkhorn")
+    assert sinkhorn == ("sinkhorn", 4, 0, torch.float32, 8, 1, False)
