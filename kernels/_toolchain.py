@@ -13,6 +13,7 @@ from pathlib import Path
 # The compute capabilities that kernels are written for, oldest first.
 MINIMUM_CAPABILITY = (8, 0)
 STREAMS = (1, 2, 4, 8)  # the n that kernels are written and checked for
+MOST_TOKENS = 2**31 - 1  # launches keep 32 bits of a size and drop the others without an error
 REQUIRED_TILELANG = "0.1.15"
 
 
