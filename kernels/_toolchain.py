@@ -71,14 +71,14 @@ def nvcc() -> Path | None:
 
 
 def nvcc_version(compiler: Path) -> str | None:
-    """The release that `nvcc --version` names, such as "13.0"; None if it does not run."""
+    """The version that `nvcc --version` names, such as "13.0.88"; None if it does not run."""
     try:
         result = subprocess.run(
             [str(compiler), "--version"], capture_output=True, text=True, timeout=30, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    match = re.search(r"release (\d+\.\d+)", result.stdout)
+    match = re.search(r"release [\d.]+, V([\d.]+)", result.stdout)
     return match and match[1]
 
 
