@@ -1,10 +1,9 @@
-"""Every program of the library with its default configurations, and what each takes on a GPU."""
+"""Every program of the library with its default configurations."""
 
 import torch
 from torch import Tensor
 
 from . import (
-    _static,
     mapping,
     mapping_backward,
     merge,
@@ -55,40 +54,3 @@ def programs(
     with catalogue(arch, MULTIPROCESSORS[arch]) as asked:
         launch_all(tokens, n, channels, dtype, "meta")
     return asked
-
-
-def record(arch: str, n: int = 4, channels: int = 2560) -> dict[str, dict[str, int]]:
-    """Registers, spills, stack and shared memory of every program at many tokens and at few.
-
-    Args:
-        arch: one of `_static.ARCHITECTURES`.
-        n: streams.
-        channels: C.
-
-    Returns:
-        By kernel, those of few tokens as "few tokens: <kernel>" where they differ; several programs
-        of one name are numbered.
-    """
-    taken: dict[str, dict[str, int]] = {}
-    seen = set()
-    for prefix, tokens in (("", 8192), ("few tokens: ", 64)):
-        numbers: dict[str, int] = {}
-        for factory, constants, configs in programs(arch, tokens, n, channels).programs:
-            if (factory, constants) in seen:
-                continue
-            seen.add((factory, constants))
-            entries = _static.resources(factory(*constants), arch, configs)
-            for kernel, values in _static.as_record(entries).items():
-                numbers[kernel] = numbers.get(kernel, 0) + 1
-                suffix = f" {numbers[kernel]}" if numbers[kernel] > 1 else ""
-                taken[f"{prefix}{kernel}{suffix}"] = values
-    return taken
-
-
-def faults(arch: str, taken: dict[str, dict[str, int]]) -> list[str]:
-    """Why kernels of a record must not ship: "<kernel>: spills 8 bytes to local memory"."""
-    return [
-        f"{kernel}: {fault}"
-        for kernel, values in taken.items()
-        for fault in _static.Resources(kernel, **values).faults(arch)
-    ]

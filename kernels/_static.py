@@ -2,7 +2,8 @@
 
 nvcc compiles the program's CUDA source to a cubin for the named architecture and ptxas says what it
 took. Dynamic shared memory is no part of a cubin: it comes from the program's launch. Results are
-kept in $MHC_TILE_STATIC_CACHE, if that is set, under a hash of the source and the compiler.
+kept in $MHC_TILE_STATIC_CACHE, if that is set, under a hash of the source and the compiler. The
+digests of `_gate.py`'s records say which programs need no compiler, because it has seen them.
 """
 
 import functools
@@ -18,6 +19,8 @@ from typing import Any
 
 from . import _toolchain
 from ._lowering import Lowered, lower, shared_memory_limit
+
+FLAGS = "tl.device_compile_flags"  # the pass configuration that holds a program's nvcc options
 
 # The architectures that every kernel must compile for.
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
@@ -81,10 +84,50 @@ def resources(
     Raises:
         RuntimeError: There is no nvcc, or it rejects the source.
     """
-    lowered = lower(prim_func, arch, pass_configs)
-    flags = (pass_configs or {}).get("tl.device_compile_flags", [])
-    report = _report(lowered.source, arch, tuple(flags))
+    return compiled(lower(prim_func, arch, pass_configs), arch, pass_configs)
+
+
+def compiled(
+    lowered: Lowered, arch: str, pass_configs: dict[str, Any] | None = None
+) -> tuple[Resources, ...]:
+    """As `resources`, of what `lower` made of a program for the same `arch` and `pass_configs`."""
+    report = _report(lowered, arch, tuple((pass_configs or {}).get(FLAGS, ())))
     return parse(report, lowered, arch)
+
+
+def program_digest(prim_func: Any, arch: str, pass_configs: dict[str, Any] | None = None) -> str:
+    """A hash of all that `lower` sees: the program, its target, its configuration and TileLang.
+
+    Programs of one digest lower to one source, whichever process asks. File names and line numbers
+    do not count; how a program is cut into lines may.
+    """
+    from tilelang import tvm
+
+    graph = json.loads(tvm.ir.save_json(prim_func))
+    for node in graph["nodes"]:
+        if node["type"] in ("ir.Span", "ir.SourceName"):
+            node["data"] = None
+    configs = {str(getattr(key, "value", key)): v for key, v in (pass_configs or {}).items()}
+    return _digest(arch, json.dumps(configs, sort_keys=True), json.dumps(graph))
+
+
+def source_digest(lowered: Lowered, arch: str, pass_configs: dict[str, Any] | None = None) -> str:
+    """A hash of all that decides a program's resources, but for the version of nvcc."""
+    flags = (pass_configs or {}).get(FLAGS, ())
+    launches = (f"{f.name} {f.threads} {f.dynamic_shared}" for f in lowered.functions)
+    return _digest(arch, *flags, *launches, lowered.source)
+
+
+def nvcc_version() -> str:
+    """The version of the compiler that `resources` takes.
+
+    Raises:
+        RuntimeError: There is none.
+    """
+    compiler = _toolchain.nvcc()
+    if compiler is None:
+        raise RuntimeError(f"resources: {available()}")
+    return _toolchain.nvcc_version(compiler) or ""
 
 
 def parse(report: str, lowered: Lowered, arch: str) -> tuple[Resources, ...]:
@@ -133,19 +176,21 @@ def regressions(record: dict[str, dict[str, int]], now: dict[str, dict[str, int]
     ]
 
 
-def _report(source: str, arch: str, flags: tuple[str, ...]) -> str:
+def _digest(*parts: str) -> str:
+    """Of TileLang's version too, which makes the sources and brings the headers they include."""
+    version = _toolchain.tilelang_version() or ""
+    return hashlib.sha256("\0".join((version, *parts)).encode()).hexdigest()[:24]
+
+
+def _report(lowered: Lowered, arch: str, flags: tuple[str, ...]) -> str:
     """What `ptxas -v` says about a CUDA source, from the cache if it is there."""
-    compiler = _toolchain.nvcc()
-    if compiler is None:
-        raise RuntimeError(f"resources: {available()}")
-    version = _toolchain.nvcc_version(compiler)
+    version = nvcc_version()
     cache = os.environ.get("MHC_TILE_STATIC_CACHE")
-    key = "\0".join((arch, version or "", *flags, source))
-    digest = hashlib.sha256(key.encode()).hexdigest()[:24]
+    digest = _digest(arch, version, *flags, lowered.source)
     kept = Path(cache) / f"{arch}_{digest}.json" if cache else None
     if kept is not None and kept.is_file():
         return json.loads(kept.read_text())
-    report = _compile(source, arch, flags, compiler)
+    report = _compile(lowered.source, arch, flags)
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False) as file:
@@ -154,13 +199,13 @@ def _report(source: str, arch: str, flags: tuple[str, ...]) -> str:
     return report
 
 
-def _compile(source: str, arch: str, flags: tuple[str, ...], compiler: Path) -> str:
+def _compile(source: str, arch: str, flags: tuple[str, ...]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cu"
         path.write_text(source)
         output = path.with_suffix(".cubin")
-        command = [str(compiler), "--cubin", "-O3", "-w", f"-arch={arch}", *_include_options()]
-        command += [*flags, "-Xptxas", "-v", "-o", str(output), str(path)]
+        command = [str(_toolchain.nvcc()), "--cubin", "-O3", "-w", f"-arch={arch}"]
+        command += [*_include_options(), *flags, "-Xptxas", "-v", "-o", str(output), str(path)]
         result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         errors = [line for line in result.stderr.splitlines() if "error" in line]

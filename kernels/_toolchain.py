@@ -13,6 +13,7 @@ from pathlib import Path
 # The compute capabilities that kernels are written for, oldest first.
 MINIMUM_CAPABILITY = (8, 0)
 STREAMS = (1, 2, 4, 8)  # the n that kernels are written and checked for
+MOST_TOKENS = 2**31 - 1  # launches keep 32 bits of a size and drop the others without an error
 REQUIRED_TILELANG = "0.1.15"
 
 
@@ -70,14 +71,14 @@ def nvcc() -> Path | None:
 
 
 def nvcc_version(compiler: Path) -> str | None:
-    """The release that `nvcc --version` names, such as "13.0"; None if it does not run."""
+    """The version that `nvcc --version` names, such as "13.0.88"; None if it does not run."""
     try:
         result = subprocess.run(
             [str(compiler), "--version"], capture_output=True, text=True, timeout=30, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    match = re.search(r"release (\d+\.\d+)", result.stdout)
+    match = re.search(r"release [\d.]+, V([\d.]+)", result.stdout)
     return match and match[1]
 
 

@@ -12,6 +12,7 @@ import torch
 
 from cases import Shape, call, cotangents, torch_op_arguments
 from mhc_tile import set_batch_invariant
+from mhc_tile._library import OPS
 from mhc_tile.ops import _dispatch
 
 
@@ -45,6 +46,32 @@ def test_what_no_kernel_takes_warns_once(implementation, monkeypatch):
     _dispatch._warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="op: the PyTorch reference runs .* it is too odd"):
         assert implementation(torch.randn(3, 4, 8))[0] == "reference"
+
+
+@pytest.mark.parametrize("last", [(), (4, 2)])
+def test_the_reference_serves_more_tokens_than_a_launch_counts(implementation, last):
+    _dispatch._warn_once.cache_clear()
+    one = torch.zeros(1, *last) if last else torch.zeros(1, 1, 1)
+    last = last or (1, 1)
+    for tokens in ((2**31 - 1,), (3, 2**15)):
+        assert implementation(one.expand(*tokens, *last))[0] == "kernel"
+    with pytest.warns(RuntimeWarning, match=r"op: .*at most 2147483647 tokens, got 2147483648"):
+        assert implementation(one.expand(2**31, *last))[0] == "reference"
+    assert implementation(one.expand(2**16, 2**15, *last))[0] == "reference"  # warned already
+
+
+HAS_KERNEL = sorted(name for name in OPS if not name.startswith("head"))
+
+
+@pytest.mark.parametrize("name", HAS_KERNEL)
+def test_every_op_counts_tokens(name, implementation, monkeypatch):
+    monkeypatch.setattr(_dispatch._toolchain, "MOST_TOKENS", 2)
+    _dispatch._warn_once.cache_clear()
+    args, others = torch_op_arguments(name)
+    values = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
+    op = getattr(torch.ops.mhc_tile, name).default
+    with pytest.warns(RuntimeWarning, match=rf"^{name}: .* at most 2 tokens, got 3"):
+        op._op_dk(torch._C.DispatchKey.CUDA, *values, **others)
 
 
 def test_a_tensor_that_starts_off_16_bytes_reaches_the_kernel_as_a_copy(implementation):

@@ -1,6 +1,10 @@
 """What kernels take on each architecture, read from ptxas without a GPU."""
 
+import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,6 @@ if reason := _static.available():
     pytest.skip(reason, allow_module_level=True)
 
 import emulator_programs as programs
-from mhc_tile.kernels import _shipped
 
 PTXAS = """
 ptxas info    : 0 bytes gmem
@@ -101,6 +104,58 @@ def test_reports_are_kept(tmp_path, monkeypatch):
     assert resources(programs.mirror(256), "sm_80") == taken
 
 
+def test_a_digest_is_that_of_a_program_its_target_and_its_configuration():
+    def digest(name, width=256, arch="sm_80", configs=None):
+        return _static.program_digest(getattr(programs, name)(width), arch, configs)
+
+    assert digest("mirror") == digest("mirror")
+    others = (
+        digest("mirror", 128),
+        digest("scale_then_sum"),
+        digest("mirror", arch="sm_89"),
+        digest("mirror", configs={"tl.disable_tma_lower": True}),
+    )
+    assert len({digest("mirror"), *others}) == 5
+
+
+def test_digests_are_the_same_in_every_process_and_on_every_line(tmp_path):
+    code = (
+        "import sys\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "import emulator_programs as programs\n"
+        "from mhc_tile.kernels import _lowering, _static\n"
+        "program = programs.mirror(256)\n"
+        "print(_static.program_digest(program, 'sm_80'))\n"
+        "print(_static.source_digest(_lowering.lower(program, 'sm_80'), 'sm_80'))\n"
+    )
+    moved = tmp_path / "emulator_programs.py"
+    moved.write_text("\n\n" + Path(programs.__file__).read_text())
+    printed = []
+    for seed, folder in enumerate((Path(programs.__file__).parent, tmp_path)):
+        command = [sys.executable, "-c", code, str(folder)]
+        environment = {**os.environ, "PYTHONHASHSEED": str(seed)}
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+        printed.append(result.stdout.split()[-2:])
+    lowered = _lowering.lower(programs.mirror(256), "sm_80")
+    here = [_static.program_digest(programs.mirror(256), "sm_80")]
+    here.append(_static.source_digest(lowered, "sm_80"))
+    assert printed == [here, here]
+
+
+def test_a_source_digest_counts_launches_and_options():
+    lowered = _lowering.lower(programs.mirror(256), "sm_80")
+    (only,) = lowered.functions
+    wider = dataclasses.replace(only, block=(2 * only.threads, 1, 1))
+    digests = {
+        _static.source_digest(lowered, "sm_80"),
+        _static.source_digest(lowered, "sm_89"),
+        _static.source_digest(lowered, "sm_80", {_static.FLAGS: ["-G"]}),
+        _static.source_digest(dataclasses.replace(lowered, functions=(wider,)), "sm_80"),
+        _static.source_digest(dataclasses.replace(lowered, source="//"), "sm_80"),
+    }
+    assert len(digests) == 5
+
+
 def test_what_is_missing_is_said_with_its_remedy(monkeypatch):
     monkeypatch.setattr(_toolchain, "nvcc", lambda: None)
     assert "mhc-tile[nvcc]" in _static.available()
@@ -108,13 +163,3 @@ def test_what_is_missing_is_said_with_its_remedy(monkeypatch):
         resources(programs.mirror(256), "sm_80")
     with pytest.raises(ValueError, match="arch must be one of"):
         _lowering.shared_memory_limit("sm_75")
-
-
-@pytest.mark.parametrize("arch", _static.ARCHITECTURES)
-def test_shipped_programs_neither_spill_nor_grow(arch):
-    path = Path(__file__).parents[1] / "perf" / "static" / f"{arch}.json"
-    taken = _shipped.record(arch)
-    again = "; python -m mhc_tile.perf.resources --write makes the record anew"
-    assert _shipped.faults(arch, taken) == []
-    grown = regressions(json.loads(path.read_text()), taken)
-    assert not grown, f"{arch}: {grown}{again}"

@@ -93,6 +93,7 @@ def on_cuda(
     fallback: Callable[..., Any],
     *,
     streams: Callable[..., tuple[Tensor, int]],
+    dims: int = 2,
 ) -> Callable[..., Any]:
     """The CUDA implementation of an op: its kernel, or the reference where no kernel fits.
 
@@ -100,7 +101,8 @@ def on_cuda(
         op: the op's name, for the warning.
         kernel: takes the op's arguments.
         fallback: takes the same.
-        streams: from the op's arguments, a tensor whose device and dtype decide, and n.
+        streams: from the op's arguments, a tensor whose device, dtype and tokens decide, and n.
+        dims: how many of that tensor's last dims are no tokens.
 
     Returns:
         The function to register for CUDA.
@@ -111,7 +113,10 @@ def on_cuda(
         x, n = streams(*args)
         if REFERENCE_ONLY or x.dtype == torch.float64:
             return fallback(*args, **kwargs)
-        if why := _unfit(x.device.index, n):
+        why = _unfit(x.device.index, n)
+        if x.numel() > _toolchain.MOST_TOKENS:  # rare, and cheaper to ask than the tokens
+            why = why or _too_many(x.shape[:-dims].numel())
+        if why:
             _warn_once(f"{op}: the PyTorch reference runs instead of a kernel: {why}")
             return fallback(*args, **kwargs)
         with _current(x.device):
@@ -132,6 +137,12 @@ def _unfit(device: int, n: int) -> str | None:
     if n not in _toolchain.STREAMS:
         return f"kernels take n in {_toolchain.STREAMS}, got {n}"
     return None
+
+
+def _too_many(tokens: int) -> str | None:
+    """Why no kernel takes so many tokens; None if one does."""
+    most = _toolchain.MOST_TOKENS
+    return f"kernels take at most {most} tokens, got {tokens}" if tokens > most else None
 
 
 @functools.cache

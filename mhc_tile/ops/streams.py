@@ -234,7 +234,7 @@ _expand_backward = define(
 _expand = define(
     "expand(Tensor hidden, SymInt num_streams) -> Tensor x",
     cpu=reference.expand,
-    cuda=on_cuda("expand", _expand_cuda, reference.expand, streams=_of_hidden),
+    cuda=on_cuda("expand", _expand_cuda, reference.expand, streams=_of_hidden, dims=1),
     fake=_expand_fake,
     setup_context=_expand_setup_context,
     backward=_expand_backward_of,
@@ -243,7 +243,11 @@ _collapse_backward = define(
     "collapse_backward(Tensor grad_hidden, SymInt num_streams, str mode) -> Tensor grad_x",
     cpu=_collapse_backward_cpu,
     cuda=on_cuda(
-        "collapse_backward", _collapse_backward_cuda, _collapse_backward_cpu, streams=_of_hidden
+        "collapse_backward",
+        _collapse_backward_cuda,
+        _collapse_backward_cpu,
+        streams=_of_hidden,
+        dims=1,
     ),
     fake=_collapse_backward_fake,
     **derive(_collapse_backward_cpu),
