@@ -94,11 +94,11 @@ def test_of_two_widths_the_nearer_in_log_space_counts():
 
 
 def test_an_entry_that_keeps_the_default_keeps_that_of_the_shape_asked_for():
-    own = registry.default(problem("pre_backward", 4096), TARGET)
-    tables = tables_of(pre_backward={4096: entry(own, default=True)})
+    own = registry.default(problem("mapping_backward", 4096), TARGET)
+    tables = tables_of(mapping_backward={4096: entry(own, default=True)})
     for tokens in (16, 64, 8192):
-        decision = ask(tables, "pre_backward", tokens)
-        assert decision.config == registry.default(problem("pre_backward", tokens), TARGET)
+        decision = ask(tables, "mapping_backward", tokens)
+        assert decision.config == registry.default(problem("mapping_backward", tokens), TARGET)
         assert decision.why == "nearest"
 
 
