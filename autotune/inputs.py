@@ -21,8 +21,10 @@ class Inputs:
         self._generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
 
     def normal(self, *size: int, dtype: str = "float32") -> Tensor:
-        """Standard normal values."""
+        """Standard normal values; none on the meta device."""
         kind = getattr(torch, dtype)
+        if self._generator is None:
+            return torch.empty(size, device=self._device, dtype=kind)
         return torch.randn(size, generator=self._generator, device=self._device, dtype=kind)
 
     @property
