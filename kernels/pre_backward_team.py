@@ -172,14 +172,15 @@ def team_program(channels: int, with_part: bool, config: Config, handover: bool)
 
     @T.prim_func
     def mhc_pre_backward_team(
+        # first, so that the number of tokens is read from it: products below may wrap at 2^31
+        projection: T.Tensor((tokens, logits), F32),
+        inv_rms: T.Tensor((tokens,), F32),
+        unfinished: T.Tensor((tokens, width), F32),
         grad_layer_input: T.Tensor((tokens * C,), BF16),
         x: T.Tensor((tokens * (n * C),), BF16),
         part: T.Tensor((tokens * (n * C),), BF16),
         phi: T.Tensor((logits, n, C), F32),
-        projection: T.Tensor((tokens, logits), F32),
-        inv_rms: T.Tensor((tokens,), F32),
         alpha: T.Tensor((3,), F32),
-        unfinished: T.Tensor((tokens, width), F32),
         exchange: T.Tensor((teams, slots, members, GROUP * n), "int32"),
         grad_x: T.Tensor((tokens * (n * C),), BF16),
         grad_phi_parts: T.Tensor((teams * logits * n * C,), F32),
@@ -349,8 +350,7 @@ def launch(
     kernel = team_program(arch, channels, grad_x_part is not None, config, overlaps(arch))
     part = x if grad_x_part is None else grad_x_part  # left unread
     kernel(
-        grad_layer_input.view(-1), x.view(-1), part.view(-1), phi.view(parts.shape[1:]),
-        projection, inv_rms, alpha,
-        unfinished, exchange, grad_x.view(-1), parts.view(-1), block_sums,
+        projection, inv_rms, unfinished, grad_layer_input.view(-1), x.view(-1), part.view(-1),
+        phi.view(parts.shape[1:]), alpha, exchange, grad_x.view(-1), parts.view(-1), block_sums,
     )  # fmt: skip
     return grad_x, parts
