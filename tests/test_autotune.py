@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -92,10 +93,9 @@ def test_a_kernel_from_the_cache_tells_the_same_as_one_just_compiled(places):
         "job = Job('mhc_tile.kernels.sinkhorn', 'backward_program', constants, 'sm_80')\n"
         "print(build(job)); job.path.unlink()"
     )
-    said = [
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
-        for _ in range(2)
-    ]
+    environment = {**os.environ, "TILELANG_PRINT_ON_COMPILATION": "1"}
+    run = functools.partial(subprocess.run, capture_output=True, text=True, env=environment)
+    said = [run([sys.executable, "-c", code]).stdout for _ in range(2)]
     assert said[0].splitlines()[-1] == said[1].splitlines()[-1]
     assert f"dynamic_smem={4 * 2 * 3 * 4 * 32}" in said[0]
     assert "begins to compile" in said[0]
