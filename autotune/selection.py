@@ -69,7 +69,7 @@ def select(family: Mapping[int, Sequence[Timed]]) -> dict[int, Choice]:
         if order in orders or not all(_has(timed, order) for timed in family.values()):
             continue
         rival = {tokens: _pick(timed, order) for tokens, timed in family.items()}
-        slower = any(faster(own[t].sample, _sample(family[t], rival[t])) for t in family)
+        slower = any(choice.us > choice.default_us for choice in rival.values())
         score = _score(rival.values())
         if not slower and score < best_score + math.log(1 - MARGIN):
             best, best_score = rival, score
@@ -87,10 +87,6 @@ def _pick(timed: Sequence[Timed], order: Any) -> Choice:
     chosen = next(one for one in same if one is best or not faster(best.sample, one.sample))
     own = timed[0]
     return Choice(chosen.config, order, chosen is own, chosen.sample.us, own.sample.us)
-
-
-def _sample(timed: Sequence[Timed], choice: Choice) -> Sample:
-    return next(one.sample for one in timed if one.config == choice.config)
 
 
 def _score(choices: Iterable[Choice]) -> float:

@@ -82,7 +82,7 @@ def test_another_order_of_sums_may_round_otherwise_but_not_be_wrong(monkeypatch,
         t64="adds in another order", t96="is wrong", t128="leaves a hole",
     )  # fmt: skip
     assert [outcomes[i].status for i in range(4)] == ["measured"] * 2 + ["rejected"] * 2
-    assert "result 0 must be within 3.1e-05 of the default's" in outcomes[2].why
+    assert "result 0 must be within 1.2e-04 of the default's" in outcomes[2].why
     assert "got nan" in outcomes[3].why
 
 
@@ -153,10 +153,10 @@ def test_of_candidates_that_are_alike_the_first_is_chosen_whatever_the_noise():
 
 
 def test_all_tokens_of_a_family_keep_one_order_of_sums():
-    """The other order is faster at 64 tokens and slower at 4096: it is not used at either."""
+    """The other order is faster at 64 tokens, slower at 4096, if by noise: neither uses it."""
     family = {
         64: [timed("default", 100), timed("a", 97), timed("b", 70, "other")],
-        4096: [timed("default", 100), timed("a", 97), timed("b", 104, "other")],
+        4096: [timed("default", 100), timed("a", 97), timed("b", 100.2, "other")],
     }
     choices = select(family)
     assert {t: c.config for t, c in choices.items()} == {64: "a", 4096: "a"}
