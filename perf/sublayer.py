@@ -1,17 +1,21 @@
 """What one mHC sublayer costs on this GPU: `pre` and `merge` around an identity layer.
 
-    python -m mhc_tile.perf.sublayer [--tokens 8192 --width 2560] [--out result.json]
+    python -m mhc_tile.perf.sublayer [--tokens 8192 --width 2560] [--peers] [--out result.json]
 
 Forward, and forward with backward, through the torch ops as a model calls them. Every size runs on
 several input sets, larger together than the L2 cache, all in one CUDA graph; the time is the median
 of its replays over the number of sets. Beside it the floor of two separate ops: the elements that
 must move, 14C a token forward and 41C with backward (n = 4), over the copy bandwidth measured in
-the same run. The results are checked against the reference first.
+the same run. The results are checked against the reference first: x_next and its gradient of x.
+
+With --peers other implementations that are installed take turns with ours, replay by replay. What
+cannot be captured in a graph is timed launch by launch and marked; what fails, or computes
+something else, is named and not timed.
 """
 
 import argparse
+import importlib.metadata
 import json
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,11 +27,15 @@ from torch import Tensor
 import mhc_tile
 from mhc_tile import merge, pre, reference
 from mhc_tile.autotune.device import describe
+from mhc_tile.autotune.timing import Timer, interleaved
+
+from .peers import ADAPTERS, Contender
 
 SIZES = ((8192, 1280), (8192, 2560), (8192, 4096), (4096, 7168), (64, 7168))
 STREAMS = 4
 CONSTANTS: dict[str, Any] = {"norm_eps": 1e-6}
 ROTATED_BYTES = 300e6  # several times the L2 of any GPU
+WARM = 5  # replays before the first that counts
 
 
 def inputs(tokens: int, width: int, seed: int) -> list[Tensor]:
@@ -49,20 +57,11 @@ def sublayer(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> Tensor:
     return merge(x, layer_input, h_post, h_res)
 
 
-def forward(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, _: Tensor) -> Any:
-    """One forward pass without a graph of gradients."""
-    with torch.no_grad():
-        return sublayer(x, phi, alpha, bias)
+OURS = Contender("mhc_tile", lambda *values: list(values), sublayer, sublayer)
 
 
-def training(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, grad: Tensor) -> Any:
-    """One forward and backward pass."""
-    leaves = [value.detach().requires_grad_() for value in (x, phi, alpha, bias)]
-    return torch.autograd.grad(sublayer(*leaves), leaves, grad)
-
-
-def graph_time(function: Callable[..., Any], sets: Sequence[Sequence[Tensor]]) -> list[float]:
-    """Microseconds of one call: one per replay of a graph that calls it on every set."""
+def capture(function: Callable[..., Any], sets: Sequence[Sequence[Tensor]]) -> Timer:
+    """A timer of a graph that calls a function on every set: microseconds of one call."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for values in sets[:2]:
@@ -72,52 +71,150 @@ def graph_time(function: Callable[..., Any], sets: Sequence[Sequence[Tensor]]) -
         with torch.cuda.graph(graph, stream=stream):
             for values in sets:
                 function(*values)
-        times = []
-        for replay in range(25):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    return _timer(graph.replay, stream, len(sets))
+
+
+def launch(function: Callable[..., Any], sets: Sequence[Sequence[Tensor]]) -> Timer:
+    """The same, launched call by call: small sizes then measure the host."""
+    stream = torch.cuda.Stream()
+
+    def calls() -> None:
+        for values in sets:
+            function(*values)
+
+    return _timer(calls, stream, len(sets))
+
+
+def _timer(run: Callable[[], Any], stream: torch.cuda.Stream, calls: int) -> Timer:
+    def timer() -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.stream(stream):
             begin.record()
-            graph.replay()
+            run()
             end.record()
-            stream.synchronize()
-            if replay >= 5:
-                times.append(begin.elapsed_time(end) * 1000 / len(sets))
-    return times
+        stream.synchronize()
+        return begin.elapsed_time(end) * 1000 / calls
+
+    return timer
 
 
 def copy_bandwidth() -> float:
     """Bytes read and written per second by a large copy kernel (a memcpy node is slower)."""
     source = torch.randn(256 * 2**20, device="cuda")
     target = torch.empty_like(source)
-    times = graph_time(lambda value: torch.mul(value, 1.0, out=target), [[source]])
-    return 2 * source.numel() * 4 / (statistics.median(times) * 1e-6)
+    timer = capture(lambda value: torch.mul(value, 1.0, out=target), [[source]])
+    for _ in range(WARM):
+        timer()
+    return 2 * source.numel() * 4 / (interleaved([timer])[0].us * 1e-6)
 
 
-def check(values: Sequence[Tensor]) -> float:
-    """Relative error of x_next against the reference in float64, on at most 512 tokens."""
-    x, phi, alpha, bias, _ = values
-    x = x[:512]
-    wide = x.double()
-    parameters = (phi.double(), alpha.double(), bias.double())
-    layer_input, h_post, h_res = reference.pre(wide, *parameters, **CONSTANTS)
-    truth = reference.merge(wide, layer_input, h_post, h_res)
-    actual = sublayer(x, phi, alpha, bias).double()
-    return ((actual - truth).norm() / truth.norm()).item()
+def check(contender: Contender, values: Sequence[Tensor]) -> float:
+    """The larger relative error of x_next and of its gradient of x against float64, 512 tokens.
+
+    Raises:
+        RuntimeError: It is not the reference's sublayer.
+    """
+    x, phi, alpha, bias, grad = values
+    x, grad = x[:512], grad[:512]
+    leaves = [value.double().requires_grad_() for value in (x, phi, alpha, bias)]
+    layer_input, h_post, h_res = reference.pre(*leaves, **CONSTANTS)
+    truth = reference.merge(leaves[0], layer_input, h_post, h_res)
+    truths = (truth.detach(), torch.autograd.grad(truth, leaves[0], grad.double())[0])
+    own = contender.prepare(x, phi, alpha, bias, grad)
+    results = (contender.forward(*own), contender.training(*own)[0])
+    errors = [
+        ((value.double().view_as(other) - other).norm() / other.norm()).item()
+        for value, other in zip(results, truths, strict=True)
+    ]
+    if not max(errors) < 0.01:
+        raise RuntimeError(f"{contender.name} must match the reference, got errors {errors}")
+    return max(errors)
 
 
-def measure(tokens: int, width: int, bandwidth: float) -> dict[str, Any]:
-    """One row of the table."""
+def measure(
+    tokens: int, width: int, bandwidth: float, contenders: Sequence[Contender]
+) -> dict[str, Any]:
+    """One size: what each contender takes, in turns, and the floor."""
     count = max(2, min(32, int(ROTATED_BYTES / (tokens * width * STREAMS * 2)) + 1))
     sets = [inputs(tokens, width, seed) for seed in range(count)]
-    error = check(sets[0])
-    if not error < 0.01:
-        raise RuntimeError(f"sublayer: {tokens} x {width} must match the reference, got {error}")
-    row: dict[str, Any] = {"tokens": tokens, "width": width, "error": error}
-    for name, function, elements in (("forward", forward, 14), ("training", training, 41)):
-        times = sorted(graph_time(function, sets))
-        floor = elements * tokens * width * 2 / bandwidth * 1e6
-        median = statistics.median(times)
-        row[name] = {"us": median, "p20": times[4], "p80": times[-5], "floor_us": floor}
-    return row
+    result: dict[str, Any] = {"tokens": tokens, "width": width, "contenders": {}}
+    running: list[Contender] = []
+    for contender in contenders:
+        row = result["contenders"][contender.name] = {"error": 0.0, "fault": ""}
+        try:
+            row["error"] = check(contender, sets[0])
+            running.append(contender)
+        except Exception as error:  # a peer may fail in any way
+            if contender is OURS:
+                raise
+            row["fault"] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+    prepared = {c.name: [c.prepare(*values) for values in sets] for c in running}
+    for name, elements in (("forward", 14), ("training", 41)):
+        result[f"{name}_floor_us"] = elements * tokens * width * 2 / bandwidth * 1e6
+        timers = {}
+        for contender in running:
+            row = result["contenders"][contender.name]
+            try:
+                function = getattr(contender, name)
+                timer, row[f"{name}_captured"] = _graph_or_launches(
+                    function, prepared[contender.name]
+                )
+                for _ in range(WARM):
+                    timer()
+                timers[contender.name] = timer
+            except Exception as error:
+                if contender is OURS:
+                    raise
+                row["fault"] = f"{name}: {type(error).__name__}: {str(error)[:160]}"
+        samples = interleaved(list(timers.values()))
+        for contender_name, sample in zip(timers, samples, strict=True):
+            spread = {"us": sample.us, "p20": sample.low, "p80": sample.high}
+            result["contenders"][contender_name][name] = spread
+        del timers
+    return result
+
+
+def _graph_or_launches(
+    function: Callable[..., Any], sets: Sequence[Sequence[Tensor]]
+) -> tuple[Timer, bool]:
+    try:
+        return capture(function, sets), True
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return launch(function, sets), False
+
+
+def peers() -> tuple[list[Contender], list[str]]:
+    """Those that are installed, and why others are not."""
+    found, missing = [], []
+    for name, adapter in ADAPTERS.items():
+        try:
+            found.append(adapter())
+        except Exception as error:
+            missing.append(f"{name} is left out: {type(error).__name__}: {error}")
+    return found, missing
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """A line for each size and contender; * marks what was launched call by call."""
+    lines = [
+        "tokens x C    implementation   forward us (of floor)   forward + backward us   error",
+    ]
+    for result in results:
+        size = f"{result['tokens']} x {result['width']}"
+        for name, row in result["contenders"].items():
+            cells = []
+            for part in ("forward", "training"):
+                if part not in row:
+                    cells.append("-")
+                    continue
+                share = 100 * result[f"{part}_floor_us"] / row[part]["us"]
+                mark = "" if row[f"{part}_captured"] else "*"
+                cells.append(f"{row[part]['us']:.1f}{mark} ({share:.0f}%)")
+            lines.append(f"{size:<14}{name:<16}{cells[0]:>20}{cells[1]:>24}   {row['error']:.1e}")
+            if row["fault"]:
+                lines.append(f"{'':<14}{name}: {row['fault']}")
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,28 +222,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, help="with --width: this size only")
     parser.add_argument("--width", type=int, help="C, with --tokens")
+    parser.add_argument("--peers", action="store_true", help="other implementations in turns")
     parser.add_argument("--out", type=Path, help="JSON file for the full result")
     args = parser.parse_args(argv)
     device = describe()
     bandwidth = copy_bandwidth()
+    others, missing = peers() if args.peers else ([], [])
     sizes = ((args.tokens, args.width),) if args.tokens and args.width else SIZES
-    rows = [measure(tokens, width, bandwidth) for tokens, width in sizes]
+    results = [measure(tokens, width, bandwidth, [OURS, *others]) for tokens, width in sizes]
     say = sys.stdout.write
     say(f"{device}; copy {bandwidth / 1e12:.2f} TB/s; torch {torch.__version__}\n")
-    say("tokens x C      forward us (floor, %)     forward + backward us (floor, %)   error\n")
-    for row in rows:
-        cells = []
-        for name in ("forward", "training"):
-            cell = row[name]
-            share = 100 * cell["floor_us"] / cell["us"]
-            cells.append(f"{cell['us']:9.1f} ({cell['floor_us']:6.1f}, {share:3.0f}%)")
-        size = f"{row['tokens']} x {row['width']}"
-        say(f"{size:<14}{cells[0]:>24}{cells[1]:>34}   {row['error']:.1e}\n")
+    say("".join(f"{line}\n" for line in (*missing, table(results))))
     if args.out:
         environment: dict[str, Any] = {"device": str(device), "torch": torch.__version__}
         environment |= {"mhc_tile": mhc_tile.__version__, "copy_bytes_per_s": bandwidth}
-        args.out.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1))
+        environment |= {name: _version(name) for name in ADAPTERS}
+        args.out.write_text(json.dumps({"environment": environment, "rows": results}, indent=1))
     return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
 
 
 if __name__ == "__main__":
