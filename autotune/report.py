@@ -135,23 +135,28 @@ def draw(found: Sequence[Row], path: Path, title: str) -> None:
     kernels = list(dict.fromkeys(row.problem.kernel for row in found))
     columns = min(4, len(kernels))
     lines = -(-len(kernels) // columns)
-    figure = figure_of(figsize=(3.6 * columns, 0.8 + 2.6 * lines), layout="constrained")
+    figure = figure_of(figsize=(1.8 + 3.6 * columns, 0.8 + 2.6 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False, sharex=True).flatten()
     for axis in axes[len(kernels) :]:
         axis.set_axis_off()
+    drawn: dict[str, Any] = {}  # the first line of every label, for one legend
     for axis, kernel in zip(axes, kernels, strict=False):
         shapes: dict[Problem, list[Row]] = {}
         for row in found:
             if row.problem.kernel == kernel:
                 shapes.setdefault(row.problem.at(1), []).append(row)
         for shape, members in shapes.items():
-            label = f"{shape.channels or 'n'} {shape.n} {shape.dtype}"
+            size = f"C {shape.channels}, " if shape.channels else ""
+            label = f"{size}n {shape.n}, {shape.dtype}"
+            colour = drawn[label].get_color() if label in drawn else f"C{len(drawn)}"
             tokens = [row.problem.tokens for row in members]
-            axis.plot(tokens, [row.gain for row in members], ".-", label=label, linewidth=1)
+            gains = [row.gain for row in members]
+            (line,) = axis.plot(tokens, gains, ".-", color=colour, linewidth=1)
+            drawn.setdefault(label, line)
         axis.axhline(1, color="black", linewidth=0.5)
         axis.set_xscale("log", base=2)
         axis.set_title(kernel, fontsize=9)
-        axis.legend(fontsize=5)
+    figure.legend(drawn.values(), drawn.keys(), loc="outside right upper", fontsize=8)
     figure.supxlabel("tokens")
     figure.supylabel("default / tuned time")
     figure.suptitle(title)
