@@ -157,7 +157,8 @@ def measure(task: Task, open_bench: Callable[[Problem], Bench]) -> Iterator[Tryi
                     timers[index] = timer
                 outcomes[index] = Outcome("slow", why, ratio)
         except Exception as error:
-            why = f"crashed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            first_line = str(error).partition("\n")[0][:200]  # empty for a bare assert
+            why = f"crashed: {type(error).__name__}: {first_line}"
             outcomes[index] = Outcome("rejected", why)
             yield Found(index, outcomes[index])
             if not bench.healthy():

@@ -101,12 +101,14 @@ def candidates(
     target: dict[str, Any] = {"arch": arch, "multiprocessors": multiprocessors}
     default = default_config(tokens, n, channels, **target)
     yield default
-    base = mapping.default_config(tokens, n, channels, **target)
-    splits = {1, getattr(default, "splits", 1), ceil_div(channels, PIECE)}
-    for other in mapping.candidates(tokens, n, channels, **target):
-        # how far it asks ahead changed few tokens by 1% (H100, 2026-11-24), many are the team's
-        for split in sorted(splits) if other.ahead in (1, base.ahead) else ():
-            config = _with_splits(other, split)
+    ahead = mapping.default_config(tokens, n, channels, **target).ahead
+    teams = pre_team.default_config(n, channels, **target) is not None
+    splits = {1, 4, getattr(default, "splits", 1), ceil_div(channels, PIECE)}
+    for base in mapping.candidates(tokens, n, channels, **target):
+        if teams and base.ahead not in (1, ahead):
+            continue  # many tokens are the team's, and 64 change by 1% (H100, 2026-11-24)
+        for split in sorted(splits):
+            config = _with_splits(base, split)
             if config != default:
                 yield config
     for config in pre_team.candidates(n, channels, **target):

@@ -26,18 +26,16 @@ class Contender:
         prepare: from x [T, 4, C], phi [24, 4C], alpha [3], bias [24] and grad_x_next, its tensors;
             first x, last grad_x_next, in its own shapes.
         sublayer: from all of these but the last, x_next.
-        inference: the same where no gradient is wanted.
     """
 
     name: str
     prepare: Callable[..., list[Tensor]]
     sublayer: Callable[..., Tensor]
-    inference: Callable[..., Tensor]
 
     def forward(self, *values: Tensor) -> Tensor:
         """x_next without a graph of gradients."""
         with torch.no_grad():
-            return self.inference(*values[:-1])
+            return self.sublayer(*values[:-1])
 
     def training(self, *values: Tensor) -> tuple[Tensor, ...]:
         """Gradients of x and the parameters, after a forward pass."""
@@ -63,7 +61,7 @@ def tile_kernels() -> Contender:
         layer_input, maps = module.mhc_pre(x, phi, alpha, bias, **constants)
         return module.mhc_post(layer_input, x, *maps)
 
-    return Contender("tile-kernels", prepare, sublayer, sublayer)
+    return Contender("tile-kernels", prepare, sublayer)
 
 
 def liger() -> Contender:
@@ -84,7 +82,7 @@ def liger() -> Contender:
         layer_input = module.LigerMHCPreFunction.apply(x, h_pre)
         return module.LigerMHCPostResFunction.apply(x, layer_input, h_post, h_res)
 
-    return Contender("liger-kernel", prepare, sublayer, sublayer)
+    return Contender("liger-kernel", prepare, sublayer)
 
 
 ADAPTERS: dict[str, Callable[[], Contender]] = {"tile-kernels": tile_kernels, "liger-kernel": liger}

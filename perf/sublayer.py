@@ -14,10 +14,11 @@ something else, is named and not timed.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,13 @@ from torch import Tensor
 
 import mhc_tile
 from mhc_tile import merge, pre, reference
+from mhc_tile.autotune.bench import copy_bandwidth
 from mhc_tile.autotune.device import describe
 from mhc_tile.autotune.timing import Timer, interleaved
 
-from .peers import ADAPTERS, Contender
+from .peers import ADAPTERS, STREAMS, Contender
 
 SIZES = ((8192, 1280), (8192, 2560), (8192, 4096), (4096, 7168), (64, 7168))
-STREAMS = 4
 CONSTANTS: dict[str, Any] = {"norm_eps": 1e-6}
 ROTATED_BYTES = 300e6  # several times the L2 of any GPU
 WARM = 5  # replays before the first that counts
@@ -57,7 +58,7 @@ def sublayer(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> Tensor:
     return merge(x, layer_input, h_post, h_res)
 
 
-OURS = Contender("mhc_tile", lambda *values: list(values), sublayer, sublayer)
+OURS = Contender("mhc_tile", lambda *values: list(values), sublayer)
 
 
 def capture(function: Callable[..., Any], sets: Sequence[Sequence[Tensor]]) -> Timer:
@@ -98,16 +99,6 @@ def _timer(run: Callable[[], Any], stream: torch.cuda.Stream, calls: int) -> Tim
     return timer
 
 
-def copy_bandwidth() -> float:
-    """Bytes read and written per second by a large copy kernel (a memcpy node is slower)."""
-    source = torch.randn(256 * 2**20, device="cuda")
-    target = torch.empty_like(source)
-    timer = capture(lambda value: torch.mul(value, 1.0, out=target), [[source]])
-    for _ in range(WARM):
-        timer()
-    return 2 * source.numel() * 4 / (interleaved([timer])[0].us * 1e-6)
-
-
 def check(contender: Contender, values: Sequence[Tensor]) -> float:
     """The larger relative error of x_next and of its gradient of x against float64, 512 tokens.
 
@@ -137,41 +128,40 @@ def measure(
     """One size: what each contender takes, in turns, and the floor."""
     count = max(2, min(32, int(ROTATED_BYTES / (tokens * width * STREAMS * 2)) + 1))
     sets = [inputs(tokens, width, seed) for seed in range(count)]
-    result: dict[str, Any] = {"tokens": tokens, "width": width, "contenders": {}}
-    running: list[Contender] = []
+    rows: dict[str, Any] = {c.name: {"error": 0.0, "fault": ""} for c in contenders}
+    result: dict[str, Any] = {"tokens": tokens, "width": width, "contenders": rows}
+    prepared: dict[Contender, list[list[Tensor]]] = {}
     for contender in contenders:
-        row = result["contenders"][contender.name] = {"error": 0.0, "fault": ""}
-        try:
-            row["error"] = check(contender, sets[0])
-            running.append(contender)
-        except Exception as error:  # a peer may fail in any way
-            if contender is OURS:
-                raise
-            row["fault"] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
-    prepared = {c.name: [c.prepare(*values) for values in sets] for c in running}
+        with _noting(contender, rows, "check"):
+            rows[contender.name]["error"] = check(contender, sets[0])
+            prepared[contender] = [contender.prepare(*values) for values in sets]
     for name, elements in (("forward", 14), ("training", 41)):
         result[f"{name}_floor_us"] = elements * tokens * width * 2 / bandwidth * 1e6
-        timers = {}
-        for contender in running:
-            row = result["contenders"][contender.name]
-            try:
-                function = getattr(contender, name)
+        timers: dict[str, Timer] = {}
+        for contender, values in prepared.items():
+            row = rows[contender.name]
+            with _noting(contender, rows, name):
                 timer, row[f"{name}_captured"] = _graph_or_launches(
-                    function, prepared[contender.name]
+                    getattr(contender, name), values
                 )
                 for _ in range(WARM):
                     timer()
                 timers[contender.name] = timer
-            except Exception as error:
-                if contender is OURS:
-                    raise
-                row["fault"] = f"{name}: {type(error).__name__}: {str(error)[:160]}"
-        samples = interleaved(list(timers.values()))
-        for contender_name, sample in zip(timers, samples, strict=True):
-            spread = {"us": sample.us, "p20": sample.low, "p80": sample.high}
-            result["contenders"][contender_name][name] = spread
-        del timers
+        for rival, sample in zip(timers, interleaved(list(timers.values())), strict=True):
+            rows[rival][name] = {"us": sample.us, "p20": sample.low, "p80": sample.high}
     return result
+
+
+@contextlib.contextmanager
+def _noting(contender: Contender, rows: dict[str, Any], step: str) -> Iterator[None]:
+    """A peer may fail in any way, which is noted; ours may not."""
+    try:
+        yield
+    except Exception as error:
+        if contender is OURS:
+            raise
+        why = str(error).partition("\n")[0][:160]
+        rows[contender.name]["fault"] = f"{step}: {type(error).__name__}: {why}"
 
 
 def _graph_or_launches(
@@ -195,26 +185,26 @@ def peers() -> tuple[list[Contender], list[str]]:
     return found, missing
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """A line for each size and contender; * marks what was launched call by call."""
-    lines = [
-        "tokens x C    implementation   forward us (of floor)   forward + backward us   error",
-    ]
-    for result in results:
-        size = f"{result['tokens']} x {result['width']}"
-        for name, row in result["contenders"].items():
-            cells = []
-            for part in ("forward", "training"):
-                if part not in row:
-                    cells.append("-")
-                    continue
-                share = 100 * result[f"{part}_floor_us"] / row[part]["us"]
-                mark = "" if row[f"{part}_captured"] else "*"
-                cells.append(f"{row[part]['us']:.1f}{mark} ({share:.0f}%)")
-            lines.append(f"{size:<14}{name:<16}{cells[0]:>20}{cells[1]:>24}   {row['error']:.1e}")
-            if row["fault"]:
-                lines.append(f"{'':<14}{name}: {row['fault']}")
-    return "\n".join(lines)
+HEADER = "tokens x C    implementation   forward us (of floor)   forward + backward us   error"
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """A line for each contender of a size; * marks what was launched call by call."""
+    found = []
+    size = f"{result['tokens']} x {result['width']}"
+    for name, row in result["contenders"].items():
+        cells = []
+        for part in ("forward", "training"):
+            if part not in row:
+                cells.append("-")
+                continue
+            share = 100 * result[f"{part}_floor_us"] / row[part]["us"]
+            mark = "" if row[f"{part}_captured"] else "*"
+            cells.append(f"{row[part]['us']:.1f}{mark} ({share:.0f}%)")
+        found.append(f"{size:<14}{name:<16}{cells[0]:>20}{cells[1]:>24}   {row['error']:.1e}")
+        if row["fault"]:
+            found.append(f"{'':<14}{name}: {row['fault']}")
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -225,20 +215,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--peers", action="store_true", help="other implementations in turns")
     parser.add_argument("--out", type=Path, help="JSON file for the full result")
     args = parser.parse_args(argv)
+    if (args.tokens is None) != (args.width is None):
+        parser.error("--tokens and --width must be given together")
     device = describe()
     bandwidth = copy_bandwidth()
     others, missing = peers() if args.peers else ([], [])
-    sizes = ((args.tokens, args.width),) if args.tokens and args.width else SIZES
-    results = [measure(tokens, width, bandwidth, [OURS, *others]) for tokens, width in sizes]
-    say = sys.stdout.write
-    say(f"{device}; copy {bandwidth / 1e12:.2f} TB/s; torch {torch.__version__}\n")
-    say("".join(f"{line}\n" for line in (*missing, table(results))))
+    _say(f"{device}; copy {bandwidth / 1e12:.2f} TB/s; torch {torch.__version__}")
+    _say(*missing, HEADER)
+    results = []
+    for tokens, width in ((args.tokens, args.width),) if args.tokens else SIZES:
+        results.append(measure(tokens, width, bandwidth, [OURS, *others]))
+        _say(*lines(results[-1]))
     if args.out:
         environment: dict[str, Any] = {"device": str(device), "torch": torch.__version__}
         environment |= {"mhc_tile": mhc_tile.__version__, "copy_bytes_per_s": bandwidth}
         environment |= {name: _version(name) for name in ADAPTERS}
         args.out.write_text(json.dumps({"environment": environment, "rows": results}, indent=1))
     return 0
+
+
+def _say(*texts: str) -> None:
+    sys.stdout.write("".join(f"{text}\n" for text in texts))
+    sys.stdout.flush()
 
 
 def _version(package: str) -> str:

@@ -66,6 +66,8 @@ class FakeBench:
         if does in ("crashes", "breaks the GPU"):
             self._broken = does == "breaks the GPU"
             raise RuntimeError("an illegal memory access\nwas encountered")
+        if does == "asserts":
+            raise AssertionError
         for turn in range(3):
             values, sums = (value.clone() for value in self._right)
             if does == "is wrong":

@@ -111,7 +111,32 @@ def test_the_table_marks_launches_and_faults():
     peer = {"error": 2e-3, "fault": "training: RuntimeError: no", "forward": times}
     peer["forward_captured"] = False
     size = {"tokens": 8, "width": 16, "forward_floor_us": 25.0, "training_floor_us": 75.0}
-    text = sublayer.table([{**size, "contenders": {"mhc_tile": ours, "peer": peer}}])
+    text = "\n".join(sublayer.lines({**size, "contenders": {"mhc_tile": ours, "peer": peer}}))
     assert "50.0 (50%)" in text
     assert "50.0* (50%)" in text
     assert "peer: training: RuntimeError: no" in text
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Sizes are measured on the CPU, every call takes 7 us."""
+    monkeypatch.setattr(sublayer, "inputs", lambda *_: inputs())
+    monkeypatch.setattr(sublayer, "capture", lambda function, sets: lambda: 7.0)
+
+
+def fails(*_):
+    raise AssertionError  # as peers do: without a text
+
+
+def test_a_peer_that_fails_is_noted_and_the_others_are_timed(clock):
+    peer = peers.Contender("peer", lambda *values: list(values), fails)
+    result = sublayer.measure(TOKENS, WIDTH, 1e12, [sublayer.OURS, peer])
+    ours, other = (result["contenders"][name] for name in ("mhc_tile", "peer"))
+    assert (ours["forward"]["us"], ours["training"]["us"], ours["fault"]) == (7.0, 7.0, "")
+    assert other == {"error": 0.0, "fault": "check: AssertionError: "}
+
+
+def test_a_failure_of_ours_ends_the_run(clock, monkeypatch):
+    monkeypatch.setattr(sublayer, "check", fails)
+    with pytest.raises(AssertionError):
+        sublayer.measure(TOKENS, WIDTH, 1e12, [sublayer.OURS])
