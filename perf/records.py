@@ -1,4 +1,4 @@
-"""A result of `mhc-tile perf`: what a file holds, where it was measured, how it is read and written.
+"""A result of `mhc-tile perf`: what a file holds, where it was measured, reading and writing.
 
 A file is JSON: schema, kind ("run" or "overhead"), environment, rows. A row is one contender on one
 case; numbers that were not measured are null. Fields that later versions add are kept apart by the
