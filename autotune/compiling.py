@@ -8,6 +8,7 @@ half of the time, hold the interpreter's lock, and a compiler that crashes takes
 it.
 """
 
+import ast
 import functools
 import hashlib
 import importlib
@@ -25,6 +26,7 @@ from .table import replace
 SECONDS = 300.0  # for one program; the slowest take 10 on one core
 _LIBRARY = "executable.so"  # of a kernel in TileLang's cache, with its cubin
 _HANDLER = f"{__name__}:handler"
+_KERNELS = Path(_toolchain.__file__).parent
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Job:
     @property
     def path(self) -> Path:
         """The file of its record."""
-        parts = (self.module, self.name, repr(self.constants), self.arch, fingerprint())
+        digest = program_fingerprint(self.module)
+        parts = (self.module, self.name, repr(self.constants), self.arch, digest)
         digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
         return _toolchain.kernel_cache() / "mhc_tile" / f"{digest}.json"
 
@@ -63,8 +66,40 @@ class Job:
 @functools.cache
 def fingerprint() -> str:
     """A digest of TileLang's version and the kernels' sources: when it changes, so may the code."""
+    return _digest(sorted(_KERNELS.glob("*.py")))
+
+
+@functools.cache
+def program_fingerprint(module: str) -> str:
+    """The same of what one module of kernels is made of: itself and all that it imports there.
+
+    Args:
+        module: dotted name of a module of `mhc_tile.kernels`, or of any other, which then stands
+            for itself.
+    """
+    name = module.rpartition(".")[2]
+    if not (_KERNELS / f"{name}.py").is_file():
+        return _digest([])
+    found, left = set(), {name}
+    while left:
+        one = left.pop()
+        found.add(one)
+        left |= _imported(_KERNELS / f"{one}.py") - found
+    return _digest([_KERNELS / f"{one}.py" for one in sorted(found)])
+
+
+def _imported(path: Path) -> set[str]:
+    """The modules beside a file that it imports, by name."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            names |= {node.module} if node.module else {alias.name for alias in node.names}
+    return {name for name in names if (path.parent / f"{name}.py").is_file()}
+
+
+def _digest(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256((_toolchain.tilelang_version() or "").encode())
-    for path in sorted(Path(_toolchain.__file__).parent.glob("*.py")):
+    for path in paths:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
