@@ -125,6 +125,8 @@ class Kernel:
         parameter_grads: results, the last ones, that sum over tokens.
         of_channels: whether C and dtype matter.
         tensor_cores: whether x in fp32, or a C that is no multiple of 8, takes another kernel.
+        divides_channels: whether blocks share one token's C: an order of sums is then made for one
+            C, and that of a neighbour's table is not taken over.
     """
 
     module: str
@@ -136,6 +138,7 @@ class Kernel:
     parameter_grads: int = 0
     of_channels: bool = True
     tensor_cores: bool = False
+    divides_channels: bool = False
 
     def load(self) -> ModuleType:
         """The kernel's module, with TileLang."""
@@ -260,6 +263,7 @@ KERNELS: dict[str, Kernel] = {
         _projecting(),
         sums=True,
         tensor_cores=True,
+        divides_channels=True,
     ),
     "mapping_backward": Kernel(
         "mapping_backward",
@@ -282,6 +286,7 @@ KERNELS: dict[str, Kernel] = {
         _projecting(),
         sums=True,
         tensor_cores=True,
+        divides_channels=True,
     ),
     "pre_backward": Kernel(
         "pre_backward",
