@@ -16,7 +16,7 @@ from torch import Tensor
 NAMESPACE = "mhc_tile"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
-# Every op of the library by name, for the tests that walk over all of them.
+# Every op of `mhc_tile.ops` by name, for the tests that walk over all of them.
 OPS: dict[str, torch._ops.OpOverload] = {}
 
 Formula = Callable[..., Any]
@@ -34,7 +34,8 @@ def define(
     """Register an op.
 
     Args:
-        schema: `name(arguments) -> returns`, without the namespace.
+        schema: `name(arguments) -> returns`, without the namespace. An op that a model keeps to
+            itself starts with an underscore and is not in `OPS`.
         cpu: the implementation on CPU tensors, a function of `reference.py` or `gradients.py`. It
             is given contiguous tensors, and what it returns is made contiguous.
         fake: the same signature on fake tensors: contiguous empties of the right shapes.
@@ -58,7 +59,8 @@ def define(
         )
     for device in ("cpu", "cuda"):
         _LIBRARY.impl(name, _outside_autocast(op, device), f"Autocast{device.upper()}")
-    OPS[name] = op
+    if not name.startswith("_"):
+        OPS[name] = op
     return op
 
 

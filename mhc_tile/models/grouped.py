@@ -1,0 +1,194 @@
+"""Matrix products by groups of rows, and the permutations that make and undo the groups.
+
+`grouped_linear`: rows [R, K], sorted by group, times one matrix per group. Where torch's
+grouped matmul takes the operands (bf16 on CUDA, widths that are multiples of 8) it is one launch
+that reads the groups' ends on the device: no host sync, and CUDA graphs may capture it (compute
+capability 9.0 and later; before, torch itself waits for the ends). Elsewhere it is a loop over the
+groups, which waits for the ends. Both are torch ops, so that `torch.compile(fullgraph=True)` sees
+neither the loop nor the wait. The gradients are these two ops again, to any order.
+
+`spread` and `gather` are each other's gradient and both only read by index: no atomics, so
+gradients have the same bits every time.
+
+Axes: R rows, G groups, K and N widths.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._library import define
+
+
+def grouped_linear(
+    rows_RK: Tensor, weights_GNK: Tensor, ends_G: Tensor, transposed: bool = False
+) -> Tensor:
+    """`out[r] = weights[g(r)] @ rows[r]`, or with the transposed matrices.
+
+    Args:
+        rows_RK: [R, K], sorted by group.
+        weights_GNK: [G, N, K], or [G, K, N] if transposed; dtype of rows.
+        ends_G: [G], int32, ascending: group g is the rows ends[g - 1] (0 for the first) to
+            ends[g]; the last is R.
+        transposed: multiply by the transposes of weights.
+
+    Returns:
+        [R, N], dtype of rows.
+
+    Example:
+        >>> weights = torch.stack([torch.eye(2), 3 * torch.eye(2)])
+        >>> grouped_linear(torch.ones(3, 2), weights, torch.tensor([1, 3], dtype=torch.int32))
+        tensor([[1., 1.],
+                [3., 3.],
+                [3., 3.]])
+    """
+    return _linear(rows_RK, weights_GNK, ends_G, transposed)
+
+
+def spread(values: Tensor, source_R: Tensor, slots_TM: Tensor) -> Tensor:
+    """`out[r] = values[source[r]]`.
+
+    Args:
+        values: [T, ...].
+        source_R: [R], int64.
+        slots_TM: [T, M], int64: the M places r in which source[r] is t, so that R = T * M.
+
+    Returns:
+        [R, ...].
+    """
+    return _Spread.apply(values, source_R, slots_TM)
+
+
+def gather(rows: Tensor, source_R: Tensor, slots_TM: Tensor) -> Tensor:
+    """`out[t] = sum_m rows[slots[t, m]]`, accumulated in at least fp32: the transpose of `spread`.
+
+    Args:
+        rows: [R, ...].
+        source_R: [R], as for `spread`.
+        slots_TM: [T, M], as for `spread`.
+
+    Returns:
+        [T, ...].
+    """
+    return _Gather.apply(rows, source_R, slots_TM)
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(values: Tensor, source_R: Tensor, slots_TM: Tensor) -> Tensor:
+        return values[source_R]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return gather(grad, *ctx.saved_tensors), None, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(rows: Tensor, source_R: Tensor, slots_TM: Tensor) -> Tensor:
+        return rows[slots_TM].sum(1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return spread(grad, *ctx.saved_tensors), None, None
+
+
+def _fits(rows: Tensor, other: Tensor, *widths: int) -> bool:
+    """Whether torch's grouped matmul takes them: bf16, steps of whole 16 bytes, and not empty."""
+    bf16 = rows.dtype == other.dtype == torch.bfloat16
+    return bf16 and len(rows) > 0 and all(width % 8 == 0 for width in widths)
+
+
+def _sizes(ends_G: Tensor) -> list[int]:
+    ends = ends_G.tolist()
+    return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _linear_loop(rows_RK: Tensor, weights_GNK: Tensor, ends_G: Tensor, transposed: bool) -> Tensor:
+    matrices = weights_GNK if transposed else weights_GNK.mT
+    parts = rows_RK.split(_sizes(ends_G))
+    return torch.cat([part @ matrix for part, matrix in zip(parts, matrices, strict=True)])
+
+
+def _linear_cuda(rows_RK: Tensor, weights_GNK: Tensor, ends_G: Tensor, transposed: bool) -> Tensor:
+    if not _fits(rows_RK, weights_GNK, *weights_GNK.shape[1:]):
+        return _linear_loop(rows_RK, weights_GNK, ends_G, transposed)
+    return F.grouped_mm(rows_RK, weights_GNK if transposed else weights_GNK.mT, offs=ends_G)
+
+
+def _linear_fake(rows_RK: Tensor, weights_GNK: Tensor, ends_G: Tensor, transposed: bool) -> Tensor:
+    return rows_RK.new_empty((rows_RK.shape[0], weights_GNK.shape[-1 if transposed else -2]))
+
+
+def _linear_context(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.transposed = inputs[3]
+
+
+def _linear_backward(ctx: Any, grad_RN: Tensor) -> tuple[Tensor | None, ...]:
+    rows_RK, weights_GNK, ends_G = ctx.saved_tensors
+    grad_rows = grad_weights = None
+    if ctx.needs_input_grad[0]:
+        grad_rows = _linear(grad_RN, weights_GNK, ends_G, not ctx.transposed)
+    if ctx.needs_input_grad[1]:
+        pair = (rows_RK, grad_RN) if ctx.transposed else (grad_RN, rows_RK)
+        grad_weights = _outer(*pair, ends_G)
+    return grad_rows, grad_weights, None, None
+
+
+def _outer_loop(left_RN: Tensor, right_RK: Tensor, ends_G: Tensor) -> Tensor:
+    sizes = _sizes(ends_G)
+    pairs = zip(left_RN.split(sizes), right_RK.split(sizes), strict=True)
+    return torch.stack([left.mT @ right for left, right in pairs])
+
+
+def _outer_cuda(left_RN: Tensor, right_RK: Tensor, ends_G: Tensor) -> Tensor:
+    if not _fits(left_RN, right_RK, left_RN.shape[1], right_RK.shape[1]):
+        return _outer_loop(left_RN, right_RK, ends_G)
+    return F.grouped_mm(left_RN.mT, right_RK, offs=ends_G)
+
+
+def _outer_fake(left_RN: Tensor, right_RK: Tensor, ends_G: Tensor) -> Tensor:
+    return left_RN.new_empty((len(ends_G), left_RN.shape[-1], right_RK.shape[-1]))
+
+
+def _outer_context(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _outer_backward(ctx: Any, grad_GNK: Tensor) -> tuple[Tensor | None, ...]:
+    left_RN, right_RK, ends_G = ctx.saved_tensors
+    grad_left = grad_right = None
+    if ctx.needs_input_grad[0]:
+        grad_left = _linear(right_RK, grad_GNK, ends_G, False)
+    if ctx.needs_input_grad[1]:
+        grad_right = _linear(left_RN, grad_GNK, ends_G, True)
+    return grad_left, grad_right, None
+
+
+_outer = define(
+    "_grouped_outer(Tensor left, Tensor right, Tensor ends) -> Tensor",
+    cpu=_outer_loop,
+    cuda=_outer_cuda,
+    fake=_outer_fake,
+    setup_context=_outer_context,
+    backward=_outer_backward,
+)
+_linear = define(
+    "_grouped_linear(Tensor rows, Tensor weights, Tensor ends, bool transposed) -> Tensor",
+    cpu=_linear_loop,
+    cuda=_linear_cuda,
+    fake=_linear_fake,
+    setup_context=_linear_context,
+    backward=_linear_backward,
+)
