@@ -1,11 +1,11 @@
 """A decoder-only transformer whose sublayers are joined by residuals, HC or mHC.
 
-Pre-norm RMSNorm, rotary attention through SDPA, SwiGLU, an output head tied to the embedding.
-Attention and FFN are separate sublayers and each is wrapped in its own connection. With n streams
-the hidden state is copied into the streams behind the embedding and averaged behind the last
-sublayer.
+Pre-norm RMSNorm, rotary attention through SDPA (multi-head or latent), SwiGLU or a mixture of
+experts, an output head tied to the embedding. Attention and FFN are separate sublayers and each is
+wrapped in its own connection. With n streams the hidden state is copied into the streams behind the
+embedding and averaged behind the last sublayer.
 
-Axes: B batch, S sequence, C hidden size, H heads, D head size, n streams.
+Axes: B batch, S sequence, C hidden size, n streams.
 """
 
 from collections.abc import Sequence
@@ -24,76 +24,12 @@ from ..nn import (
     Residual,
 )
 from .configs import ModelConfig
+from .layers import INPUT_STD, Attention, FeedForward, RMSNorm
+from .mla import LatentAttention
+from .moe import MixtureOfExperts
 
 RESIDUALS = ("residual", "hc", "mhc")
-
-
-class RMSNorm(nn.RMSNorm):
-    """RMSNorm in its input's dtype, so that under autocast the fused kernel serves it."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Normalise over C."""
-        weight = self.weight.to(hidden.dtype)
-        return F.rms_norm(hidden, self.normalized_shape, weight, self.eps)
-
-
-class Attention(nn.Module):
-    """Norm and causal multi-head attention with rotary positions, [B, S, C] -> [B, S, C].
-
-    Args:
-        config: the decoder's shape.
-    """
-
-    cos_SD: Tensor
-    sin_SD: Tensor
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        inner = config.num_heads * config.head_size
-        self.head_size = config.head_size
-        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.project_in = nn.Linear(config.hidden_size, 3 * inner, bias=False)
-        self.project_out = nn.Linear(inner, config.hidden_size, bias=False)
-        exponents = torch.arange(0, config.head_size, 2) / config.head_size
-        positions = torch.arange(config.context_length)
-        angles = torch.outer(positions, config.rope_theta**-exponents)
-        self.register_buffer("cos_SD", angles.cos(), persistent=False)
-        self.register_buffer("sin_SD", angles.sin(), persistent=False)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Attend to the same and earlier positions."""
-        heads = self.project_in(self.norm(hidden)).unflatten(-1, (3, -1, self.head_size))
-        query_BHSD, key_BHSD, value_BHSD = heads.transpose(1, 3).unbind(2)
-        attended_BHSD = F.scaled_dot_product_attention(
-            self._rotate(query_BHSD), self._rotate(key_BHSD), value_BHSD, is_causal=True
-        )
-        return self.project_out(attended_BHSD.transpose(1, 2).flatten(-2))
-
-    def _rotate(self, heads_BHSD: Tensor) -> Tensor:
-        length = heads_BHSD.shape[-2]
-        cos, sin = self.cos_SD[:length], self.sin_SD[:length]
-        first, second = heads_BHSD.chunk(2, dim=-1)
-        rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-        return rotated.to(heads_BHSD.dtype)
-
-
-class FeedForward(nn.Module):
-    """Norm and SwiGLU, [..., C] -> [..., C].
-
-    Args:
-        config: the decoder's shape.
-    """
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.project_in = nn.Linear(config.hidden_size, 2 * config.ffn_size, bias=False)
-        self.project_out = nn.Linear(config.ffn_size, config.hidden_size, bias=False)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """`project_out(silu(gate) * up)`."""
-        gate, up = self.project_in(self.norm(hidden)).chunk(2, dim=-1)
-        return self.project_out(F.silu(gate) * up)
+Sublayer = Attention | LatentAttention | FeedForward | MixtureOfExperts
 
 
 class Decoder(nn.Module):
@@ -131,21 +67,17 @@ class Decoder(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         # Every sublayer before any connection, so that connections take no part of its random draw.
-        layers: list[Attention | FeedForward] = []
-        for _ in range(config.num_layers):
-            layers += [Attention(config), FeedForward(config)]
-        self._initialise(layers)
+        layers: list[Sublayer] = []
+        for index in range(config.num_layers):
+            layers += [_attention(config), _feed_forward(config, index)]
+        nn.init.normal_(self.embedding.weight, std=INPUT_STD)
+        for layer in layers:
+            layer.initialise(INPUT_STD / len(layers) ** 0.5)
         one_stream = residual == "residual"
         self.expand = nn.Identity() if one_stream else Expand(connection.num_streams)
         self.stack = HyperConnectedStack(_connect(layers, config.hidden_size, residual, connection))
         self.collapse = nn.Identity() if one_stream else Collapse(mode="mean")
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-
-    def _initialise(self, layers: list[Attention | FeedForward]) -> None:
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        for layer in layers:
-            nn.init.normal_(layer.project_in.weight, std=0.02)
-            nn.init.normal_(layer.project_out.weight, std=0.02 / len(layers) ** 0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of the next token at every position.
@@ -173,6 +105,25 @@ class Decoder(nn.Module):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         hidden = self.collapse(self.stack(self.expand(hidden)))
         return F.linear(self.norm(hidden), self.embedding.weight)
+
+    def balance_experts(self) -> None:
+        """Move every router's `expert_bias` against its load; call it after each optimizer step.
+
+        See `mhc_tile.models.moe`. Without effect where there are no experts.
+        """
+        for module in self.modules():
+            if isinstance(module, MixtureOfExperts):
+                module.router.update_bias()
+
+
+def _attention(config: ModelConfig) -> Sublayer:
+    return Attention(config) if config.mla is None else LatentAttention(config)
+
+
+def _feed_forward(config: ModelConfig, index: int) -> Sublayer:
+    if config.moe is None or index < config.moe.leading_dense_layers:
+        return FeedForward(config)
+    return MixtureOfExperts(config)
 
 
 def _connect(
@@ -209,3 +160,29 @@ def count_parameters(
     with torch.device("meta"):
         decoder = Decoder(config, residual, connection)
     return sum(parameter.numel() for parameter in decoder.parameters())
+
+
+def count_active_parameters(
+    config: ModelConfig, residual: str = "mhc", connection: MHCConfig | None = None
+) -> int:
+    """Number of parameters that a token meets: all but those of the experts it is not routed to.
+
+    Args:
+        config: the decoder's shape.
+        residual: as for `Decoder`.
+        connection: as for `Decoder`.
+
+    Returns:
+        The count; that of `count_parameters` where there are no experts.
+
+    Example:
+        >>> from mhc_tile.models import model_config
+        >>> count_active_parameters(model_config("1m"), "residual")
+        885888
+    """
+    count = count_parameters(config, residual, connection)
+    if config.moe is None:
+        return count
+    idle = config.moe.num_experts - config.moe.experts_per_token
+    expert = 3 * config.hidden_size * config.moe.expert_ffn_size
+    return count - max(0, config.num_layers - config.moe.leading_dense_layers) * idle * expert

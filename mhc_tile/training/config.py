@@ -100,5 +100,6 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
         """The configuration that `to_dict` wrote."""
-        model, connection = ModelConfig(**values["model"]), MHCConfig(**values["connection"])
+        model = ModelConfig.from_dict(values["model"])
+        connection = MHCConfig(**values["connection"])
         return cls(**{**values, "model": model, "connection": connection})

@@ -229,6 +229,7 @@ class _Run:
         limit = config.clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self.optimizer.step()
+        self.model.balance_experts()
         self.optimizer.zero_grad(set_to_none=True)
         self.pending.append((self.step, rate, loss.detach(), norm, gains))
 

@@ -1,0 +1,125 @@
+"""Sublayers of the decoder and their parts: RMSNorm, rotary positions, attention, SwiGLU.
+
+A sublayer maps [B, S, C] to [B, S, C], starts with its norm, and has `initialise(output_std)`.
+
+Axes: B batch, S sequence, C hidden size, H heads, D head size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configs import ModelConfig
+
+INPUT_STD = 0.02
+"""Standard deviation of every matrix at the start, but for those that end a sublayer."""
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm in its input's dtype, so that under autocast the fused kernel serves it."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalise over C."""
+        weight = self.weight.to(hidden.dtype)
+        return F.rms_norm(hidden, self.normalized_shape, weight, self.eps)
+
+
+class Rotary(nn.Module):
+    """Rotary positions: turns channel i with channel i + size / 2, by an angle of the position.
+
+    Args:
+        size: channels of what is rotated; even.
+        config: gives the longest sequence and the base of the frequencies.
+    """
+
+    cos_SD: Tensor
+    sin_SD: Tensor
+
+    def __init__(self, size: int, config: ModelConfig):
+        super().__init__()
+        exponents = torch.arange(0, size, 2) / size
+        positions = torch.arange(config.context_length)
+        angles = torch.outer(positions, config.rope_theta**-exponents)
+        self.register_buffer("cos_SD", angles.cos(), persistent=False)
+        self.register_buffer("sin_SD", angles.sin(), persistent=False)
+
+    def forward(self, heads_BSHD: Tensor) -> Tensor:
+        """The heads with their positions, contiguous; computed in their own dtype."""
+        length, dtype = heads_BSHD.shape[1], heads_BSHD.dtype
+        cos, sin = (table[:length, None].to(dtype) for table in (self.cos_SD, self.sin_SD))
+        first, second = heads_BSHD.chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    """Norm and causal multi-head attention with rotary positions, [B, S, C] -> [B, S, C].
+
+    Args:
+        config: the decoder's shape.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        inner = config.num_heads * config.head_size
+        self.head_size = config.head_size
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.project_in = nn.Linear(config.hidden_size, 3 * inner, bias=False)
+        self.project_out = nn.Linear(inner, config.hidden_size, bias=False)
+        self.rotary = Rotary(config.head_size, config)
+
+    def initialise(self, output_std: float) -> None:
+        """Start the matrices again."""
+        nn.init.normal_(self.project_in.weight, std=INPUT_STD)
+        nn.init.normal_(self.project_out.weight, std=output_std)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Attend to the same and earlier positions."""
+        heads = self.project_in(self.norm(hidden)).unflatten(-1, (3, -1, self.head_size))
+        query_BSHD, key_BSHD, value_BSHD = heads.unbind(2)
+        attended_BHSD = F.scaled_dot_product_attention(
+            self.rotary(query_BSHD).transpose(1, 2),
+            self.rotary(key_BSHD).transpose(1, 2),
+            value_BSHD.transpose(1, 2),
+            is_causal=True,
+        )
+        return self.project_out(attended_BHSD.transpose(1, 2).flatten(-2))
+
+
+class SwiGLU(nn.Module):
+    """`project_out(silu(gate) * up)`, [..., C] -> [..., C].
+
+    Args:
+        hidden_size: C.
+        ffn_size: the inner width.
+    """
+
+    def __init__(self, hidden_size: int, ffn_size: int):
+        super().__init__()
+        self.project_in = nn.Linear(hidden_size, 2 * ffn_size, bias=False)
+        self.project_out = nn.Linear(ffn_size, hidden_size, bias=False)
+
+    def initialise(self, output_std: float) -> None:
+        """Start the matrices again."""
+        nn.init.normal_(self.project_in.weight, std=INPUT_STD)
+        nn.init.normal_(self.project_out.weight, std=output_std)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Apply it."""
+        gate, up = self.project_in(hidden).chunk(2, dim=-1)
+        return self.project_out(F.silu(gate) * up)
+
+
+class FeedForward(SwiGLU):
+    """Norm and SwiGLU, [..., C] -> [..., C].
+
+    Args:
+        config: the decoder's shape.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config.hidden_size, config.ffn_size)
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`project_out(silu(gate) * up)` of the normalised input."""
+        return super().forward(self.norm(hidden))

@@ -1,0 +1,103 @@
+"""Multi-head latent attention (MLA) in the form that trains: keys and values are materialised.
+
+`latent, key_rope = W_down h`; head h has the key `[W_key[h] norm(latent) | rotary(key_rope)]`, the
+query `[query | rotary(query_rope)]` and the value `W_value[h] norm(latent)`. All heads share the
+one rotated key. The rotation turns channel i with channel i + size / 2: with pairs of neighbours
+instead, as DeepSeek-V3 has them, the same function has its weights in another order.
+
+Axes: B batch, S sequence, C hidden size, H heads, D head size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configs import ModelConfig
+from .layers import INPUT_STD, RMSNorm, Rotary
+
+# torch prefers cuDNN's attention on Hopper and data centre Blackwell from this version on.
+_CUDNN = 91501
+
+
+class LatentAttention(nn.Module):
+    """Norm and causal multi-head latent attention, [B, S, C] -> [B, S, C].
+
+    Queries and keys have head_size + rope_size channels, values head_size. cuDNN's attention takes
+    such heads on Hopper and data centre Blackwell. torch's flash attention wants equal sizes:
+    where it is the fastest left (other GPUs, an older cuDNN), values are padded with zeros to the
+    width of the keys, which costs half of the product with the values but not the fused kernel.
+
+    Args:
+        config: the decoder's shape; its `mla` must be set.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        mla, heads, size = config.mla, config.num_heads, config.head_size
+        if mla is None:
+            raise ValueError("LatentAttention: config.mla must be an MLAConfig, got None")
+        wide = heads * (size + mla.rope_size)
+        self.head_size, self.rope_size = size, mla.rope_size
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        # One product for what reads the hidden state.
+        self.widths = [mla.query_rank or wide, mla.kv_rank, mla.rope_size]
+        self.project_in = nn.Linear(config.hidden_size, sum(self.widths), bias=False)
+        self.project_query: nn.Module = nn.Identity()
+        if mla.query_rank is not None:
+            norm = RMSNorm(mla.query_rank, eps=config.norm_eps)
+            self.project_query = nn.Sequential(norm, nn.Linear(mla.query_rank, wide, bias=False))
+        self.latent_norm = RMSNorm(mla.kv_rank, eps=config.norm_eps)
+        self.project_latent = nn.Linear(mla.kv_rank, 2 * heads * size, bias=False)
+        self.project_out = nn.Linear(heads * size, config.hidden_size, bias=False)
+        self.rotary = Rotary(mla.rope_size, config)
+
+    def initialise(self, output_std: float) -> None:
+        """Start the matrices again."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                std = output_std if module is self.project_out else INPUT_STD
+                nn.init.normal_(module.weight, std=std)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Attend to the same and earlier positions."""
+        size, rope_size = self.head_size, self.rope_size
+        query, latent, key_rope = self.project_in(self.norm(hidden)).split(self.widths, dim=-1)
+        query_BSHD = self.project_query(query).unflatten(-1, (-1, size + rope_size))
+        heads_BSHD = self.project_latent(self.latent_norm(latent)).unflatten(-1, (-1, 2 * size))
+        query_BSHD, query_rope = query_BSHD.split([size, rope_size], dim=-1)
+        key_BSHD, value_BSHD = heads_BSHD.split([size, size], dim=-1)
+        key_rope = self.rotary(key_rope.unsqueeze(2)).expand(-1, -1, key_BSHD.shape[2], -1)
+        attended_BSHD = attend(
+            torch.cat([query_BSHD, self.rotary(query_rope)], dim=-1),
+            torch.cat([key_BSHD, key_rope], dim=-1),
+            value_BSHD,
+            pad=hidden.is_cuda and not _fuses_unequal_heads(hidden.device.index),
+        )
+        return self.project_out(attended_BSHD.flatten(-2))
+
+
+def attend(query_BSHD: Tensor, key_BSHD: Tensor, value_BSHD: Tensor, *, pad: bool) -> Tensor:
+    """Causal attention, scaled by the root of the width of the queries.
+
+    Args:
+        query_BSHD: [B, S, H, D].
+        key_BSHD: [B, S, H, D].
+        value_BSHD: [B, S, H, V], V at most D.
+        pad: give values the width of the keys while they are summed.
+
+    Returns:
+        [B, S, H, V].
+    """
+    width = value_BSHD.shape[-1]
+    if pad:
+        value_BSHD = F.pad(value_BSHD, (0, key_BSHD.shape[-1] - width))
+    heads = (query_BSHD.transpose(1, 2), key_BSHD.transpose(1, 2), value_BSHD.transpose(1, 2))
+    attended_BHSD = F.scaled_dot_product_attention(*heads, is_causal=True)
+    return attended_BHSD.transpose(1, 2)[..., :width]
+
+
+@torch.compiler.assume_constant_result
+def _fuses_unequal_heads(index: int | None) -> bool:
+    """Whether torch picks a fused attention for values narrower than keys on this CUDA device."""
+    major = torch.cuda.get_device_capability(index)[0]
+    return major in (9, 10) and (torch.backends.cudnn.version() or 0) >= _CUDNN
