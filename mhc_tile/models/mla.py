@@ -15,17 +15,18 @@ from torch import Tensor, nn
 from .configs import ModelConfig
 from .layers import INPUT_STD, RMSNorm, Rotary
 
-# torch prefers cuDNN's attention on Hopper and data centre Blackwell from this version on.
+# torch prefers cuDNN's attention to flash attention from this version on.
 _CUDNN = 91501
 
 
 class LatentAttention(nn.Module):
     """Norm and causal multi-head latent attention, [B, S, C] -> [B, S, C].
 
-    Queries and keys have head_size + rope_size channels, values head_size. cuDNN's attention takes
-    such heads on Hopper and data centre Blackwell. torch's flash attention wants equal sizes:
-    where it is the fastest left (other GPUs, an older cuDNN), values are padded with zeros to the
-    width of the keys, which costs half of the product with the values but not the fused kernel.
+    Queries and keys have head_size + rope_size channels, values head_size. cuDNN's attention, which
+    torch prefers on Hopper and on data centre Blackwell, takes such heads as they are. Flash
+    attention does not: where it is torch's choice (other GPUs, an older cuDNN), values are padded
+    with zeros to the width of the keys, so that a larger product is the price and not a slower
+    kernel. Results are the same.
 
     Args:
         config: the decoder's shape; its `mla` must be set.
@@ -98,6 +99,6 @@ def attend(query_BSHD: Tensor, key_BSHD: Tensor, value_BSHD: Tensor, *, pad: boo
 
 @torch.compiler.assume_constant_result
 def _fuses_unequal_heads(index: int | None) -> bool:
-    """Whether torch picks a fused attention for values narrower than keys on this CUDA device."""
+    """Whether torch's fastest attention on this CUDA device takes values narrower than keys."""
     major = torch.cuda.get_device_capability(index)[0]
-    return major in (9, 10) and (torch.backends.cudnn.version() or 0) >= _CUDNN
+    return major == 10 or (major == 9 and (torch.backends.cudnn.version() or 0) >= _CUDNN)
