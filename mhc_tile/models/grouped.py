@@ -85,7 +85,7 @@ class _Spread(torch.autograd.Function):
         ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return gather(grad, *ctx.saved_tensors), None, None
 
 
@@ -99,7 +99,7 @@ class _Gather(torch.autograd.Function):
         ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return spread(grad, *ctx.saved_tensors), None, None
 
 

@@ -29,7 +29,10 @@ class LatentAttention(nn.Module):
     kernel. Results are the same.
 
     Args:
-        config: the decoder's shape; its `mla` must be set.
+        config: the decoder's shape.
+
+    Raises:
+        ValueError: The configuration has no `mla`.
     """
 
     def __init__(self, config: ModelConfig):

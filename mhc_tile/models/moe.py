@@ -95,7 +95,10 @@ class MixtureOfExperts(nn.Module):
     token is dropped, and every pass, forward and backward, has the same bits each time.
 
     Args:
-        config: the decoder's shape; its `moe` must be set.
+        config: the decoder's shape.
+
+    Raises:
+        ValueError: The configuration has no `moe`.
 
     Attributes:
         router: chooses the experts.
@@ -128,7 +131,7 @@ class MixtureOfExperts(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Route every token through its experts."""
         hidden = self.norm(hidden)
-        hidden_TC = hidden.flatten(0, -2)
+        hidden_TC = hidden.reshape(-1, hidden.shape[-1])
         gates_TK, chosen_TK = self.router(hidden_TC)
         order_R, source_R, slots_TK, ends_E = sort_by_expert(chosen_TK, len(self.experts_in))
         if self.training:
