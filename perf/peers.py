@@ -1,91 +1,200 @@
-"""Other implementations of one mHC sublayer, as contenders of `perf.sublayer`: adapters alone.
+"""Other implementations as contenders: adapters alone.
 
-Each takes our tensors, brings the parameters into its own layout once, outside what is timed, and
-computes pre, an identity layer and merge. A package that is not installed is named as such.
+Each takes our tensors and brings them into its own layout once, outside what is timed; what it
+returns is brought back for the check. Where an op of ours has no counterpart, there is no adapter.
 """
 
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .operations import Results
+from .records import version
 
 STREAMS = 4
 ITERS = 20
 EPS = 1e-6
 
 
+def _same(*tensors: Tensor) -> list[Tensor]:
+    return list(tensors)
+
+
 @dataclass(frozen=True)
 class Contender:
-    """One implementation.
+    """One implementation of one op.
 
     Attributes:
-        name: with the version, for a table.
-        prepare: from x [T, 4, C], phi [24, 4C], alpha [3], bias [24] and grad_x_next, its tensors;
-            first x, last grad_x_next, in its own shapes.
-        sublayer: from all of these but the last, x_next.
+        name: for a table.
+        call: from its own tensors, its result or results.
+        take: our tensors in its layout.
+        give: its results, or cotangents of ours, in ours.
+        cotangents: cotangents of our results in its layout.
+        gradients: gradients of its tensors in our layout.
+        note: how it differs from the op by construction; empty if it should compute the same.
     """
 
     name: str
-    prepare: Callable[..., list[Tensor]]
-    sublayer: Callable[..., Tensor]
+    call: Callable[..., Any]
+    take: Callable[..., list[Tensor]] = _same
+    give: Callable[..., list[Tensor]] = _same
+    cotangents: Callable[..., list[Tensor]] = _same
+    gradients: Callable[..., list[Tensor]] = _same
+    note: str = ""
 
-    def forward(self, *values: Tensor) -> Tensor:
-        """x_next without a graph of gradients."""
-        with torch.no_grad():
-            return self.sublayer(*values[:-1])
-
-    def training(self, *values: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of x and the parameters, after a forward pass."""
-        leaves = [value.detach().requires_grad_() for value in values[:-1]]
-        return torch.autograd.grad(self.sublayer(*leaves), leaves, values[-1])
+    def results(self, *tensors: Tensor) -> Results:
+        """What it returns, as a tuple."""
+        found = self.call(*tensors)
+        return (found,) if isinstance(found, Tensor) else tuple(found)
 
 
-def tile_kernels() -> Contender:
-    """DeepSeek's TileKernels; its forward without gradients is one fused kernel.
+def tile_kernels(op: str) -> Contender | None:
+    """DeepSeek's TileKernels; without a graph of gradients its `pre` is one fused kernel.
+
+    Args:
+        op: a key of `operations.OPERATIONS`.
 
     Raises:
         ImportError: It is not installed.
     """
-    module = importlib.import_module("tile_kernels.modeling.mhc.functional")
+    module = _tile_kernels_module()
     constants: dict[str, Any] = {"norm_eps": EPS, "mhc_mult": STREAMS, "post_mult_value": 2.0}
     constants |= {"pre_eps": 0.0, "sinkhorn_eps": EPS, "sinkhorn_repeat": ITERS}
 
-    def prepare(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, grad: Tensor) -> list[Tensor]:
-        rows = _rows_by_input().to(phi.device)
-        return [x[None], phi[rows].contiguous(), alpha, bias[rows].contiguous(), grad[None]]
+    def pre(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> Any:
+        layer_input, maps = module.mhc_pre(x, phi, alpha, bias, **constants)
+        return layer_input, *maps
 
     def sublayer(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> Tensor:
-        layer_input, maps = module.mhc_pre(x, phi, alpha, bias, **constants)
+        layer_input, *maps = pre(x, phi, alpha, bias)
         return module.mhc_post(layer_input, x, *maps)
 
-    return Contender("tile-kernels", prepare, sublayer)
+    def take(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> list[Tensor]:
+        rows = _rows_by_input().to(phi.device)
+        return [x[None], phi[rows].contiguous(), alpha, bias[rows].contiguous()]
+
+    def gradients(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> list[Tensor]:
+        rows = _rows_by_input().to(phi.device)  # a transposition: its own inverse
+        return [x[0], phi[rows], alpha, bias[rows]]
+
+    def batched(*tensors: Tensor) -> list[Tensor]:
+        return [value[None] for value in tensors]
+
+    def pre_results(layer_input: Tensor, h_post: Tensor, h_res: Tensor) -> list[Tensor]:
+        return [layer_input[0], h_post[0, ..., 0], h_res[0].transpose(-1, -2)]
+
+    def pre_cotangents(layer_input: Tensor, h_post: Tensor, h_res: Tensor) -> list[Tensor]:
+        return batched(layer_input, h_post[..., None], h_res.transpose(-1, -2).contiguous())
+
+    def merge(x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
+        return module.mhc_post(layer_output, x, h_post, h_res)
+
+    def merge_take(x: Tensor, layer_output: Tensor, *maps: Tensor) -> list[Tensor]:
+        return [x[None], *pre_cotangents(layer_output, *maps)]
+
+    def merge_gradients(x: Tensor, layer_output: Tensor, *maps: Tensor) -> list[Tensor]:
+        return [x[0], *pre_results(layer_output, *maps)]
+
+    def first(value: Tensor) -> list[Tensor]:
+        return [value[0]]
+
+    name = _named("tile-kernels")
+    return {
+        "sublayer": Contender(name, sublayer, take, first, batched, gradients),
+        "pre": Contender(name, pre, take, pre_results, pre_cotangents, gradients),
+        "merge": Contender(name, merge, merge_take, first, batched, merge_gradients),
+    }.get(op)
 
 
-def liger() -> Contender:
+def liger(op: str) -> Contender | None:
     """Liger-Kernel.
+
+    Args:
+        op: a key of `operations.OPERATIONS`.
 
     Raises:
         ImportError: It is not installed.
     """
     module = importlib.import_module("liger_kernel.ops.mhc")
 
-    def prepare(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, grad: Tensor) -> list[Tensor]:
-        return [x, phi.t().contiguous(), bias, *(value.clone() for value in alpha), grad]
-
-    def sublayer(x: Tensor, phi: Tensor, bias: Tensor, *alphas: Tensor) -> Tensor:
+    def pre(x: Tensor, phi: Tensor, bias: Tensor, *alphas: Tensor) -> Any:
         h_pre, h_post, h_res = module.LigerMHCCoeffsFunction.apply(
             x, phi, bias, *alphas, False, ITERS, EPS, 0.0, EPS, 2.0
         )
-        layer_input = module.LigerMHCPreFunction.apply(x, h_pre)
+        return module.LigerMHCPreFunction.apply(x, h_pre), h_post, h_res
+
+    def sublayer(x: Tensor, phi: Tensor, bias: Tensor, *alphas: Tensor) -> Tensor:
+        layer_input, h_post, h_res = pre(x, phi, bias, *alphas)
         return module.LigerMHCPostResFunction.apply(x, layer_input, h_post, h_res)
 
-    return Contender("liger-kernel", prepare, sublayer)
+    def take(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> list[Tensor]:
+        return [x, phi.t().contiguous(), bias, *(value.clone() for value in alpha)]
+
+    def gradients(x: Tensor, phi: Tensor, bias: Tensor, *alphas: Tensor) -> list[Tensor]:
+        return [x, phi.t(), torch.stack(alphas), bias]
+
+    name = _named("liger-kernel")
+    return {
+        "sublayer": Contender(name, sublayer, take, gradients=gradients),
+        "pre": Contender(name, pre, take, gradients=gradients),
+        "merge": Contender(name, module.LigerMHCPostResFunction.apply),
+    }.get(op)
 
 
-ADAPTERS: dict[str, Callable[[], Contender]] = {"tile-kernels": tile_kernels, "liger-kernel": liger}
+def hyper_connections(op: str) -> Contender | None:
+    """The package hyper-connections: a module with a mapping of its own, a stream at a time.
+
+    Args:
+        op: a key of `operations.OPERATIONS`.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    package = importlib.import_module("hyper_connections")
+    if op != "sublayer":
+        return None
+    modules: dict[int, Any] = {}
+
+    def sublayer(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> Tensor:
+        width = x.shape[-1]
+        if width not in modules:
+            built = package.mHC(STREAMS, dim=width, branch=torch.nn.Identity(), layer_index=0)
+            modules[width] = built.to(x.device)
+        rows = x.transpose(0, 1).contiguous()  # it wants [batch * n, tokens, C]
+        return modules[width](rows).transpose(0, 1)
+
+    note = "a stream's maps come from that stream alone, by parameters of another shape"
+    return Contender(_named("hyper-connections"), sublayer, note=note)
+
+
+ADAPTERS: dict[str, Callable[[str], Contender | None]] = {
+    "tile-kernels": tile_kernels,
+    "liger-kernel": liger,
+    "hyper-connections": hyper_connections,
+}
+"""By package: from an op's name, the contender, or None where it has no such op."""
+
+
+def _tile_kernels_module() -> ModuleType:
+    """Its functions; it imports a module by the name that older releases of TileLang gave it."""
+    old, new = "tilelang.utils.target", "tilelang.backend.target"
+    try:
+        return importlib.import_module("tile_kernels.modeling.mhc.functional")
+    except ModuleNotFoundError as error:
+        if error.name != old:
+            raise
+    sys.modules[old] = importlib.import_module(new)
+    return importlib.import_module("tile_kernels.modeling.mhc.functional")
+
+
+def _named(package: str) -> str:
+    return f"{package} {version(package) or ''}".strip()
 
 
 def _rows_by_input() -> Tensor:

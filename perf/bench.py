@@ -1,0 +1,244 @@
+"""Calls on one device: timers, launches, host time and memory, of a GPU or of the CPU.
+
+On a GPU a call runs once on every one of several input sets, larger together than the L2 cache, in
+one CUDA graph; where that cannot be captured it is launched call by call, and said so.
+"""
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhc_tile.autotune.bench import copy_bandwidth
+from mhc_tile.autotune.timing import Timer
+
+ROTATED_BYTES = 300e6  # several times the L2 of any GPU
+MOST_SETS = 32
+TURN_US = 1000.0  # of one turn: the host's part of starting a graph is then below 1% of it
+MOST_REPLAYS = 50
+WARM = 3  # turns before the first that counts
+SLEEP_CYCLES = 40_000_000  # about 20 ms
+HOST_CALLS, HOST_REPEATS = 5, 3
+
+Function = Callable[..., Any]
+Sets = Sequence[Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """How a function is timed.
+
+    Attributes:
+        timer: microseconds of one call.
+        captured: whether by a CUDA graph; None on the CPU.
+        launches: GPU kernels of one call; None if unknown.
+    """
+
+    timer: Timer
+    captured: bool | None = None
+    launches: int | None = None
+
+
+class CpuBench:
+    """The CPU: wall time, one input set."""
+
+    device = "cpu"
+
+    def bandwidth(self) -> float:
+        """Bytes read and written per second by a large copy."""
+        source = torch.randn(16 * 2**20)
+        target = torch.empty_like(source)
+        return 2 * source.nbytes / (_median(lambda: target.copy_(source)) * 1e-6)
+
+    def sets(self, nbytes: int) -> int:
+        """How many input sets are rotated."""
+        return 1
+
+    def timed(self, function: Function, sets: Sets) -> Timed:
+        """A timer of a function on these inputs."""
+
+        def timer() -> float:
+            start = time.perf_counter()
+            for values in sets:
+                function(*values)
+            return (time.perf_counter() - start) * 1e6 / len(sets)
+
+        for _ in range(WARM):
+            timer()
+        return Timed(timer)
+
+    def host_us(self, function: Function, values: Sequence[Tensor]) -> float | None:
+        """Nothing: on the CPU a call returns when it is done."""
+        return None
+
+    def memory(self, forward: Function, backward: Function | None) -> tuple[int | None, int | None]:
+        """Nothing: torch does not count the CPU's memory."""
+        return None, None
+
+    def recover(self) -> bool:
+        """Whether measuring can go on after an error."""
+        return True
+
+
+class CudaBench:
+    """The current GPU."""
+
+    device = "cuda"
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream()
+
+    def bandwidth(self) -> float:
+        """Bytes read and written per second by a large copy."""
+        return copy_bandwidth()
+
+    def sets(self, nbytes: int) -> int:
+        """How many input sets of a size are rotated, so that none is found in the L2 cache."""
+        return max(2, min(MOST_SETS, int(ROTATED_BYTES / max(nbytes, 1)) + 1))
+
+    def timed(self, function: Function, sets: Sets) -> Timed:
+        """A timer of a function on these inputs, warm."""
+        captured = self._capture(function, sets)
+        graph, launches = captured or (None, None)
+
+        def turn(times: int) -> float:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            with torch.cuda.stream(self._stream):
+                begin.record()
+                for _ in range(times):
+                    if graph:
+                        graph.replay()
+                    else:
+                        for values in sets:
+                            function(*values)
+                end.record()
+            self._stream.synchronize()
+            return begin.elapsed_time(end) * 1000 / times
+
+        once = statistics.median(turn(1) for _ in range(WARM))
+        repeats = max(1, min(MOST_REPLAYS, round(TURN_US / once)))
+        count = len(sets)
+        return Timed(
+            lambda: turn(repeats) / count,
+            graph is not None,
+            None if launches is None else round(launches / count),
+        )
+
+    def _capture(
+        self, function: Function, sets: Sets
+    ) -> tuple[torch.cuda.CUDAGraph, int | None] | None:
+        with torch.cuda.stream(self._stream):
+            for values in sets[:2]:
+                function(*values)
+            self._stream.synchronize()
+            graph = torch.cuda.CUDAGraph(keep_graph=True)
+            try:
+                with torch.cuda.graph(graph, stream=self._stream):
+                    for values in sets:
+                        function(*values)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                torch.cuda.synchronize()
+                return None
+            launches = _kernels_of(graph)
+            graph.instantiate()
+        return graph, launches
+
+    def host_us(self, function: Function, values: Sequence[Tensor]) -> float | None:
+        """Microseconds before a call returns, queued behind a sleeping kernel; None if it waits."""
+        times = []
+        for _ in range(HOST_REPEATS):
+            torch.cuda.synchronize()
+            torch.cuda._sleep(SLEEP_CYCLES)
+            awake = torch.cuda.Event()
+            awake.record()
+            start = time.perf_counter()
+            for _ in range(HOST_CALLS):
+                function(*values)
+            times.append((time.perf_counter() - start) / HOST_CALLS * 1e6)
+            slept = not awake.query()
+            torch.cuda.synchronize()
+            if not slept:
+                return None
+        return statistics.median(times)
+
+    def memory(self, forward: Function, backward: Function | None) -> tuple[int | None, int | None]:
+        """Bytes of the device above those before a call, at most, and kept for backward.
+
+        Args:
+            forward: without arguments, to the results.
+            backward: from the results; None if there is none.
+        """
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        results = forward()
+        own = sum(value.nbytes for value in results)
+        saved = max(0, torch.cuda.memory_allocated() - before - own)
+        if backward:
+            backward(results)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before, saved if backward else None
+
+    def recover(self) -> bool:
+        """Whether the GPU still answers; frees what an error has left."""
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            return bool(torch.ones(1, device="cuda").item() == 1)
+        except RuntimeError:
+            return False
+
+
+Bench = CpuBench | CudaBench
+
+
+def bench_of(device: str) -> Bench:
+    """The bench of "cuda" or "cpu".
+
+    Raises:
+        ValueError: torch sees no GPU, or the name is another.
+    """
+    if device == "cpu":
+        return CpuBench()
+    if device != "cuda":
+        raise ValueError(f"perf: --device must be cuda or cpu, got {device}")
+    if not torch.cuda.is_available():
+        raise ValueError("perf: --device cuda must have a GPU, got none; --device cpu needs none")
+    return CudaBench()
+
+
+def _median(function: Callable[[], Any]) -> float:
+    def once() -> float:
+        start = time.perf_counter()
+        function()
+        return (time.perf_counter() - start) * 1e6
+
+    once()
+    return statistics.median(once() for _ in range(5))
+
+
+def _kernels_of(graph: torch.cuda.CUDAGraph) -> int | None:
+    """Nodes of a captured graph that launch kernels; None where the driver does not tell."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    handle, count = ctypes.c_void_p(graph.raw_cuda_graph()), ctypes.c_size_t()
+    if driver.cuGraphGetNodes(handle, None, ctypes.byref(count)):
+        return None
+    nodes = (ctypes.c_void_p * count.value)()
+    if driver.cuGraphGetNodes(handle, nodes, ctypes.byref(count)):
+        return None
+    kind, found = ctypes.c_int(), 0
+    for node in nodes:
+        if driver.cuGraphNodeGetType(ctypes.c_void_p(node), ctypes.byref(kind)):
+            return None
+        found += kind.value == 0  # CU_GRAPH_NODE_TYPE_KERNEL
+    return found
