@@ -11,11 +11,12 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands; each sets `run`, a function of the parsed arguments."""
     from . import doctor
     from .autotune import cli as autotune
+    from .perf import cli as perf
     from .training import cli
 
     parser = argparse.ArgumentParser(
         prog="mhc-tile",
-        description="Manifold-Constrained Hyper-Connections: demo, training, tuning, diagnosis.",
+        description="Manifold-Constrained Hyper-Connections: demo, training, tuning, measuring.",
     )
     parser.add_argument("--version", action="version", version=f"mhc-tile {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -32,6 +33,10 @@ def build_parser() -> argparse.ArgumentParser:
     autotune.add_arguments(tuning)
     tuning.set_defaults(run=autotune.run)
 
+    measuring = commands.add_parser("perf", help="compare, gate and report measurements")
+    perf.add_arguments(measuring)
+    measuring.set_defaults(run=perf.run)
+
     diagnosis = commands.add_parser("doctor", help="versions, GPU, compiler, caches, what to mend")
     diagnosis.set_defaults(run=doctor.run)
     return parser
@@ -44,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; those of the process if None.
 
     Returns:
-        The exit code: 0, 1 for an error that was printed, 2 for wrong usage, 130 after Ctrl-C.
+        The exit code: 0, 1 for an error that was printed, 2 for wrong usage, 3 for a regression
+        that `perf` found, 130 after Ctrl-C.
     """
     from .autotune._extras import MissingExtraError
 

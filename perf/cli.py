@@ -1,0 +1,185 @@
+"""The commands of `mhc-tile perf`: their arguments, and what they run.
+
+Each command has a function in `COMMANDS` that declares it and sets `perform`, a function from the
+parsed arguments to an exit code. Nothing heavy is imported before a command runs.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .compare import Comparison
+    from .records import Record
+
+REGRESSION = 3  # exit code: measured and compared, and something is slower or fails
+HERE = Path(__file__).parent
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the commands."""
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in COMMANDS:
+        add(commands)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the chosen command.
+
+    Returns:
+        0, or 3 if something is slower than it was, or does not work any more.
+
+    Raises:
+        ValueError: The arguments or the files do not fit; the message names them.
+        OSError: A file cannot be read or written.
+        MissingExtraError: A package of the perf extra is missing.
+    """
+    return args.perform(args)
+
+
+def _add_compare(commands: Any) -> None:
+    parser = commands.add_parser("compare", help="two results, case by case; 3 if one is slower")
+    parser.add_argument("base", type=Path, help="the older result, of `mhc-tile perf run`")
+    parser.add_argument("new", type=Path, help="the newer result")
+    _add_output(parser)
+    parser.set_defaults(perform=_compare)
+
+
+def _add_gate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "gate", help="this checkout against the baseline of this GPU's model; 3 if it is slower"
+    )
+    parser.add_argument(
+        "result", type=Path, nargs="?", help="of `mhc-tile perf run`; default: measure now"
+    )
+    parser.add_argument(
+        "--baseline", type=Path, metavar="FILE", help="default: perf/baselines/<gpu>.json"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="keep what is measured now")
+    _add_output(parser)
+    parser.set_defaults(perform=_gate)
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--threshold", type=_percent, default=5.0, metavar="PERCENT", help="default: 5"
+    )
+    parser.add_argument("--force", action="store_true", help="whatever differs between the results")
+    parser.add_argument("--markdown", metavar="FILE", help="for a pull request; - for the terminal")
+    parser.add_argument("--json", metavar="FILE", help="for programs; - for the terminal")
+
+
+COMMANDS: list[Callable[[Any], None]] = [_add_compare, _add_gate]
+
+
+def baseline_path(gpu: str) -> Path:
+    """Where the baseline of a GPU's model is.
+
+    Args:
+        gpu: the vendor's name of the model.
+
+    Example:
+        >>> baseline_path("NVIDIA H200").name
+        'nvidia_h200.json'
+    """
+    from mhc_tile.autotune.device import Device
+
+    return HERE / "baselines" / f"{Device(gpu, (0, 0), 0, 0, 0, '').slug}.json"
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from . import compare, records
+
+    base, new = records.read(args.base), records.read(args.new)
+    found = compare.compare(base, new, threshold=args.threshold / 100, force=args.force)
+    return _report(found, args, complete=False)
+
+
+def _gate(args: argparse.Namespace) -> int:
+    from . import compare, records
+
+    options = {"threshold": args.threshold / 100, "force": args.force}
+    if args.result:
+        if args.out:
+            raise ValueError("perf gate: --out must come without a result, got both")
+        new = records.read(args.result)
+        _check_commit(new, args)
+        base = _baseline(args.baseline, new.environment.get("gpu"))
+        return _report(compare.compare(base, new, **options), args, complete=True)
+    base = _baseline(args.baseline, _gpu_here())
+    found = compare.gate(base, _measure, **options)
+    if args.out:
+        records.write(found.new, args.out)
+    return _report(found, args, complete=True)
+
+
+def _check_commit(new: "Record", args: argparse.Namespace) -> None:
+    """A result of another commit says nothing of this checkout."""
+    from . import records
+
+    measured, here = new.environment.get("commit"), records.environment(None, "cpu")["commit"]
+    if here and measured != here and not args.force:
+        raise ValueError(
+            f"perf gate: {args.result} must be of this checkout's commit {here}, got {measured}; "
+            "measure again, or judge it all the same with --force"
+        )
+
+
+def _baseline(path: Path | None, gpu: str | None) -> "Record":
+    from . import records
+
+    if not (path or gpu):
+        raise ValueError("perf gate: --baseline must be given for a result of a CPU, got none")
+    path = path or baseline_path(str(gpu))
+    if not path.is_file():
+        raise ValueError(
+            f"perf gate: a baseline must be at {path}, got none; on a commit that is to be the "
+            f"measure, `mhc-tile perf run --out {path}` makes it"
+        )
+    return records.read(path)
+
+
+def _gpu_here() -> str:
+    from mhc_tile.autotune.device import describe
+
+    try:
+        return describe().name
+    except RuntimeError as error:
+        raise ValueError(
+            f"perf gate: a GPU or a result file must be given, got neither ({error}); "
+            "--static needs neither"
+        ) from error
+
+
+def _measure(base: "Record") -> "Record":
+    """The cases of a baseline, now."""
+    import importlib
+
+    return importlib.import_module(".suite", __package__).measure_for_gate(base)
+
+
+def _report(found: "Comparison", args: argparse.Namespace, *, complete: bool) -> int:
+    from . import summary
+
+    failed = bool(found.faults(complete=complete))
+    asked = {"markdown": args.markdown, "json": args.json}
+    write = {"markdown": summary.markdown, "json": summary.as_json}
+    for name, target in asked.items():
+        if target and target != "-":
+            Path(target).write_text(write[name](found, complete=complete))
+    shown = [name for name, target in asked.items() if target == "-"]
+    for name in shown:
+        sys.stdout.write(write[name](found, complete=complete))
+    if not shown:
+        head = summary.headline(found, complete=complete)
+        sys.stdout.write("\n".join([summary.table(found), "", *summary.lines(found), head]) + "\n")
+    return REGRESSION if failed else 0
+
+
+def _percent(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1000:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1000 percent, got {text}")
+    return value

@@ -1,0 +1,294 @@
+"""Two results side by side: what is slower than noise explains, and what fails.
+
+A time is a regression if it is above the base's by more than the threshold and by more than noise.
+Noise is what two runs of the same code may differ by, `noise_us`. Two things make it: the scatter
+of the turns within a run, of which a median of some turns keeps a part, and a drift between
+processes, which no number of turns shows. Only rows of mhc_tile decide; peers are shown.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from .records import OURS, Record, Row
+
+THRESHOLD = 0.05
+# Between processes that run the same code: up to 1.6% where a kernel takes 100 us and more, and 3
+# to 6% of 2 to 6 us in 8 of 430 configurations, at most 0.36 us (H200, 2026-11-24).
+DRIFT = 0.016
+DRIFT_US = 0.4
+ERRORS = 3.0  # standard errors of a median that count as noise
+SPREAD = 1.683  # standard deviations between the 20th and the 80th percentile
+MEDIAN = 1.253  # standard error of a median by that of a mean
+# GPUs of one model differ; beyond this a result is one of another GPU, or of a disturbed one.
+MOST_PACE = 0.05
+REPEATS = 2  # more measurements of a suspected case until it is believed
+
+VERDICTS = ("regression", "failing", "missing", "improvement", "new", "same")
+MUST_AGREE = ("gpu", "kind", "copy bandwidth")
+
+Measure = Callable[[Record], Record]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One contender on one case, in both results.
+
+    Attributes:
+        case: of the rows.
+        contender: of the rows.
+        verdict: one of `VERDICTS`.
+        base: the row of the base, if there is one.
+        new: the row of the new result, if there is one.
+        change: new over base time, less 1; None unless both are timed.
+        allowed: the change up to which nothing is said; None unless both are timed.
+        notes: what else is different, for people.
+    """
+
+    case: str
+    contender: str
+    verdict: str
+    base: Row | None
+    new: Row | None
+    change: float | None = None
+    allowed: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is mhc_tile's."""
+        return self.contender == OURS
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A new result against a base.
+
+    Attributes:
+        base: the older result.
+        new: the newer result.
+        threshold: slowdown that is allowed where noise is smaller.
+        pace: copy bandwidth of the base over that of the new result; 1 if one is not known.
+        pairs: in the base's order, then what is new.
+        differences: of the environments, "<key>: <base's> -> <new's>".
+    """
+
+    base: Record
+    new: Record
+    threshold: float
+    pace: float
+    pairs: tuple[Pair, ...]
+    differences: tuple[str, ...]
+
+    def of(self, *verdicts: str, ours: bool = True) -> list[Pair]:
+        """The pairs of some verdicts, of mhc_tile alone or of all contenders."""
+        return [pair for pair in self.pairs if pair.verdict in verdicts and pair.ours >= ours]
+
+    def faults(self, *, complete: bool = False) -> list[Pair]:
+        """What must not be merged: regressions, failures and, if asked, what was not measured.
+
+        Args:
+            complete: whether every case of the base must be there.
+        """
+        return self.of("regression", "failing", *(("missing",) if complete else ()))
+
+    @property
+    def mean_change(self) -> float | None:
+        """Geometric mean of our times over the base's, less 1; None if nothing was timed."""
+        changes = [p.change for p in self.pairs if p.ours and p.change is not None]
+        if not changes:
+            return None
+        return math.exp(sum(math.log1p(change) for change in changes) / len(changes)) - 1
+
+
+def compare(
+    base: Record, new: Record, *, threshold: float = THRESHOLD, force: bool = False
+) -> Comparison:
+    """Match rows by case and contender, and judge each.
+
+    Args:
+        base: the older result.
+        new: the newer result.
+        threshold: slowdown that is allowed where noise is smaller; at least 0.
+        force: whether to compare results of different GPUs or kinds.
+
+    Raises:
+        ValueError: The results are of another GPU or kind, or the copy bandwidths are too far
+            apart, and `force` is not set.
+
+    Example:
+        >>> row = Row("merge", OURS, "merge", "forward", 8192, 2560, 4, "bfloat16",
+        ...           us=90.0, p20=89.5, p80=90.5, turns=20)
+        >>> slower = row.replace(us=99.0, p20=98.5, p80=99.5)
+        >>> found = compare(Record("run", {}, [row]), Record("run", {}, [slower]))
+        >>> [(pair.case, pair.verdict, round(pair.change, 2)) for pair in found.faults()]
+        [('merge', 'regression', 0.1)]
+    """
+    if not threshold >= 0:
+        raise ValueError(f"perf compare: threshold must be at least 0, got {threshold}")
+    pace = _pace(base, new)
+    wrong = _disagreements(base, new, pace)
+    if wrong and not force:
+        raise ValueError(
+            f"perf compare: results must agree in {', '.join(MUST_AGREE)}, got "
+            f"{'; '.join(wrong)}; --force compares them all the same"
+        )
+    rows = _by_key(base.rows), _by_key(new.rows)
+    pairs = tuple(
+        _judge(key, rows[0].get(key), rows[1].get(key), threshold, pace)
+        for key in dict.fromkeys([*rows[0], *rows[1]])
+    )
+    return Comparison(base, new, threshold, pace, pairs, (*wrong, *_differences(base, new)))
+
+
+def gate(
+    base: Record, measure: Measure, *, threshold: float = THRESHOLD, force: bool = False
+) -> Comparison:
+    """Measure the cases of a base and compare; what looks slower is measured again.
+
+    A case is slower if it is so each time. Of several measurements the fastest counts: what
+    disturbs a GPU makes it slower, never faster.
+
+    Args:
+        base: the recorded result.
+        measure: from a result, a new one of the same cases.
+        threshold: as in `compare`.
+        force: as in `compare`.
+
+    Raises:
+        ValueError: As `compare`.
+    """
+    new = measure(base)
+    for _ in range(REPEATS):
+        found = compare(base, new, threshold=threshold, force=force)
+        suspects = {pair.case for pair in found.of("regression")}
+        if not suspects:
+            return found
+        again = measure(
+            dataclasses.replace(base, rows=[r for r in base.rows if r.case in suspects])
+        )
+        new = _fastest(new, again)
+    return compare(base, new, threshold=threshold, force=force)
+
+
+def noise_us(base: Row, new: Row) -> float:
+    """Microseconds by which two medians of the same code may differ.
+
+    `max(DRIFT * us, DRIFT_US) + ERRORS * sqrt(error(base)^2 + error(new)^2)`, where a median's
+    standard error is MEDIAN * deviation / sqrt(turns) and deviation = (p80 - p20) / SPREAD.
+
+    Args:
+        base: timed.
+        new: timed.
+
+    Example:
+        >>> row = Row("merge", OURS, "merge", "forward", 8192, 2560, 4, "bfloat16",
+        ...           us=90.0, p20=89.5, p80=90.5, turns=20)
+        >>> round(noise_us(row, row), 2)
+        2.15
+    """
+    assert base.us is not None
+    return max(DRIFT * base.us, DRIFT_US) + ERRORS * math.hypot(_error(base), _error(new))
+
+
+def _error(row: Row) -> float:
+    sample = row.sample
+    if sample is None:
+        return 0.0
+    return MEDIAN * (sample.high - sample.low) / SPREAD / math.sqrt(max(sample.turns, 1))
+
+
+def _pace(base: Record, new: Record) -> float:
+    old, now = (record.environment.get("copy_bytes_per_s") for record in (base, new))
+    return old / now if old and now else 1.0
+
+
+def _disagreements(base: Record, new: Record, pace: float) -> list[str]:
+    """Why times cannot be compared, "<key>: <base's> -> <new's>"."""
+    found = []
+    if base.kind != new.kind:
+        found.append(f"kind: {base.kind} -> {new.kind}")
+    old, now = base.environment.get("gpu"), new.environment.get("gpu")
+    if old != now:
+        found.append(f"gpu: {old or 'none'} -> {now or 'none'}")
+    elif not 1 / (1 + MOST_PACE) <= pace <= 1 + MOST_PACE:
+        found.append(f"copy bandwidth: {1 / pace - 1:+.1%}")
+    return found
+
+
+def _differences(base: Record, new: Record) -> list[str]:
+    """What else is different where they were measured; neither when nor by which command."""
+    kept = ("commit", "mhc_tile", "driver", "python", "torch", "cuda")
+    pairs = [(key, base.environment.get(key), new.environment.get(key)) for key in kept]
+    packages = [record.environment.get("packages") or {} for record in (base, new)]
+    names = dict.fromkeys([*packages[0], *packages[1]])
+    pairs += [(name, packages[0].get(name), packages[1].get(name)) for name in names]
+    return [f"{key}: {old or 'none'} -> {now or 'none'}" for key, old, now in pairs if old != now]
+
+
+def _by_key(rows: Iterable[Row]) -> dict[tuple[str, str], Row]:
+    """Rows by case and contender, without those of contenders that are not installed."""
+    return {(row.case, row.contender): row for row in rows if row.status != "absent"}
+
+
+def _judge(
+    key: tuple[str, str], base: Row | None, new: Row | None, threshold: float, pace: float
+) -> Pair:
+    def pair(verdict: str, **more: Any) -> Pair:
+        return Pair(*key, verdict, base, new, **more)
+
+    if new is None:
+        return pair("missing")
+    worked = base is None or base.status == "ok"
+    if new.status != "ok":
+        why = f"{new.status}: {new.fault}".removesuffix(": ")
+        return pair("failing" if worked else "same", notes=(why,))
+    if base is None:
+        return pair("new")
+    if not worked:
+        return pair("new", notes=(f"was {base.status}",))
+    notes = _notes(base, new)
+    old, now = _timed(base), _timed(new)
+    if not (old and now):
+        verdict = "missing" if old else "new" if now else "same"
+        return pair(verdict, notes=(*(("not timed any more",) if old else ()), *notes))
+    if base.captured and new.captured is False:
+        return pair("failing", notes=("no CUDA graph captures it any more", *notes))
+    # A GPU that copies more slowly is allowed as much; one that copies faster need not be faster.
+    margin = max(old * threshold, noise_us(base, new))
+    slowest, fastest = old * max(pace, 1) + margin, old * min(pace, 1) - margin
+    verdict = "regression" if now > slowest else "improvement" if now < fastest else "same"
+    change, allowed = now / old - 1, slowest / old - 1
+    return pair(verdict, change=change, allowed=allowed, notes=notes)
+
+
+def _timed(row: Row) -> float:
+    """The time, 0 if there is none."""
+    return row.us if row.us and math.isfinite(row.us) else 0.0
+
+
+def _notes(base: Row, new: Row) -> tuple[str, ...]:
+    """What is different beside the time, and was counted in both."""
+    notes = []
+    for name in ("launches", "bytes", "peak_bytes", "saved_bytes"):
+        old, now = getattr(base, name), getattr(new, name)
+        if old is not None and now is not None and old != now:
+            notes.append(f"{name.replace('_', ' ')} {old} -> {now}")
+    return tuple(notes)
+
+
+def _fastest(first: Record, again: Record) -> Record:
+    """The first result, with the rows that were measured again where these are faster."""
+    others = _by_key(again.rows)
+
+    def chosen(row: Row) -> Row:
+        other = others.get((row.case, row.contender))
+        if other is None or other.status == "absent" or row.us is None:
+            return row
+        if other.status == "ok" and (other.us is None or other.us >= row.us):
+            return row
+        return other  # faster, or not working any more
+
+    return dataclasses.replace(first, rows=[chosen(row) for row in first.rows])

@@ -1,0 +1,156 @@
+"""A comparison as a table for a terminal, as Markdown for a pull request, and as JSON."""
+
+import dataclasses
+import html
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from mhc_tile.autotune._extras import require
+
+from .compare import VERDICTS, Comparison, Pair
+from .records import Record, Row
+
+HEADERS = ("", "case", "contender", "base us", "new us", "change", "allowed", "")
+ALIGN = ("left", "left", "left", "right", "right", "right", "right", "left")
+
+
+def headline(found: Comparison, *, complete: bool = False) -> str:
+    """The outcome in one line: "2 regressions of 60 cases", "no regression in 60 cases".
+
+    Args:
+        found: the comparison.
+        complete: whether cases that were not measured count.
+    """
+    count = len({pair.case for pair in found.pairs if pair.ours})
+    parts = []
+    for verdict in ("regression", "failing", "missing"):
+        number = len(found.of(verdict))
+        if number and (complete or verdict != "missing"):
+            plural = "s" if verdict == "regression" and number > 1 else ""
+            parts.append(f"{number} {verdict}{plural}")
+    text = f"{', '.join(parts)} of" if parts else "no regression in"
+    return f"{text} {count} case{'s' * (count != 1)}"
+
+
+def lines(found: Comparison) -> list[str]:
+    """What was compared, how, and what is different where it was measured."""
+    base, new = (found.base.environment, found.new.environment)
+    said = [
+        f"base: {_origin(found.base)}",
+        f"new:  {_origin(found.new)}",
+        f"GPU {base.get('gpu') or 'none'}, copy {_copy(base)} -> {_copy(new)} TB/s",
+        f"A case may be slower by {found.threshold:.0%}, or by noise where that is more"
+        + (f"; {found.pace - 1:.1%} more, as the copy is slower." if found.pace > 1.0005 else "."),
+    ]
+    if found.mean_change is not None:
+        said.append(f"mhc_tile over all cases: {found.mean_change:+.1%} time (geometric mean).")
+    return said + [f"differs: {difference}" for difference in found.differences]
+
+
+def table(found: Comparison) -> str:
+    """Every pair on a line, what is wrong first.
+
+    Args:
+        found: the comparison.
+
+    Raises:
+        MissingExtraError: tabulate is not installed.
+    """
+    tabulate = require("tabulate", "perf", "perf").tabulate
+    rows = [_cells(pair) for pair in _sorted(found.pairs)]
+    return tabulate(rows, HEADERS, disable_numparse=True, colalign=ALIGN if rows else None)
+
+
+def markdown(found: Comparison, *, complete: bool = False) -> str:
+    """A comment for a pull request: outcome, what changed, everything else folded away.
+
+    Args:
+        found: the comparison.
+        complete: whether cases that were not measured count.
+    """
+    pairs = _sorted(found.pairs)
+    changed = [pair for pair in pairs if pair.ours and pair.verdict != "same"]
+    others = [pair for pair in pairs if pair not in changed]
+    failed = bool(found.faults(complete=complete))
+    parts = [f"### Performance: {headline(found, complete=complete)}", ""]
+    parts += ["**This change must not be merged as it is.**", ""] if failed else []
+    parts += [f"- {escape(line)}" for line in lines(found)] + [""]
+    if changed:
+        parts += [*_markdown_table(changed), ""]
+    if others:
+        count = f"{len(others)} unchanged" if changed else f"All {len(others)}"
+        parts += [f"<details><summary>{count}, and other implementations</summary>", ""]
+        parts += [*_markdown_table(others), "", "</details>", ""]
+    return "\n".join(parts)
+
+
+def as_json(found: Comparison, *, complete: bool = False) -> str:
+    """The verdicts and where both results come from.
+
+    Args:
+        found: the comparison.
+        complete: whether cases that were not measured count.
+    """
+    values: dict[str, Any] = {
+        "passed": not found.faults(complete=complete),
+        "headline": headline(found, complete=complete),
+        "threshold": found.threshold,
+        "pace": found.pace,
+        "mean_change": found.mean_change,
+        "differences": found.differences,
+        "base": found.base.environment,
+        "new": found.new.environment,
+        "pairs": [dataclasses.asdict(pair) for pair in found.pairs],
+    }
+    return json.dumps(values, indent=1) + "\n"
+
+
+def escape(text: str) -> str:
+    r"""Text that Markdown shows as it is, also in a table.
+
+    Example:
+        >>> print(escape("a | b <c> `d`"))
+        a \| b &lt;c&gt; \`d\`
+    """
+    plain = html.escape(" ".join(text.split()), quote=False)
+    for mark in "\\`*_[]|#":
+        plain = plain.replace(mark, f"\\{mark}")
+    return plain
+
+
+def _sorted(pairs: Sequence[Pair]) -> list[Pair]:
+    return sorted(pairs, key=lambda pair: (not pair.ours, VERDICTS.index(pair.verdict)))
+
+
+def _cells(pair: Pair) -> tuple[str, ...]:
+    change = "" if pair.change is None else f"{pair.change:+.1%}"
+    allowed = "" if pair.allowed is None else f"{pair.allowed:+.1%}"
+    times = (_time(pair.base), _time(pair.new))
+    return (pair.verdict, pair.case, pair.contender, *times, change, allowed, "; ".join(pair.notes))
+
+
+def _markdown_table(pairs: Sequence[Pair]) -> list[str]:
+    """A table with the noise of each time under its own heading."""
+    rules = ["---:" if align == "right" else "---" for align in ALIGN]
+    rows = [[escape(cell) for cell in _cells(pair)] for pair in pairs]
+    return [f"| {' | '.join(row)} |" for row in (HEADERS, rules, *rows)]
+
+
+def _time(row: Row | None) -> str:
+    """Median and spread, "91.2 (90.8 to 91.9)"."""
+    sample = row.sample if row else None
+    if sample is None:
+        return "" if row is None else row.status if row.status != "ok" else "not timed"
+    return f"{sample.us:.1f} ({sample.low:.1f} to {sample.high:.1f})"
+
+
+def _origin(record: Record) -> str:
+    environment = record.environment
+    commit = environment.get("commit") or "no commit"
+    return f"{commit}, {environment.get('date') or 'no date'}, {len(record.cases)} cases"
+
+
+def _copy(environment: Any) -> str:
+    copy = environment.get("copy_bytes_per_s")
+    return f"{copy / 1e12:.2f}" if copy else "?"
