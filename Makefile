@@ -29,8 +29,8 @@ test-gpu: $(READY) ## The GPU's tests, on a machine that has one
 sanitize: $(READY) ## Every kernel under compute-sanitizer, on a machine with a GPU and the CUDA toolkit
 	for tool in memcheck racecheck initcheck; do compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python tests/sanitize.py || exit 1; done
 
-static: $(READY) ## Registers, spills and shared memory of every kernel against perf/static/, without a GPU
-	$(BIN)/python -m mhc_tile.perf.resources
+static: $(READY) ## Registers, shared memory, launches and bytes against perf/static/, without a GPU
+	$(BIN)/mhc-tile perf gate --static
 
 lint: $(READY) ## Style and formatting, as CI checks them
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

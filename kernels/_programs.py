@@ -32,15 +32,21 @@ PASS_CONFIGS = {
 
 @dataclass
 class Catalogue:
-    """What launchers ask for on a GPU that need not exist, in order: (factory, constants, configs).
+    """What launchers ask for on a GPU that need not exist, in order.
 
     Inside `with catalogue(arch, multiprocessors) as asked:` launchers compile and launch nothing;
     give them tensors on the meta device.
+
+    programs: (factory, constants, configs) of what would be compiled. launches: (factory,
+    constants, arguments) of what would be launched.
     """
 
     arch: str
     multiprocessors: int
     programs: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = field(
+        default_factory=list
+    )
+    launches: list[tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...]]] = field(
         default_factory=list
     )
 
@@ -89,7 +95,7 @@ def program(pass_configs: dict[str, Any] | None = None) -> Callable[..., Any]:
             if (asked := _catalogue.get()) is None:
                 return compiled(arch, *constants)
             asked.programs.append((factory, constants, configs))
-            return lambda *tensors: None
+            return lambda *arguments: asked.launches.append((factory, constants, arguments))
 
         build.factory = factory  # type: ignore[attr-defined]
         build.pass_configs = configs  # type: ignore[attr-defined]

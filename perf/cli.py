@@ -59,6 +59,15 @@ def _add_gate(commands: Any) -> None:
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="keep what is measured now")
     _add_output(parser)
+    static = parser.add_argument_group(
+        "without a GPU", "Registers, spills, shared memory, launches"
+    )
+    static.add_argument(
+        "--static", action="store_true", help="registers, spills, launches; no times"
+    )
+    static.add_argument("--arch", help="this one only, such as sm_90a")
+    static.add_argument("--fresh", action="store_true", help="compile what is recorded, too")
+    static.add_argument("--write", action="store_true", help="record in perf/static what is now")
     parser.set_defaults(perform=_gate)
 
 
@@ -98,6 +107,11 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _gate(args: argparse.Namespace) -> int:
+    if args.static:
+        return _gate_static(args)
+    for name in ("arch", "fresh", "write"):
+        if getattr(args, name):
+            raise ValueError(f"perf gate: --{name} must come with --static, got no --static")
     from . import compare, records
 
     options = {"threshold": args.threshold / 100, "force": args.force}
@@ -113,6 +127,24 @@ def _gate(args: argparse.Namespace) -> int:
     if args.out:
         records.write(found.new, args.out)
     return _report(found, args, complete=True)
+
+
+def _gate_static(args: argparse.Namespace) -> int:
+    for name in ("result", "baseline", "out", "markdown", "json"):
+        if getattr(args, name):
+            raise ValueError(f"perf gate: --static must come without {name}, got {name}")
+    from mhc_tile.kernels import _static
+
+    if args.arch and args.arch not in _static.ARCHITECTURES:
+        known = ", ".join(_static.ARCHITECTURES)
+        raise ValueError(f"perf gate: --arch must be one of {known}, got {args.arch}")
+    from . import static_gate
+
+    chosen = [args.arch] if args.arch else _static.ARCHITECTURES
+    wrong = static_gate.run(chosen, fresh=args.fresh, write=args.write)
+    for fault in wrong:
+        sys.stderr.write(f"{fault}\n")
+    return REGRESSION if wrong else 0
 
 
 def _check_commit(new: "Record", args: argparse.Namespace) -> None:

@@ -47,6 +47,22 @@ def measure(architectures: Sequence[str], *, fresh: bool = False) -> dict[str, _
     }
 
 
+def judge(arch: str, now: _gate.Record, *, write: bool = False) -> list[str]:
+    """What is wrong with an architecture's kernels; what only waits to be recorded is printed.
+
+    Args:
+        arch: one of `_static.ARCHITECTURES`.
+        now: of `measure`.
+        write: whether to record it, instead of comparing it with the record.
+    """
+    found = _gate.faults(arch, now)
+    if write:
+        now.write(_path(arch))
+    else:
+        found += _compare(arch, now)
+    return [f"{arch}: {fault}" for fault in found]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a line a kernel, then what is wrong; 1 if anything is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -65,12 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{arch:8} {kernel:44} {values['registers']:4} registers {shared:7} bytes shared "
                 f"{values['threads']:4} threads\n"
             )
-        found = _gate.faults(arch, now)
-        if args.write:
-            now.write(_path(arch))
-        else:
-            found += _compare(arch, now)
-        wrong += [f"{arch}: {fault}" for fault in found]
+        wrong += judge(arch, now, write=args.write)
     for fault in wrong:
         sys.stderr.write(f"{fault}\n")
     return 1 if wrong else 0

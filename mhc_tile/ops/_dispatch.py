@@ -22,6 +22,9 @@ from ..kernels import _toolchain
 REFERENCE_ONLY = os.environ.get("MHC_TILE_REFERENCE", "0") not in ("", "0")
 BATCH_INVARIANT = os.environ.get("MHC_TILE_BATCH_INVARIANT", "0") not in ("", "0")
 
+# The kernels of each op by its name, for those who count their launches.
+LAUNCHERS: dict[str, Callable[..., Any]] = {}
+
 
 def set_batch_invariant(enabled: bool) -> None:
     """Choose whether a token's bits are the same in a batch of any size, in every direction.
@@ -107,6 +110,7 @@ def on_cuda(
     Returns:
         The function to register for CUDA.
     """
+    LAUNCHERS[op] = kernel
 
     @functools.wraps(fallback)
     def implementation(*args: Any, **kwargs: Any) -> Any:

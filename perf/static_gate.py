@@ -1,0 +1,279 @@
+"""What every op launches and moves, counted without a GPU, against the record perf/static/ops.json.
+
+An op's own CUDA code runs on tensors without values, with default configurations; its launches are
+noted instead of made. Of each op, at many tokens and at few:
+
+    launches: GPU kernels of a call, those of torch's own ops (copies, fills) included
+    torch: these alone
+    bytes: that must move, by the kernels' `traffic()`
+    passed: bytes of all tensors that are passed to launches, once for each launch that gets them
+
+`bytes` is a floor and grows if the definition of the work does; `passed` grows if a tensor is read
+once more, or a temporary one appears. Growth of any of them is an error, less asks to be recorded.
+"""
+
+import functools
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mhc_tile._library import OPS
+from mhc_tile.autotune.problems import Problem
+from mhc_tile.autotune.registry import KERNELS
+from mhc_tile.kernels import _gate, _shipped, _static
+from mhc_tile.kernels._programs import catalogue
+from mhc_tile.ops import _dispatch
+
+from . import resources
+
+RECORD = resources.RECORDS / "ops.json"
+WRITE = "mhc-tile perf gate --static --write"
+ARCHITECTURES = ("sm_90a", "sm_80")  # the others run the forms of sm_80
+TOKENS = tuple(_gate.GROUPS.values())
+STREAMS, CHANNELS, DTYPE = 4, 2560, "bfloat16"
+PARTED = " with grad_x_part"  # an op that is given what it may do without
+# Ops that have no kernel of their own name in the registry, by what they do.
+PARTS = {
+    "expand_backward": ("collapse",),
+    "collapse_backward": ("expand",),
+    "boundary": ("merge", "pre"),
+    "boundary_backward": ("merge", "pre_backward", "merge_backward"),
+    f"pre_backward{PARTED}": ("pre_backward",),
+}
+
+Counts = dict[str, int]
+Record = dict[str, dict[str, Counts]]
+
+
+def measure(architectures: Sequence[str] = ARCHITECTURES) -> Record:
+    """Counts by architecture and by "<op> at <tokens>".
+
+    Args:
+        architectures: some of `_static.ARCHITECTURES`.
+
+    Example:
+        >>> measure(["sm_90a"])["sm_90a"]["merge at 64"]["launches"]
+        1
+    """
+    return {
+        arch: {f"{op} at {tokens}": count(op, arch, tokens) for op in names() for tokens in TOKENS}
+        for arch in architectures
+    }
+
+
+def names() -> list[str]:
+    """Every op that has kernels, twice if it has an optional tensor."""
+    return sorted([*_dispatch.LAUNCHERS, *(op for op in PARTS if op.endswith(PARTED))])
+
+
+def count(op: str, arch: str, tokens: int) -> Counts:
+    """Run an op's CUDA code on tensors without values and count; see the module's docstring.
+
+    Args:
+        op: of `names()`.
+        arch: one of `_static.ARCHITECTURES`.
+        tokens: T.
+    """
+    name = op.removesuffix(PARTED)
+    positional, keywords = _arguments(name, tokens, parted=op != name)
+    pinned = _dispatch.BATCH_INVARIANT
+    _dispatch.set_batch_invariant(False)
+    try:
+        with catalogue(arch, _shipped.MULTIPROCESSORS[arch]) as asked, _TorchKernels() as own:
+            _dispatch.LAUNCHERS[name](*positional, **keywords)
+    finally:
+        _dispatch.set_batch_invariant(pinned)
+    passed = [value for *_, given in asked.launches for value in given if isinstance(value, Tensor)]
+    launches = sum(_kernels(factory, constants) for factory, constants, _ in asked.launches)
+    return {
+        "launches": launches + len(own.names),
+        "torch": len(own.names),
+        "bytes": must_move(op, tokens),
+        "passed": sum(value.nbytes for value in passed) + own.bytes,
+    }
+
+
+def must_move(op: str, tokens: int) -> int:
+    """Bytes that an op must move, by `traffic()` of its kernels.
+
+    Args:
+        op: of `names()`.
+        tokens: T.
+    """
+    moved = 0
+    for part in PARTS.get(op, (op,)):
+        kernel = KERNELS[part]
+        moved += kernel.traffic(kernel.load(), Problem(part, STREAMS, CHANNELS, DTYPE, tokens))
+    if op == "pre_backward":  # the registry's has grad_x_part
+        moved -= tokens * STREAMS * CHANNELS * getattr(torch, DTYPE).itemsize
+    return moved
+
+
+def differences(record: Record, now: Record) -> tuple[list[str], list[str]]:
+    """What is more than recorded, and what only waits to be recorded.
+
+    Args:
+        record: of the file.
+        now: of `measure`.
+
+    Example:
+        >>> old = {"sm_80": {"merge at 64": {"launches": 1, "bytes": 10}}}
+        >>> differences(old, {"sm_80": {"merge at 64": {"launches": 2, "bytes": 9}}})
+        (['sm_80: merge at 64: launches 1 -> 2'], ['sm_80: merge at 64: bytes 10 -> 9'])
+    """
+    more, other = [], []
+    for arch, counted in now.items():
+        kept = record.get(arch, {})
+        for name, counts in counted.items():
+            if name not in kept:
+                other.append(f"{arch}: {name}: is not recorded")
+                continue
+            for key, value in counts.items():
+                before = kept[name].get(key, 0)
+                if before != value:
+                    line = f"{arch}: {name}: {key} {before} -> {value}"
+                    (more if value > before else other).append(line)
+        other += [f"{arch}: {name}: is no more" for name in kept if name not in counted]
+    return more, other
+
+
+def read(path: Path | None = None) -> Record:
+    """The record.
+
+    Args:
+        path: of the file; RECORD if None.
+
+    Raises:
+        ValueError: There is none, or it holds something else.
+    """
+    path = path or RECORD
+    try:
+        record = json.loads(path.read_text())
+        if not all(
+            isinstance(value, int)
+            for counted in record.values()
+            for counts in counted.values()
+            for value in counts.values()
+        ):
+            raise ValueError("something that is no count")
+        return record
+    except (OSError, AttributeError, ValueError) as error:
+        raise ValueError(f"record: {path} must hold counts of ops, got {error}; {WRITE}") from error
+
+
+def run(architectures: Sequence[str], *, fresh: bool = False, write: bool = False) -> list[str]:
+    """The whole static gate: of every kernel what it takes, of every op what it launches.
+
+    Args:
+        architectures: some of `_static.ARCHITECTURES`.
+        fresh: whether to compile programs that are recorded, too.
+        write: whether to record what there is now, instead of comparing with the record.
+
+    Returns:
+        What is wrong.
+
+    Raises:
+        ValueError: There is no compiler, or no record.
+    """
+    if why := _static.available():
+        raise ValueError(f"perf gate: a compiler must be here, got none: {why}")
+    counted = measure([arch for arch in ARCHITECTURES if arch in architectures])
+    if write:
+        _write(counted)
+        found = []
+    else:
+        found, other = differences(read(), counted)
+        for line in other:
+            sys.stdout.write(f"{line}; record it with `{WRITE}`\n")
+        found = [f"{line}; if it must be, {WRITE}" for line in found]
+    for arch, taken in resources.measure(architectures, fresh=fresh).items():
+        faults = resources.judge(arch, taken, write=write)
+        ops_too = f", {len(counted[arch])} calls of ops" if arch in counted else ""
+        sys.stdout.write(f"{arch}: {len(taken.kernels)} kernels{ops_too}\n")
+        found += faults
+    return found
+
+
+def _write(counted: Record) -> None:
+    try:
+        kept = read()
+    except ValueError:
+        kept = {}
+    draft = RECORD.with_suffix(".draft")
+    draft.write_text(json.dumps({**kept, **counted}, indent=1) + "\n")
+    draft.replace(RECORD)
+
+
+def _arguments(op: str, tokens: int, *, parted: bool) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments of an op by the names in its schema: grad_<name> is shaped as <name>."""
+    T, n, C, rows = tokens, STREAMS, CHANNELS, STREAMS * (STREAMS + 2)
+    dtype = getattr(torch, DTYPE)
+    sizes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        **dict.fromkeys(("x", "x_next", "x_part"), ((T, n, C), dtype)),
+        **dict.fromkeys(("hidden", "layer_input", "layer_output"), ((T, C), dtype)),
+        **dict.fromkeys(("h_pre", "h_post", "h_post_next"), ((T, n), torch.float32)),
+        **dict.fromkeys(("h_res", "h_res_next"), ((T, n, n), torch.float32)),
+        **dict.fromkeys(("h_res_logits", "logits"), ((T, n, n), torch.float32)),
+        "phi": ((rows, n * C), torch.float32),
+        "alpha": ((3,), torch.float32),
+        "bias": ((rows,), torch.float32),
+        "projection": ((T, rows), torch.float32),
+        "inv_rms": ((T,), torch.float32),
+    }
+    plain = {"norm_eps": 1e-6, "pre_eps": 0.0, "post_scale": 2.0, "iters": 20, "sinkhorn_eps": 0.0}
+    plain |= {"eps": 0.0, "num_streams": n}
+    others: dict[str, Any] = {**plain, "mode": "mean"}
+    positional, keywords = [], {}
+    for argument in OPS[op]._schema.arguments:
+        name = argument.name
+        if name in others:
+            value = others[name]
+        elif argument.has_default_value() and not parted:
+            value = argument.default_value
+        else:
+            shape, kind = sizes[name.removeprefix("grad_")]
+            value = torch.empty(shape, dtype=kind, device="meta")
+        if argument.kwarg_only:
+            keywords[name] = value
+        else:
+            positional.append(value)
+    return positional, keywords
+
+
+class _TorchKernels(TorchDispatchMode):
+    """Notes torch's own ops that launch kernels: all but views and allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        if not (func.is_view or "empty" in name or name in ("detach", "_unsafe_view")):
+            self.names.append(name)
+            values = [*args, *(results if isinstance(results, (list, tuple)) else [results])]
+            self.bytes += sum(value.nbytes for value in values if isinstance(value, Tensor))
+        return results
+
+
+@functools.cache
+def _kernels(factory: Any, constants: tuple[Any, ...]) -> int:
+    """How many kernels a program is."""
+    from tilelang import tvm
+
+    roots = []
+
+    def visit(node: Any) -> None:
+        if isinstance(node, tvm.tirx.SBlock) and node.name_hint == "tilelang_root":
+            roots.append(node)
+
+    tvm.tirx.stmt_functor.post_order_visit(factory(*constants).body, visit)
+    return len(roots)

@@ -1,0 +1,191 @@
+"""Launches and bytes of every op, counted without a GPU: against the record, and planted growth."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("tilelang")
+
+import emulator_programs as programs
+from mhc_tile._library import OPS
+from mhc_tile.kernels import _gate, _static
+from mhc_tile.kernels import merge as merge_kernel
+from mhc_tile.ops import _dispatch
+from mhc_tile.perf import cli, resources, static_gate
+from mhc_tile.perf.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def now():
+    return static_gate.measure()
+
+
+def test_no_op_launches_or_moves_more_than_recorded(now):
+    more, other = static_gate.differences(static_gate.read(), now)
+    assert more == []
+    assert other == [], static_gate.WRITE
+
+
+def test_every_op_with_kernels_is_counted(now):
+    names = set(static_gate.names())
+    backward = {name for name in OPS if name.endswith("_backward")}
+    without = {"head", "head_backward"}  # the reference serves them
+    assert {name for name in names if name in OPS} == OPS.keys() - without
+    assert backward - without < names
+    for counted in now.values():
+        assert len(counted) == len(names) * len(static_gate.TOKENS)
+
+
+@pytest.mark.parametrize("arch", static_gate.ARCHITECTURES)
+@pytest.mark.parametrize("tokens", static_gate.TOKENS)
+def test_an_op_of_parts_launches_what_its_parts_do(now, arch, tokens):
+    def of(name):
+        return now[arch][f"{name} at {tokens}"]
+
+    for op in ("boundary", "boundary_backward", "expand_backward", "collapse_backward"):
+        parts = static_gate.PARTS[op]
+        others = [f"{part} with grad_x_part" if part == "pre_backward" else part for part in parts]
+        for key in ("launches", "bytes", "passed"):
+            assert of(op)[key] == sum(of(part)[key] for part in others), (op, key)
+
+
+def test_numbers_that_are_known(now):
+    merge = now["sm_90a"]["merge at 8192"]
+    moved = 8192 * (9 * 2560 * 2 + 4 * 20)
+    assert merge == {"launches": 1, "torch": 0, "bytes": moved, "passed": moved}
+    assert now["sm_90a"]["pre at 8192"]["launches"] == 1  # one cooperative launch
+    assert now["sm_80"]["pre at 8192"]["launches"] == 2
+    for counted in now.values():
+        for name, counts in counted.items():
+            assert counts["passed"] >= counts["bytes"], name
+
+
+def planted(monkeypatch, change):
+    """Counts of merge at 64 tokens with another launcher, which gets the real one."""
+    real = merge_kernel.forward
+    monkeypatch.setattr(merge_kernel, "forward", lambda *a, **k: change(real, *a, **k))
+    return static_gate.count("merge", "sm_90a", 64)
+
+
+def test_a_second_launch_is_found(monkeypatch, now):
+    def twice(real, *arguments, **options):
+        real(*arguments, **options)
+        return real(*arguments, **options)
+
+    counts = planted(monkeypatch, twice)
+    before = now["sm_90a"]["merge at 64"]
+    assert counts == {**before, "launches": 2, "passed": 2 * before["passed"]}
+
+
+@pytest.mark.parametrize("change", ["copy", "fill", "sum"])
+def test_a_kernel_of_torch_is_found(monkeypatch, now, change):
+    def more(real, x, *arguments, **options):
+        if change == "copy":
+            x = x.clone()
+        if change == "fill":
+            torch.zeros_like(x)
+        result = real(x, *arguments, **options)
+        return result + x if change == "sum" else result
+
+    counts = planted(monkeypatch, more)
+    before = now["sm_90a"]["merge at 64"]
+    assert (counts["launches"], counts["torch"]) == (2, 1)
+    assert counts["passed"] - before["passed"] in (2 * 64 * 4 * 2560 * size for size in (1, 2, 3))
+
+
+def test_views_and_empties_launch_nothing(monkeypatch, now):
+    def viewed(real, x, *arguments, **options):
+        torch.empty_like(x)
+        return real(x.view(-1, 2560).view(x.shape).detach(), *arguments, **options)
+
+    assert planted(monkeypatch, viewed) == now["sm_90a"]["merge at 64"]
+
+
+def test_kernels_of_a_program_are_counted():
+    assert static_gate._kernels(programs.scale_then_sum, (64,)) == 2
+    assert static_gate._kernels(programs.mirror, (256,)) == 1
+
+
+def test_the_switch_for_batch_invariance_is_left_as_it_was(monkeypatch, now):
+    monkeypatch.setattr(_dispatch, "BATCH_INVARIANT", True)
+    assert static_gate.count("pre", "sm_90a", 64) == now["sm_90a"]["pre at 64"]
+    assert _dispatch.BATCH_INVARIANT
+
+
+def test_growth_is_wrong_and_less_is_to_be_recorded(now):
+    record = copy.deepcopy(now)
+    record["sm_80"]["merge at 64"]["launches"] = 0
+    record["sm_80"]["pre at 64"]["passed"] += 1
+    del record["sm_90a"]["pre at 64"]
+    record["sm_90a"]["gone at 64"] = {"launches": 1}
+    more, other = static_gate.differences(record, now)
+    assert more == ["sm_80: merge at 64: launches 0 -> 1"]
+    assert [line.partition(" at 64: ")[0] for line in other] == [
+        "sm_90a: pre",
+        "sm_90a: gone",
+        "sm_80: pre",
+    ]
+    assert static_gate.differences({}, now)[0] == []
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, now):
+    """A record of its own, no compiler, and kernels that take what is recorded."""
+    monkeypatch.setattr(static_gate, "RECORD", tmp_path / "ops.json")
+    monkeypatch.setattr(_static, "available", lambda: None)
+    monkeypatch.setattr(resources, "RECORDS", tmp_path)
+    monkeypatch.setattr(static_gate, "measure", lambda archs: {a: now[a] for a in archs})
+    taken = {"registers": 64, "spill_stores": 0, "spill_loads": 0, "stack": 0, "static_smem": 0}
+    taken |= {"dynamic_smem": 0, "threads": 128, "program": "p", "source": "s"}
+    kernels = {"merge_forward_kernel": taken}
+
+    def measure(architectures, *, fresh):
+        return {arch: _gate.Record("13.0", copy.deepcopy(kernels)) for arch in architectures}
+
+    monkeypatch.setattr(resources, "measure", measure)
+    return taken, tmp_path / "ops.json"
+
+
+def test_the_command(place, capsys):
+    taken, path = place
+    assert main(["gate", "--static"]) == 1
+    assert f"{path} must hold counts of ops, got" in capsys.readouterr().err
+    assert main(["gate", "--static", "--write"]) == 0
+    assert main(["gate", "--static"]) == 0
+    assert "sm_90a: 1 kernels, 34 calls of ops" in capsys.readouterr().out
+    record = json.loads(path.read_text())
+    record["sm_90a"]["pre at 64"]["launches"] -= 1
+    record["sm_90a"]["merge at 64"]["launches"] += 1
+    path.write_text(json.dumps(record))
+    taken["registers"] = 72
+    assert main(["gate", "--static"]) == cli.REGRESSION
+    out, err = capsys.readouterr()
+    assert "sm_90a: merge at 64: launches 2 -> 1; record it with `mhc-tile perf gate" in out
+    assert "sm_90a: pre at 64: launches 1 -> 2" in err
+    assert "sm_89: merge_forward_kernel: registers 64 -> 72" in err
+    assert main(["gate", "--static", "--arch", "sm_80", "--write"]) == 0
+    assert main(["gate", "--static", "--arch", "sm_80"]) == 0
+    assert json.loads(path.read_text())["sm_90a"] == record["sm_90a"]
+
+
+def test_arguments_that_do_not_fit(capsys, monkeypatch):
+    for arguments, why in (
+        (["--write"], "--write must come with --static"),
+        (["--static", "--json", "-"], "--static must come without json"),
+        (["--static", "--arch", "sm_70"], "--arch must be one of sm_80, "),
+    ):
+        assert main(["gate", *arguments]) == 1
+        assert why in capsys.readouterr().err
+    monkeypatch.setattr(_static, "available", lambda: "no nvcc: install it")
+    assert main(["gate", "--static"]) == 1
+    assert "a compiler must be here, got none: no nvcc" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"sm_80": {"merge": {"launches": "1"}}}', "1"])
+def test_a_record_that_is_none(tmp_path, text):
+    path = tmp_path / "ops.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="must hold counts of ops, got"):
+        static_gate.read(path)
