@@ -71,6 +71,16 @@ def _add_gate(commands: Any) -> None:
     parser.set_defaults(perform=_gate)
 
 
+def _add_report(commands: Any) -> None:
+    parser = commands.add_parser("report", help="one HTML page of a result, with its pictures")
+    parser.add_argument("result", type=Path, help="of `mhc-tile perf run` or `overhead`")
+    parser.add_argument("--baseline", type=Path, metavar="FILE", help="an older result, to compare")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: beside the result")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="the pictures as PNG, too")
+    parser.add_argument("--force", action="store_true", help="whatever differs between the results")
+    parser.set_defaults(perform=_report_page)
+
+
 def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threshold", type=_percent, default=5.0, metavar="PERCENT", help="default: 5"
@@ -80,7 +90,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="for programs; - for the terminal")
 
 
-COMMANDS: list[Callable[[Any], None]] = [_add_compare, _add_gate]
+COMMANDS: list[Callable[[Any], None]] = [_add_compare, _add_gate, _add_report]
 
 
 def baseline_path(gpu: str) -> Path:
@@ -103,7 +113,7 @@ def _compare(args: argparse.Namespace) -> int:
 
     base, new = records.read(args.base), records.read(args.new)
     found = compare.compare(base, new, threshold=args.threshold / 100, force=args.force)
-    return _report(found, args, complete=False)
+    return _say(found, args, complete=False)
 
 
 def _gate(args: argparse.Namespace) -> int:
@@ -121,12 +131,12 @@ def _gate(args: argparse.Namespace) -> int:
         new = records.read(args.result)
         _check_commit(new, args)
         base = _baseline(args.baseline, new.environment.get("gpu"))
-        return _report(compare.compare(base, new, **options), args, complete=True)
+        return _say(compare.compare(base, new, **options), args, complete=True)
     base = _baseline(args.baseline, _gpu_here())
     found = compare.gate(base, _measure, **options)
     if args.out:
         records.write(found.new, args.out)
-    return _report(found, args, complete=True)
+    return _say(found, args, complete=True)
 
 
 def _gate_static(args: argparse.Namespace) -> int:
@@ -192,7 +202,7 @@ def _measure(base: "Record") -> "Record":
     return importlib.import_module(".suite", __package__).measure_for_gate(base)
 
 
-def _report(found: "Comparison", args: argparse.Namespace, *, complete: bool) -> int:
+def _say(found: "Comparison", args: argparse.Namespace, *, complete: bool) -> int:
     from . import summary
 
     failed = bool(found.faults(complete=complete))
@@ -208,6 +218,18 @@ def _report(found: "Comparison", args: argparse.Namespace, *, complete: bool) ->
         head = summary.headline(found, complete=complete)
         sys.stdout.write("\n".join([summary.table(found), "", *summary.lines(found), head]) + "\n")
     return REGRESSION if failed else 0
+
+
+def _report_page(args: argparse.Namespace) -> int:
+    from . import compare, records, report
+
+    record, found = records.read(args.result), None
+    if args.baseline:
+        found = compare.compare(records.read(args.baseline), record, force=args.force)
+    path = args.out or args.result.with_suffix(".html")
+    report.write(record, path, found, args.figures)
+    sys.stdout.write(f"{path}\n")
+    return 0
 
 
 def _percent(text: str) -> float:

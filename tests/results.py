@@ -85,3 +85,59 @@ def process(
         values = {"us": sample.us, "p20": sample.low, "p80": sample.high, "turns": turns}
         rows.append(row(None, case=case).replace(**values))
     return record(*rows, copy_bytes_per_s=4.2e12 * math.exp(rng.gauss(0, 0.003)))
+
+
+PEER = "liger-kernel 0.6.4"
+TILE = "tile-kernels 1.0"
+EAGER, COMPILED = "reference (eager)", "reference (compiled)"
+
+
+def full() -> Record:
+    """A run as it is in earnest: contenders that fail, are absent or wrong, sweeps over T and C."""
+    rng = random.Random(0)
+    rows = []
+    sweep = [(4**power, 2560) for power in range(3, 9)] + [(8192, c) for c in (640, 2048, 5120)]
+    for op in OPS:
+        for mode in MODES:
+            for tokens, width in dict.fromkeys([*SHAPES, *sweep]):
+                moved = int(
+                    tokens * width * 2 * (3 + 2 * OPS.index(op)) * (1 + 2 * (mode != "forward"))
+                )
+                case = f"{op}/{mode}/{tokens}x{width}/n4/bfloat16"
+                base = 2.4 + moved / 4.2e6 / rng.uniform(0.75, 0.98)
+                ours = row(base, case=case, bytes=moved, launches=1 + (op == "pre"), host_us=8.2)
+                rows.append(
+                    ours.replace(error=2.1e-3, peak_bytes=moved // 3, saved_bytes=moved // 9)
+                )
+                if (tokens, width) not in SHAPES:
+                    continue
+                for name, factor in ((PEER, 2.3), (TILE, 1.5), (EAGER, 9.0), (COMPILED, 3.2)):
+                    other = row(base * factor * rng.uniform(0.8, 1.2), case=case, contender=name)
+                    rows.append(other.replace(bytes=moved, launches=int(factor * 3), error=3e-3))
+    rows[1] = row(None, case=rows[1].case, contender=PEER, status="failed", fault="<b>no & no</b>")
+    rows[7] = row(None, case=rows[7].case, contender=TILE, status="wrong", fault="error 1e-1")
+    rows[5] = rows[5].replace(captured=False)
+    rows += [row(None, case=rows[0].case, contender="hyper-connections 0.2", status="absent")]
+    return record(*rows)
+
+
+def overhead(**environment: Any) -> Record:
+    """Steps of a model with three kinds of residual."""
+    rows = []
+    spent = {"matrix products": 61e3, "attention": 18e3, "optimizer": 9e3, "other": 6e3}
+    for batch in (4, 8):
+        for name, more in (("residual", 0.0), (OURS, 6.2e3), ("mHC, eager", 88e3)):
+            parts = {key: value * batch / 8 for key, value in spent.items()}
+            if more:
+                parts["mHC"] = more * batch / 8
+            us = sum(parts.values()) * 1.01
+            rows.append(
+                Row(
+                    f"3b/training/B{batch}xS4096", name, "step", "training", batch * 4096, 1280, 4,
+                    "bfloat16", us=us, p20=us * 0.99, p80=us * 1.01, turns=10, parts=parts,
+                    peak_bytes=30_000_000_000,
+                )
+            )  # fmt: skip
+    failed = {"us": None, "p20": None, "p80": None, "parts": {}, "status": "out of memory"}
+    rows.append(rows[-1].replace(contender="mHC, compiled", **failed))
+    return record(*rows, kind="overhead", **environment)

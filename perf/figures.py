@@ -1,0 +1,312 @@
+"""Pictures of a result: percent of the roofline, times by size, parts of a step, changes.
+
+Colours are Okabe and Ito's, told apart without red or green; contenders have markers of their own,
+too, and keep colour and marker in all pictures of a result.
+"""
+
+import collections
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from mhc_tile.autotune._extras import require
+
+from .compare import Comparison
+from .records import OURS, Record, Row, percent_of_roofline
+
+Figure = Any  # matplotlib's, which is imported where it is needed
+Label = tuple[str, str]  # colour and marker
+
+BLUE, GREY = "#0072B2", "#8C8C8C"
+PEERS = (("#E69F00", "s"), ("#009E73", "D"), ("#CC79A7", "^"), ("#D55E00", "v"), ("#56B4E9", "P"))
+REFERENCES = ((GREY, "x"), ("#4D4D4D", "+"))
+PARTS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#F0E442", "#BFBFBF")
+MOST_PANELS = 6
+MOST_CHANGES = 40
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#666666",
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#E3E3E3",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4.5,
+    "svg.hashsalt": "mhc_tile",
+}
+
+
+def draw(record: Record, comparison: Comparison | None = None) -> dict[str, Figure]:
+    """Every picture that a result has numbers for, by name.
+
+    Args:
+        record: the result.
+        comparison: with an older one, for a picture of changes.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    with _style():
+        found = {
+            "roofline": roofline(record),
+            "tokens": scaling(record, "tokens"),
+            "hidden_size": scaling(record, "hidden_size"),
+            "parts": parts(record),
+            "changes": changes(comparison) if comparison else None,
+        }
+    return {name: figure for name, figure in found.items() if figure is not None}
+
+
+def save(figure: Figure, target: Any, kind: str) -> None:
+    """Write a picture.
+
+    Args:
+        figure: of `draw`.
+        target: a path or a file.
+        kind: "svg" or "png".
+    """
+    with _style():
+        metadata = {"Date": None} if kind == "svg" else {}
+        figure.savefig(target, format=kind, dpi=150, metadata=metadata)
+
+
+def roofline(record: Record) -> Figure | None:
+    """Bars of the share of the roofline: a panel a shape, a row of panels a mode; None if empty."""
+    copy = record.environment.get("copy_bytes_per_s")
+    rows = [row for row in record.rows if percent_of_roofline(row, copy) is not None]
+    shapes = main_shapes(rows)
+    modes = list(dict.fromkeys(row.mode for row in rows))
+    if not shapes:
+        return None
+    ops = list(dict.fromkeys(row.op for row in rows))[::-1]
+    size = (1.6 + 2.1 * len(shapes), 0.9 + len(modes) * (0.5 + 0.3 * len(ops)))
+    figure, axes = _panels(len(modes), len(shapes), size, sharex=True, sharey=True)
+    styles = labels(record)
+    for axis, (mode, shape) in zip(axes, ((m, s) for m in modes for s in shapes), strict=True):
+        for row in rows:
+            if (row.mode, _shape(row)) != (mode, shape):
+                continue
+            percent, place = percent_of_roofline(row, copy), ops.index(row.op)
+            colour, marker = styles[row.contender]
+            if row.contender == OURS:
+                axis.barh(place, percent, height=0.62, color=colour)
+                axis.annotate(
+                    f"{percent:.0f}", (percent, place), (3, 0), textcoords="offset points",
+                    va="center", fontsize=7, zorder=5,
+                )  # fmt: skip
+            else:
+                axis.plot(percent, place, marker, color=colour, markeredgewidth=1.4, zorder=3)
+        axis.axvline(100, color="#666666", linewidth=0.8, linestyle=(0, (4, 3)))
+        axis.set_title(f"{shape[0]} x {shape[1]}, {mode}")
+        axis.set_yticks(range(len(ops)), ops)
+        axis.grid(axis="y", visible=False)
+    axes[0].set_xlim(0, max(118, axes[0].get_xlim()[1]))
+    figure.supxlabel("percent of the roofline")
+    _legend(figure, styles)
+    return figure
+
+
+def scaling(record: Record, along: str) -> Figure | None:
+    """Times by the number of tokens or by the width: a panel an op and a mode; None if too few.
+
+    Args:
+        record: the result.
+        along: "tokens" or "hidden_size".
+    """
+    other = "hidden_size" if along == "tokens" else "tokens"
+    rows = [row for row in record.rows if row.sample]
+    fixed = _most_points(rows, along, other)
+    if fixed is None:
+        return None
+    rows = [row for row in rows if (getattr(row, other), row.streams, row.dtype) == fixed]
+    panels = list(dict.fromkeys((row.op, row.mode) for row in rows))
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    size = (0.8 + 2.6 * columns, 1.2 + 2.0 * lines)
+    figure, axes = _panels(lines, columns, size, sharex=True)
+    styles = labels(record)
+    copy = record.environment.get("copy_bytes_per_s")
+    for axis, (op, mode) in zip(axes, panels, strict=False):
+        own = [row for row in rows if (row.op, row.mode) == (op, mode)]
+        _times(axis, own, along, copy, styles)
+        axis.set_title(f"{op}, {mode}")
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    shape = f"{'C' if along == 'tokens' else 'T'} = {fixed[0]}, n = {fixed[1]}, {fixed[2]}"
+    figure.supxlabel(f"{'tokens T' if along == 'tokens' else 'width C'}   ({shape})")
+    figure.supylabel("microseconds a call")
+    present = {row.contender for row in rows}
+    _legend(figure, {name: style for name, style in styles.items() if name in present}, copy)
+    return figure
+
+
+def _times(
+    axis: Any, rows: Sequence[Row], along: str, copy: float | None, styles: dict[str, Label]
+) -> None:
+    """Lines of a panel, both axes logarithmic: every contender, and the bound."""
+    bounds: dict[int, float] = {}
+    for name in dict.fromkeys(row.contender for row in rows):
+        own = sorted(
+            (row for row in rows if row.contender == name), key=lambda row: getattr(row, along)
+        )
+        colour, marker = styles[name]
+        sizes = [getattr(row, along) for row in own]
+        front = 4 if name == OURS else 3
+        axis.plot(sizes, [row.us for row in own], f"{marker}-", color=colour, zorder=front)
+        axis.vlines(
+            sizes, [row.p20 for row in own], [row.p80 for row in own], color=colour, zorder=front
+        )
+        if copy:
+            for row, size in zip(own, sizes, strict=True):
+                if row.bytes:
+                    bounds[size] = row.bytes / copy * 1e6
+    if bounds:
+        sizes = sorted(bounds)
+        axis.plot(sizes, [bounds[s] for s in sizes], color="#666666", linestyle=(0, (4, 3)), lw=0.9)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(sorted({getattr(row, along) for row in rows}))
+    axis.xaxis.set_major_formatter(lambda value, _: _short(value))
+    axis.yaxis.set_major_locator(
+        require("matplotlib.ticker", "perf", "perf").LogLocator(subs=(1.0, 3.0))
+    )
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.tick_params(axis="x", labelrotation=45, labelsize=7)
+    axis.minorticks_off()
+
+
+def parts(record: Record) -> Figure | None:
+    """What the time of a step is made of: a bar a contender and a case; None without parts."""
+    rows = [row for row in record.rows if row.parts and row.us]
+    if not rows:
+        return None
+    names = list(dict.fromkeys(name for row in rows for name in row.parts))
+    size = (8.5, 1.3 + 0.42 * len(rows))
+    figure, (axis,) = _panels(1, 1, size)
+    for place, row in enumerate(reversed(rows)):
+        left = 0.0
+        for index, name in enumerate(names):
+            width = row.parts.get(name, 0.0) / 1e3
+            axis.barh(
+                place, width, left=left, height=0.62, color=PARTS[index % len(PARTS)],
+                edgecolor="white", linewidth=0.6, label=name if place == 0 else None,
+            )  # fmt: skip
+            left += width
+        axis.plot(row.us / 1e3, place, "|", color="black", markersize=14, markeredgewidth=1.4)
+        axis.annotate(f" {row.us / 1e3:.1f}", (max(left, row.us / 1e3), place), va="center")
+    several = len(record.cases) > 1
+    texts = [f"{r.case}\n{r.contender}" if several else r.contender for r in reversed(rows)]
+    axis.set_yticks(range(len(rows)), texts)
+    axis.set_xlabel("milliseconds of a step; the line is the whole step as measured")
+    axis.margins(x=0.08)
+    axis.grid(axis="y", visible=False)
+    figure.legend(loc="outside upper center", ncols=min(5, len(names)))
+    return figure
+
+
+def changes(found: Comparison) -> Figure | None:
+    """How much slower our cases are than in the base, the worst above; None if none is known."""
+    pairs = [pair for pair in found.pairs if pair.ours and pair.change is not None]
+    pairs.sort(key=lambda pair: abs(pair.change or 0) / (pair.allowed or 1), reverse=True)
+    pairs = sorted(pairs[:MOST_CHANGES], key=lambda pair: pair.change or 0)
+    if not pairs:
+        return None
+    figure, (axis,) = _panels(1, 1, (8.5, 1.1 + 0.2 * len(pairs)))
+    colours = {"regression": "#D55E00", "improvement": BLUE, "failing": "#D55E00"}
+    for place, pair in enumerate(pairs):
+        allowed, change = 100 * (pair.allowed or 0), 100 * (pair.change or 0)
+        axis.barh(place, 2 * allowed, left=-allowed, height=0.8, color="#EEEEEE")
+        axis.plot(change, place, "o", color=colours.get(pair.verdict, GREY), zorder=3)
+    axis.axvline(0, color="#666666", linewidth=0.8)
+    axis.set_yticks(range(len(pairs)), [pair.case for pair in pairs], fontsize=7)
+    axis.set_ylim(-0.7, len(pairs) - 0.3)
+    axis.set_xlabel("percent more time than the base; the grey bar is what passes")
+    axis.grid(axis="y", visible=False)
+    return figure
+
+
+def labels(record: Record) -> dict[str, Label]:
+    """Colour and marker of every contender that was timed, ours first.
+
+    Args:
+        record: the result.
+    """
+    timed = dict.fromkeys(row.contender for row in record.rows if row.us)
+    names = sorted(timed, key=lambda name: (name != OURS, "reference" in name))
+    found, peers, references = {}, 0, 0
+    for name in names:
+        if name == OURS:
+            found[name] = (BLUE, "o")
+        elif "reference" in name:
+            found[name] = REFERENCES[references % len(REFERENCES)]
+            references += 1
+        else:
+            found[name] = PEERS[peers % len(PEERS)]
+            peers += 1
+    return found
+
+
+def main_shapes(rows: Sequence[Row]) -> list[tuple[int, int, int, str]]:
+    """The shapes (T, C, n, dtype) at which most was measured, sorted; a few at most.
+
+    Args:
+        rows: timed.
+    """
+    counts = collections.Counter(_shape(row) for row in rows)
+    most = max(counts.values(), default=0)
+    wide = [shape for shape, count in counts.items() if 2 * count > most]
+    wide.sort(key=lambda s: (-counts[s], s[2] != 4, s[3] != "bfloat16", -s[0] * s[1]))
+    return sorted(wide[:MOST_PANELS])
+
+
+def _shape(row: Row) -> tuple[int, int, int, str]:
+    return row.tokens, row.hidden_size, row.streams, row.dtype
+
+
+def _most_points(rows: Sequence[Row], along: str, other: str) -> tuple[int, int, str] | None:
+    """The other size, n and dtype at which ours has most sizes; None if nowhere three."""
+    points: dict[tuple[int, int, str], set[int]] = {}
+    for row in rows:
+        if row.contender == OURS:
+            key = (getattr(row, other), row.streams, row.dtype)
+            points.setdefault(key, set()).add(getattr(row, along))
+    if not points:
+        return None
+    best = max(points, key=lambda key: (len(points[key]), key[1] == 4, key[2] == "bfloat16"))
+    return best if len(points[best]) >= 3 else None
+
+
+def _panels(
+    lines: int, columns: int, size: tuple[float, float], **shared: bool
+) -> tuple[Figure, list[Any]]:
+    figure_of = require("matplotlib.figure", "perf", "perf").Figure
+    figure = figure_of(figsize=size, layout="constrained")
+    return figure, list(figure.subplots(lines, columns, squeeze=False, **shared).flatten())
+
+
+def _legend(figure: Figure, styles: dict[str, Label], bound: float | None = None) -> None:
+    line_of = require("matplotlib.lines", "perf", "perf").Line2D
+    handles = [
+        line_of([], [], color=colour, marker=marker, markeredgewidth=1.4, lw=0, label=name)
+        for name, (colour, marker) in styles.items()
+    ]
+    if bound:
+        dashes = (0, (4, 3))
+        handles.append(line_of([], [], color="#666666", linestyle=dashes, lw=0.9, label="roofline"))
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(6, len(handles)))
+
+
+def _short(value: float) -> str:
+    return f"{value / 1024:g}k" if value >= 1024 and value % 1024 == 0 else f"{value:g}"
+
+
+@contextlib.contextmanager
+def _style() -> Iterator[None]:
+    rc_context: Callable[..., Any] = require("matplotlib", "perf", "perf").rc_context
+    with rc_context(STYLE):
+        yield

@@ -1,0 +1,202 @@
+"""The page and the pictures of a result: what they say, and that nothing breaks them."""
+
+import base64
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from mhc_tile import __main__
+from mhc_tile.autotune import _extras
+from mhc_tile.perf import compare, figures, records, report
+from mhc_tile.perf.__main__ import main
+from results import EAGER, PEER, TILE, full, overhead, record, row
+
+VOID = {"meta", "img"}
+
+
+class Page(HTMLParser):
+    """Collects text, and fails on tags that do not match and on anything from elsewhere."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        assert self.open == []
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        assert tag not in ("script", "link", "iframe")
+        for name, value in attributes:
+            assert not name.startswith("on")
+            assert name not in ("src", "href") or value.startswith("data:image/svg+xml;base64,")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def result():
+    return full()
+
+
+@pytest.fixture(scope="module")
+def page(result):
+    text = report.page(result)
+    return text, Page(text).text
+
+
+def test_it_says_what_was_measured_where_and_how(page):
+    _, text = page
+    for part in (
+        "mhc_tile: op times on NVIDIA H200",
+        "commit 0123456789ab",
+        "168 of 168 cases of mhc_tile correct and measured",
+        "of the roofline from 4096 tokens on",
+        "4.20 TB/s bandwidth of a copy",
+        "the bytes that the op must read and write at least once",
+        "driver 580.65.06",
+        "tilelang 0.1.15",
+        "mhc-tile perf run",
+        "p20 to p80",
+    ):
+        assert part in text, part
+    assert "slower in none" in text
+
+
+def test_faults_are_said_in_words_and_escaped(page):
+    html, text = page
+    assert f"{PEER} failed at merge/forward/64x7168/n4/bfloat16: <b>no & no</b>" in text
+    assert f"{TILE} gave wrong results at merge/forward/4096x7168/n4/bfloat16: error 1e-1" in text
+    assert "hyper-connections 0.2 is not installed and was not measured" in text
+    assert "<b>no" not in html
+    assert "†" in text  # no CUDA graph
+
+
+def test_pictures_are_in_the_page(page, result):
+    html, _ = page
+    found = [base64.b64decode(data) for data in re.findall(r"svg\+xml;base64,([^']+)'", html)]
+    assert len(found) == len(figures.draw(result)) == 3
+    assert all(picture.startswith(b"<?xml") and b"</svg>" in picture for picture in found)
+
+
+def test_numbers_of_a_row():
+    ours = row(50.0, bytes=105_000_000, launches=2, error=2e-3, host_us=8.25, peak_bytes=3_000_000)
+    slow = row(100.0, contender=PEER, bytes=105_000_000)
+    text = Page(report.page(record(ours, slow))).text
+    assert "mhc_tile 50.0 [49.5 to 50.5] 2100 50 1.00 2.0e-03 2 8.2 3.0" in text
+    assert f"{PEER} 100.0 [99.0 to 101.0] 1050 25 2.00" in text
+    assert "2.00x faster than the best other implementation of each of 1 cases" in text
+
+
+def test_the_best_other_is_correct():
+    wrong = row(1.0, contender=TILE, status="wrong")
+    rows = [row(50.0), row(90.0, contender=PEER), row(200.0, contender=EAGER), wrong]
+    assert report.best_other(rows).contender == PEER
+    assert report.best_other(rows[:1]) is None
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        record(),
+        record(row(None, status="failed", fault="no")),
+        record(row(None)),
+        record(row(1.0, p20=None, p80=None), copy_bytes_per_s=None, gpu=None, packages={}),
+        records.Record("run", {}, [row(1.0, captured=None)]),
+        record(row(1.0, contender=PEER)),
+        record(kind="overhead"),
+        record(row(5e6, bytes=1), row(0.02, case="merge/forward/1x8/n1/float32", bytes=10**9)),
+    ],
+)
+def test_results_with_holes_have_a_page(result):
+    Page(report.page(result))
+    Page(report.page(result, compare.compare(result, result)))
+
+
+def test_nothing_of_a_result_is_markup():
+    nasty = "</td><script>alert(1)</script>'\"&"
+    rows = [row(contender=nasty, details={nasty: nasty}), row(None, status="failed", fault=nasty)]
+    environment = {nasty: nasty, "commit": nasty, "gpu": nasty, "command": [nasty]}
+    result = record(*rows, **environment)
+    Page(report.page(result, compare.compare(result, result)))
+
+
+def test_steps_say_what_their_overhead_is_of():
+    html = report.page(overhead(denominator="a step without any hyper-connection"))
+    text = Page(html).text
+    assert "a step takes beyond a step without any hyper-connection, in percent" in text
+    assert "mhc_tile 50.6 [50.1 to 51.1] +6.6% 30000.0" in text
+    assert "mHC, compiled ran out of memory at 3b/training/B8xS4096" in text
+    assert "GB/s" not in text
+    assert "the step of the same model with a plain residual" in Page(report.page(overhead())).text
+    steps = record(row(details={"overhead": 0.25}), kind="overhead")
+    assert "+25.0%" in Page(report.page(steps)).text
+
+
+def test_a_comparison_is_shown(result):
+    old = [r.replace(us=r.us / 1.2) if r.us and r.op == "merge" else r for r in result.rows]
+    found = compare.compare(record(*old, commit="older"), result)
+    html = report.page(record(*result.rows[:20]), found)
+    text = Page(html).text
+    assert f"Against the older result: {len(found.faults())} regressions of 168 cases" in text
+    assert "differs: commit: older -> 0123456789ab" in text
+    assert "regression merge/forward/64x7168" in text
+
+
+def test_colours_and_markers_are_those_of_contenders(result):
+    styles = figures.labels(result)
+    assert next(iter(styles)) == "mhc_tile"
+    assert len(set(styles.values())) == len(styles) == 5
+    assert len({marker for _, marker in styles.values()}) == 5
+
+
+def test_the_shapes_shown_are_those_with_most_rows(result):
+    shapes = figures.main_shapes([r for r in result.rows if r.us])
+    assert [shape[:2] for shape in shapes] == [
+        (64, 7168), (4096, 7168), (8192, 1280), (8192, 2560), (8192, 4096)
+    ]  # fmt: skip
+    assert figures.main_shapes([]) == []
+
+
+def test_which_pictures_there_are(result):
+    names = {name for name in figures.draw(result, compare.compare(result, result))}
+    assert names == {"roofline", "tokens", "hidden_size", "changes"}
+    assert set(figures.draw(overhead())) == {"parts"}
+    assert figures.draw(record(row())) == {}
+
+
+def test_the_commands(tmp_path, capsys):
+    few = record(*[r for r in full().rows if r.op == "merge"])
+    records.write(few, tmp_path / "run.json")
+    records.write(record(*few.rows, gpu="NVIDIA A100"), tmp_path / "other.json")
+    assert __main__.main(["perf", "report", str(tmp_path / "run.json")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'run.html'}\n"
+    Page((tmp_path / "run.html").read_text())
+    out, pictures = tmp_path / "a" / "page.html", tmp_path / "b"
+    command = ["report", str(tmp_path / "run.json"), "--out", str(out), "--figures", str(pictures)]
+    assert main([*command, "--baseline", str(tmp_path / "run.json")]) == 0
+    assert out.is_file()
+    for name in ("roofline", "tokens", "hidden_size", "changes"):
+        assert (pictures / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert main([*command, "--baseline", str(tmp_path / "other.json")]) == 1
+    assert "gpu: NVIDIA A100 -> NVIDIA H200; --force" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named(monkeypatch, tmp_path, capsys):
+    def missing(name):
+        raise ImportError(f"No module named {name!r}")
+
+    records.write(record(row()), tmp_path / "run.json")
+    monkeypatch.setattr(_extras.importlib, "import_module", missing)
+    assert main(["report", str(tmp_path / "run.json")]) == 1
+    assert "pip install 'mhc-tile[perf]' brings it" in capsys.readouterr().err
