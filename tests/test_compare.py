@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import random
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 
@@ -319,3 +322,29 @@ def test_rows_are_not_changed():
     kept = dataclasses.replace(base)
     compare.gate(base, lambda wanted: record(row(99)))
     assert base == kept
+
+
+# The workflow to copy.
+
+WORKFLOW = Path(__file__).parents[1] / "perf" / "workflow.yml"
+COMMANDS = re.findall(r"(?<!`)\bmhc-tile [^\n`#]+", WORKFLOW.read_text())
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "<gpu>" not in c])
+def test_the_workflows_commands_exist(command):
+    words = shlex.split(command)[1:]
+    if words[:2] == ["perf", "run"] and not hasattr(cli, "_add_run"):
+        pytest.skip("there is no `mhc-tile perf run` yet")
+    assert callable(__main__.build_parser().parse_args(words).run)
+
+
+def test_the_workflow_runs_tunes_gates_and_reports():
+    names = [" ".join(shlex.split(command)[1:3]) for command in COMMANDS]
+    for name in ("autotune --preset", "perf run", "perf gate", "perf report"):
+        assert name in names
+    yaml = pytest.importorskip("yaml")
+    jobs = yaml.safe_load(WORKFLOW.read_text())["jobs"]
+    assert "self-hosted" in jobs["gate"]["runs-on"]
+    steps = [step.get("run", step.get("uses")) for step in jobs["gate"]["steps"]]
+    assert all(steps)
+    assert steps[-1].startswith("actions/upload-artifact@")
