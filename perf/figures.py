@@ -197,8 +197,9 @@ def parts(record: Record) -> Figure | None:
                 edgecolor="white", linewidth=0.6, label=name if place == 0 else None,
             )  # fmt: skip
             left += width
-        axis.plot(row.us / 1e3, place, "|", color="black", markersize=14, markeredgewidth=1.4)
-        axis.annotate(f" {row.us / 1e3:.1f}", (max(left, row.us / 1e3), place), va="center")
+        whole = (row.us or 0.0) / 1e3
+        axis.plot(whole, place, "|", color="black", markersize=14, markeredgewidth=1.4)
+        axis.annotate(f" {whole:.1f}", (max(left, whole), place), va="center")
     several = len(record.cases) > 1
     texts = [f"{r.case}\n{r.contender}" if several else r.contender for r in reversed(rows)]
     axis.set_yticks(range(len(rows)), texts)

@@ -3,8 +3,6 @@
 Pictures are within the page, there are no scripts, and it says in words what its numbers mean.
 """
 
-import base64
-import html
 import io
 import math
 import shlex
@@ -14,29 +12,10 @@ from typing import Any
 
 from . import figures, summary
 from .compare import Comparison
+from .markup import document, picture, table, text, words
 from .records import OURS, Record, Row, percent_of_roofline
 
 LARGE = 4096  # tokens from which on a kernel has enough to do to be judged by its bandwidth
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; margin: 2rem auto;
-       max-width: 72rem; padding: 0 1.2rem; }
-h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-h3 { font-size: 1rem; margin: 1.6rem 0 .3rem; } .under { color: #595959; margin-top: .2rem; }
-.cards { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0; }
-.card { border: 1px solid #ddd; border-radius: 6px; padding: .6rem .9rem; max-width: 17rem; }
-.card b { display: block; font-size: 1.5rem; } .card span { color: #595959; font-size: .85rem; }
-.bad { border-color: #d55e00; } .bad b { color: #b04a00; }
-table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .15rem .6rem; text-align: right; border-bottom: 1px solid #e8e8e8; }
-td { white-space: nowrap; }
-.words td { white-space: normal; vertical-align: top; }
-th { color: #595959; font-weight: 600; vertical-align: bottom; }
-th.l, td.l { text-align: left; } td.w { text-align: left; color: #b04a00; }
-tr.ours td { font-weight: 600; background: #f1f6fa; } tr.first td { border-top: 1px solid #999; }
-figure { margin: 1rem 0; } figure img { max-width: 100%; } .wide { overflow-x: auto; }
-figcaption { color: #595959; font-size: .87rem; max-width: 60rem; }
-code { background: #f4f4f4; padding: .05rem .3rem; border-radius: 3px; }
-"""
 READING = {
     "case": "op, mode, T tokens x C channels of each of n streams, dtype. A <i>training</i> call "
     "is forward and backward, an <i>inference</i> or <i>forward</i> call has no gradients.",
@@ -59,7 +38,7 @@ READING_STEPS = {
     "case": "model, what a step is, batch x sequence length.",
     "time": "milliseconds of one step, the median of several turns, and behind it the 20th and "
     "80th percentile. Contenders take turns.",
-    "peak": "device memory in MB that the step needs at most.",
+    "peak": "device memory in GB that the step needs at most.",
 }
 CAPTIONS = {
     "roofline": "Share of the roofline by op: bars and their numbers are mhc_tile, marks are other "
@@ -96,26 +75,22 @@ def page(
     if pictures is None:
         pictures = figures.draw(record, comparison)
     reading = READING_STEPS if record.kind == "overhead" else READING
-    shown = [_figure(name, picture) for name, picture in pictures.items()]
+    shown = [picture(_svg(drawn), CAPTIONS[name]) for name, drawn in pictures.items()]
     under = f"commit {where.get('commit') or 'unknown'}, {where.get('date') or 'no date'}"
     parts = [
-        f"<h1>{_text(title)}</h1><p class='under'>{_text(under)}</p>",
+        f"<h1>{text(title)}</h1><p class='under'>{text(under)}</p>",
         _cards(record, comparison),
         *_faults(record),
         *_overhead(record),
         *(["<h2>Pictures</h2>", *shown] if shown else []),
         *(_comparison(comparison) if comparison else []),
         "<h2>How to read it</h2>",
-        _words((_text(key), value) for key, value in reading.items()),
+        words((text(key), value) for key, value in reading.items()),
         *(_ops(record) if record.kind == "run" else []),
         "<h2>Where it was measured</h2>",
         _environment(where),
     ]
-    head = f"<meta charset='utf-8'><title>{_text(title)}</title><style>{STYLE}</style>"
-    head += "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-    return (
-        f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>\n"
-    )
+    return document(title, parts)
 
 
 def write(
@@ -134,13 +109,13 @@ def write(
         MissingExtraError: matplotlib is not installed.
     """
     pictures = figures.draw(record, comparison)
-    text = page(record, comparison, pictures)
+    whole = page(record, comparison, pictures)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(whole, encoding="utf-8")
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, picture in pictures.items():
-            figures.save(picture, folder / f"{name}.png", "png")
+        for name, drawn in pictures.items():
+            figures.save(drawn, folder / f"{name}.png", "png")
 
 
 def geometric_mean(values: Iterable[float]) -> float | None:
@@ -164,8 +139,18 @@ def best_other(rows: Sequence[Row]) -> Row | None:
     return min(others, key=lambda row: row.us or math.inf, default=None)
 
 
-def _text(value: Any) -> str:
-    return html.escape(str(value))
+def overhead(row: Row, steps: Sequence[Row]) -> float | None:
+    """How much longer a step takes than the plain one: its own `details`, else by their times.
+
+    Args:
+        row: of `steps`.
+        steps: of one case; the plain one is that of a contender whose name begins with "residual".
+    """
+    known = row.details.get("overhead")
+    plain = next((one.us for one in steps if one.contender.startswith("residual")), None)
+    if known is not None or not (plain and row.us):
+        return known
+    return row.us / plain - 1
 
 
 def _ours(record: Record) -> list[Row]:
@@ -197,23 +182,22 @@ def _cards(record: Record, comparison: Comparison | None) -> str:
             ratios.append(other.us / row.us)
     if record.kind == "run" and (mean := geometric_mean(ratios)):
         slower = sum(ratio < 1 for ratio in ratios)
-        text = f"faster than the best other implementation of each of {len(ratios)} cases "
-        text += (
-            f"(geometric mean); slower in {slower}"
-            if slower
-            else "(geometric mean), slower in none"
-        )
-        cards.append((f"{mean:.2f}x", text, False))
+        said = f"faster than the best other implementation of each of {len(ratios)} cases "
+        said += f"(geometric mean), slower in {slower or 'none'}"
+        cards.append((f"{mean:.2f}x", said, False))
+    for row in good if record.kind == "overhead" else []:
+        if (over := overhead(row, record.of(row.case))) is not None:
+            cards.append((f"{over:+.1%}", f"overhead of mhc_tile, {row.case}", False))
     if copy:
         cards.append((f"{copy / 1e12:.2f} TB/s", "bandwidth of a copy in this run", False))
     if comparison:
         faults = comparison.faults()
         change = comparison.mean_change
-        text = summary.headline(comparison)
-        cards.append(("no change" if change is None else f"{change:+.1%}", text, bool(faults)))
+        said = summary.headline(comparison)
+        cards.append(("no change" if change is None else f"{change:+.1%}", said, bool(faults)))
     boxes = []
-    for number, text, bad in cards:
-        inner = f"<b>{_text(number)}</b><span>{_text(text)}</span>"
+    for number, said, bad in cards:
+        inner = f"<b>{text(number)}</b><span>{text(said)}</span>"
         boxes.append(f"<div class='card{' bad' * bad}'>{inner}</div>")
     return f"<div class='cards'>{''.join(boxes)}</div>"
 
@@ -239,56 +223,60 @@ def _faults(record: Record) -> list[str]:
         return []
     return [
         "<h2>What did not work</h2><ul>",
-        *(f"<li>{_text(line)}</li>" for line in lines),
+        *(f"<li>{text(line)}</li>" for line in lines),
         "</ul>",
     ]
 
 
 def _overhead(record: Record) -> list[str]:
-    """A table of steps; the denominator is the contender whose name begins with "residual"."""
+    """A table of steps."""
     if record.kind != "overhead":
         return []
-    words = record.environment.get("denominator")
-    words = words or "the step of the same model with a plain residual connection"
+    of_what = record.environment.get("denominator")
+    of_what = of_what or "the step of the same model with a plain residual connection"
     rows = []
     for case in record.cases:
         steps = record.of(case)
-        plain = next((row.us for row in steps if row.contender.startswith("residual")), None)
         for index, row in enumerate(steps):
-            over = row.details.get("overhead")
-            if over is None and plain and row.us:
-                over = row.us / plain - 1
+            over = overhead(row, steps)
             cells = (
-                _text(case if index == 0 else ""),
-                _text(row.contender),
+                text(case if index == 0 else ""),
+                text(row.contender),
                 _spread(row, 1e3),
                 "" if over is None else f"{over:+.1%}",
-                _megabytes(row.peak_bytes),
-                _text("" if row.status == "ok" else row.status),
+                "" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.1f}",
+                text("" if row.status == "ok" else row.status),
             )
             rows.append((cells, _kind(row, index)))
-    headers = ("case", "contender", "ms a step [p20 to p80]", "overhead", "peak MB", "")
+    headers = ("case", "contender", "ms a step [p20 to p80]", "overhead", "peak GB", "")
     said = (
-        f"<p>Overhead is the time that a step takes beyond {_text(words)}, in percent of that.</p>"
+        f"<p>Overhead is the time that a step takes beyond {text(of_what)}, in percent of that.</p>"
     )
-    return ["<h2>Steps</h2>", said, _table(headers, rows, left=2)]
+    return ["<h2>Steps</h2>", said, table(headers, rows, left=2)]
 
 
 def _ops(record: Record) -> list[str]:
     """A table an op, the contenders of a case one below the other."""
     copy = record.environment.get("copy_bytes_per_s")
-    headers = ("case", "contender", "time, us [p20 to p80]", "GB/s", "% of roofline", "x ours")
+    headers: tuple[str, ...] = (
+        "case",
+        "contender",
+        "time, us [p20 to p80]",
+        "GB/s",
+        "% of roofline",
+        "x ours",
+    )
     headers += ("error", "launches", "host us", "peak MB", "kept MB", "")
     parts = ["<h2>All numbers</h2>"]
     for op in dict.fromkeys(row.op for row in record.rows):
-        rows = []
+        rows: list[Any] = []
         for case in record.cases:
             own = [row for row in record.of(case) if row.op == op and row.status != "absent"]
             ours = next((row for row in own if row.contender == OURS), None)
             for index, row in enumerate(sorted(own, key=lambda row: row.contender != OURS)):
                 rows.append((_cells(row, ours, copy, first=index == 0), _kind(row, index)))
         if rows:
-            parts += [f"<h3>{_text(op)}</h3>", _table(headers, rows, left=2)]
+            parts += [f"<h3>{text(op)}</h3>", table(headers, rows, left=2)]
     return parts
 
 
@@ -297,8 +285,8 @@ def _cells(row: Row, ours: Row | None, copy: float | None, *, first: bool) -> tu
     speed = row.bytes / row.us / 1e3 if row.bytes and row.us else None
     ratio = row.us / ours.us if ours and ours.us and row.us else None
     return (
-        _text(row.case.removeprefix(f"{row.op}/") if first else ""),
-        _text(row.contender),
+        text(row.case.removeprefix(f"{row.op}/") if first else ""),
+        text(row.contender),
         _spread(row, 1.0) + ("†" if row.captured is False and row.us else ""),
         _number(speed, ".0f"),
         _number(percent, ".0f"),
@@ -308,7 +296,7 @@ def _cells(row: Row, ours: Row | None, copy: float | None, *, first: bool) -> tu
         _number(row.host_us, ".1f"),
         _megabytes(row.peak_bytes),
         _megabytes(row.saved_bytes),
-        _text("" if row.status == "ok" else row.status),
+        text("" if row.status == "ok" else row.status),
     )
 
 
@@ -320,10 +308,10 @@ def _spread(row: Row, unit: float) -> str:
     if row.us is None:
         return "-"
     digits = 1 if row.us / unit < 1000 else 0
-    text = f"{row.us / unit:.{digits}f}"
+    shown = f"{row.us / unit:.{digits}f}"
     if row.p20 is None or row.p80 is None:
-        return text
-    return f"{text} [{row.p20 / unit:.{digits}f} to {row.p80 / unit:.{digits}f}]"
+        return shown
+    return f"{shown} [{row.p20 / unit:.{digits}f} to {row.p80 / unit:.{digits}f}]"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -341,19 +329,19 @@ def _comparison(found: Comparison) -> list[str]:
     headers = ("verdict", "case", "base us", "new us", "change", "allowed", "")
     rows = [
         (
-            _text(pair.verdict),
-            _text(pair.case),
+            text(pair.verdict),
+            text(pair.case),
             _spread(pair.base, 1.0) if pair.base else "-",
             _spread(pair.new, 1.0) if pair.new else "-",
             _number(pair.change, "+.1%"),
             _number(pair.allowed, "+.1%"),
-            _text("; ".join(pair.notes)),
+            text("; ".join(pair.notes)),
         )
         for pair in changed
     ]
-    parts = [f"<h2>Against the older result: {_text(summary.headline(found))}</h2><ul>"]
-    parts += [f"<li>{_text(line)}</li>" for line in lines] + ["</ul>"]
-    return parts + ([_table(headers, rows, left=2)] if rows else [])
+    parts = [f"<h2>Against the older result: {text(summary.headline(found))}</h2><ul>"]
+    parts += [f"<li>{text(line)}</li>" for line in lines] + ["</ul>"]
+    return parts + ([table(headers, rows, left=2)] if rows else [])
 
 
 def _environment(where: Mapping[str, Any]) -> str:
@@ -364,34 +352,13 @@ def _environment(where: Mapping[str, Any]) -> str:
         if isinstance(value, Mapping):
             value = ", ".join(f"{name} {v}" for name, v in value.items() if v) or None
         if key == "command" and isinstance(value, (list, tuple)):
-            rows.append(("command", f"<code>{_text(shlex.join(map(str, value)))}</code>"))
+            rows.append(("command", f"<code>{text(shlex.join(map(str, value)))}</code>"))
             continue
-        rows.append((_text(key), _text("none" if value is None else value)))
-    return _words(rows)
+        rows.append((text(key), text("none" if value is None else value)))
+    return words(rows)
 
 
-def _words(rows: Iterable[tuple[str, str]]) -> str:
-    """A table of names and what is to be said of them."""
-    return f"<div class='words'>{_table(('', ''), list(rows), left=2)}</div>"
-
-
-def _table(headers: Sequence[str], rows: Sequence[Any], *, left: int) -> str:
-    """A table of escaped cells; a row may come with its class. The last cell is words."""
-    lines = []
-    for row in rows:
-        cells, kind = row if isinstance(row[0], tuple) else (row, "")
-        marks = ["l" if i < left else "w" if i + 1 == len(cells) else "" for i in range(len(cells))]
-        inner = "".join(f"<td class='{m}'>{c}</td>" for m, c in zip(marks, cells, strict=True))
-        lines.append(f"<tr class='{kind}'>{inner}</tr>")
-    top = "".join(f"<th class='{'l' * (i < left)}'>{_text(h)}</th>" for i, h in enumerate(headers))
-    top = f"<thead><tr>{top}</tr></thead>" if any(headers) else ""
-    return f"<div class='wide'><table>{top}<tbody>{''.join(lines)}</tbody></table></div>"
-
-
-def _figure(name: str, picture: figures.Figure) -> str:
+def _svg(drawn: figures.Figure) -> bytes:
     buffer = io.BytesIO()
-    figures.save(picture, buffer, "svg")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    caption = _text(CAPTIONS[name])
-    image = f"<img alt='{caption}' src='data:image/svg+xml;base64,{data}'>"
-    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+    figures.save(drawn, buffer, "svg")
+    return buffer.getvalue()

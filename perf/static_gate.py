@@ -127,7 +127,8 @@ def differences(record: Record, now: Record) -> tuple[list[str], list[str]]:
         >>> differences(old, {"sm_80": {"merge at 64": {"launches": 2, "bytes": 9}}})
         (['sm_80: merge at 64: launches 1 -> 2'], ['sm_80: merge at 64: bytes 10 -> 9'])
     """
-    more, other = [], []
+    more: list[str] = []
+    other: list[str] = []
     for arch, counted in now.items():
         kept = record.get(arch, {})
         for name, counts in counted.items():
@@ -184,9 +185,9 @@ def run(architectures: Sequence[str], *, fresh: bool = False, write: bool = Fals
     if why := _static.available():
         raise ValueError(f"perf gate: a compiler must be here, got none: {why}")
     counted = measure([arch for arch in ARCHITECTURES if arch in architectures])
+    found: list[str] = []
     if write:
         _write(counted)
-        found = []
     else:
         found, other = differences(read(), counted)
         for line in other:
