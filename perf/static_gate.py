@@ -69,7 +69,8 @@ def measure(architectures: Sequence[str] = ARCHITECTURES) -> Record:
 
 def names() -> list[str]:
     """Every op that has kernels, twice if it has an optional tensor."""
-    return sorted([*_dispatch.LAUNCHERS, *(op for op in PARTS if op.endswith(PARTED))])
+    own = [op for op in OPS if op in _dispatch.LAUNCHERS]
+    return sorted([*own, *(op for op in PARTS if op.endswith(PARTED))])
 
 
 def count(op: str, arch: str, tokens: int) -> Counts:
