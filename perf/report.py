@@ -140,17 +140,17 @@ def best_other(rows: Sequence[Row]) -> Row | None:
 
 
 def overhead(row: Row, steps: Sequence[Row]) -> float | None:
-    """How much longer a step takes than the plain one: its own `details`, else by their times.
+    """By how much a step is longer than the plain one: by its `details`, else by their times.
 
     Args:
         row: of `steps`.
         steps: of one case; the plain one is that of a contender whose name begins with "residual".
     """
-    known = row.details.get("overhead")
+    percent = row.details.get("overhead_percent")
+    if isinstance(percent, (int, float)):
+        return percent / 100
     plain = next((one.us for one in steps if one.contender.startswith("residual")), None)
-    if known is not None or not (plain and row.us):
-        return known
-    return row.us / plain - 1
+    return row.us / plain - 1 if plain and row.us else None
 
 
 def _ours(record: Record) -> list[Row]:
@@ -233,7 +233,13 @@ def _overhead(record: Record) -> list[str]:
     if record.kind != "overhead":
         return []
     of_what = record.environment.get("denominator")
-    of_what = of_what or "the step of the same model with a plain residual connection"
+    if not of_what:
+        of_what = "the step of the same model with plain residual connections"
+    words_of = of_what if isinstance(of_what, Mapping) else {"": of_what}
+    said = ["<p>Overhead is what a step takes longer than with plain residuals. 100% is</p><ul>"]
+    said += [
+        f"<li>{text(f'{case}: {what}' if case else what)}</li>" for case, what in words_of.items()
+    ]
     rows = []
     for case in record.cases:
         steps = record.of(case)
@@ -249,10 +255,7 @@ def _overhead(record: Record) -> list[str]:
             )
             rows.append((cells, _kind(row, index)))
     headers = ("case", "contender", "ms a step [p20 to p80]", "overhead", "peak GB", "")
-    said = (
-        f"<p>Overhead is the time that a step takes beyond {text(of_what)}, in percent of that.</p>"
-    )
-    return ["<h2>Steps</h2>", said, table(headers, rows, left=2)]
+    return ["<h2>Steps</h2>", *said, "</ul>", table(headers, rows, left=2)]
 
 
 def _ops(record: Record) -> list[str]:
@@ -347,10 +350,12 @@ def _comparison(found: Comparison) -> list[str]:
 def _environment(where: Mapping[str, Any]) -> str:
     rows = []
     for key, value in where.items():
+        if key == "denominator":
+            continue  # said with the steps
         if key == "copy_bytes_per_s":
             key, value = "copy", f"{value / 1e12:.3f} TB/s" if value else None
         if isinstance(value, Mapping):
-            value = ", ".join(f"{name} {v}" for name, v in value.items() if v) or None
+            value = ", ".join(f"{name} {v or 'not installed'}" for name, v in value.items())
         if key == "command" and isinstance(value, (list, tuple)):
             rows.append(("command", f"<code>{text(shlex.join(map(str, value)))}</code>"))
             continue

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mhc_tile import __main__
-from mhc_tile.perf import cli, compare, records, summary
+from mhc_tile.perf import cli, compare, records, suite, summary
 from mhc_tile.perf.__main__ import main
 from results import ENVIRONMENT, process, record, row, true_times
 
@@ -79,6 +79,8 @@ def test_what_was_not_measured_counts_for_a_gate_only():
     assert verdict(row(), row(None)) == "missing"
     assert verdict(row(), row(float("nan"))) == "missing"
     assert verdict(row(None), row()) == "new"
+    broken = row(None, status="failed")
+    assert compare.compare(record(broken), record()).faults(complete=True) == []
     assert verdict(row(None), row(None)) == "same"
 
 
@@ -188,6 +190,7 @@ def test_a_suspected_case_alone_is_measured_again():
     assert asked == [[row().case, OTHER], [row().case], [row().case]]
     assert found.faults() == []
     assert found.of("same")[0].new.us == 90
+    assert {pair.contender for pair in found.pairs} == {"mhc_tile"}
     asked.clear()
     answers[2] = record(row(97.5))
     assert [pair.new.us for pair in compare.gate(base, measure).faults()] == [97.5]
@@ -322,6 +325,11 @@ def test_rows_are_not_changed():
     kept = dataclasses.replace(base)
     compare.gate(base, lambda wanted: record(row(99)))
     assert base == kept
+
+
+def test_the_gate_measures_with_the_suite(monkeypatch):
+    monkeypatch.setattr(suite, "measure_for_gate", lambda base: record(row(91)))
+    assert cli._measure(record(row())).rows[0].us == 91
 
 
 # The workflow to copy.

@@ -66,6 +66,7 @@ def test_it_says_what_was_measured_where_and_how(page):
         "the bytes that the op must read and write at least once",
         "driver 580.65.06",
         "tilelang 0.1.15",
+        "liger-kernel not installed",
         "mhc-tile perf run",
         "p20 to p80",
     ):
@@ -132,15 +133,17 @@ def test_nothing_of_a_result_is_markup():
 
 
 def test_steps_say_what_their_overhead_is_of():
-    html = report.page(overhead(denominator="a step without any hyper-connection"))
-    text = Page(html).text
-    assert "a step takes beyond a step without any hyper-connection, in percent" in text
+    case = "3b/training/B4xS4096"
+    text = Page(report.page(overhead(denominator={case: "4 layers, forward and backward"}))).text
+    assert f"100% is {case}: 4 layers, forward and backward" in text
     assert "mhc_tile 50.6 [50.1 to 51.1] +6.6% 30.0" in text
     assert "+6.6% overhead of mhc_tile, 3b/training/B4xS4096" in text
     assert "mHC, compiled ran out of memory at 3b/training/B8xS4096" in text
     assert "GB/s" not in text
-    assert "the step of the same model with a plain residual" in Page(report.page(overhead())).text
-    steps = record(row(details={"overhead": 0.25}), kind="overhead")
+    text = Page(report.page(overhead(denominator="one layer"))).text
+    assert "100% is one layer" in text
+    assert "100% is the step of the same model" in Page(report.page(overhead())).text
+    steps = record(row(details={"overhead_percent": 25.0}), kind="overhead")
     assert "+25.0%" in Page(report.page(steps)).text
 
 
