@@ -204,6 +204,14 @@ KERNELS: dict[str, Kernel] = {
         _rowwise(True),
         sums=True,
     ),
+    "merge_backward_maps": Kernel(
+        "merge",
+        lambda make: (make.x, make.x, make.hidden, make.vector),
+        lambda kernel, tensors, config: kernel.backward(*tensors, None, config=config)[1:],
+        _direction("backward without grad_x"),
+        _rowwise(True),
+        sums=True,
+    ),
     "pre_apply": Kernel(
         "pre_apply",
         lambda make: (make.x, make.vector),
@@ -291,7 +299,8 @@ KERNELS: dict[str, Kernel] = {
     "pre_backward": Kernel(
         "pre_backward",
         lambda make: (
-            make.hidden, make.vector, make.matrix, make.x, *make.parameters, *make.saved, make.x
+            make.hidden, make.vector, make.matrix, make.x, *make.parameters, *make.saved,
+            make.x, make.matrix,
         ),
         lambda kernel, tensors, config: kernel.backward(
             *tensors, **_MAPPING, **_SINKHORN, config=config

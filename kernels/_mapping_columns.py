@@ -2,6 +2,7 @@
 
     grad_x[i, c]        = sum_k grad_raw[k] * phi[k, i*C + c] + radial * x[i, c]
                           + h_pre[i] * grad_layer_input[c] + grad_x_part[i, c]
+                          [or + sum_o h_res[o, i] * grad_x_part[o, c], where it is grad_x_next]
     grad_phi[k, i*C + c] = sum_t grad_raw[t, k] * x[t, i, c]
 
 The second line of grad_x holds the terms that `pre` needs, each left out where there is none. A
@@ -35,6 +36,8 @@ from ._programs import F32, ITEM_BYTES, PASS_CONFIGS, ceil_div, logits_per_token
 from ._projection import shared_limit
 from ._sinkhorn_walk import round_tf32
 
+# What `part` says of grad_x_part; "" leaves it out.
+ADDED, MIXED = "added", "mixed"
 WIDE_SHARED_BYTES = 112640  # of 64 tokens in flight, at most; 48 fit every supported GPU
 TENSOR_CORE_PASS_CONFIGS = {**PASS_CONFIGS, "tl.disable_wgmma": True}
 
@@ -130,12 +133,13 @@ def is_aligned(channels: int, dtype: str) -> bool:
 
 
 def _macros(
-    channels: int, n: int, dtype: str, with_pre: bool, with_part: bool, tile: int, width: int
+    channels: int, n: int, dtype: str, with_pre: bool, part: str, tile: int, width: int
 ) -> tuple[Any, Any, Any, Any]:
     """Parts of `columns_program`: fetch, high and low (what tensor cores keep, lose), products."""
     narrow = dtype == "bfloat16"  # x goes to the tensor cores as it is; fp16 goes as tf32 parts
     rows = {"transpose_A": True, "policy": T.GemmWarpPolicy.FullRow}
     copy = T.async_copy if is_aligned(channels, dtype) else T.copy
+    with_part = bool(part)
 
     @T.macro
     def fetch(
@@ -184,7 +188,7 @@ def _macros(
 
 @program(TENSOR_CORE_PASS_CONFIGS)
 def columns_program(
-    channels, n, dtype, with_pre, with_part, overlap,
+    channels, n, dtype, with_pre, part, overlap,
     columns, tile, threads, stages, groups, min_blocks,
 ):  # fmt: skip
     """A slice of channels walks over the tokens of its group; see the module's docstring."""
@@ -195,24 +199,32 @@ def columns_program(
     rows = ceil_div(logits, 8) * 8  # of the matrix products
     narrow, exact = dtype == "bfloat16", dtype == "float32"
     # asynchronous ones, a tile of tokens
-    copies = 1 + is_aligned(channels, dtype) * (n + int(with_pre) + n * int(with_part))
+    copies = 1 + is_aligned(channels, dtype) * (n + int(with_pre) + n * bool(part))
     record_row = record_width(n)
     record_words = tile * record_row
-    fetch, high, low, add_grad_phi = _macros(channels, n, dtype, with_pre, with_part, tile, width)
+    fetch, high, low, add_grad_phi = _macros(channels, n, dtype, with_pre, part, tile, width)
 
     def pre_term(weights, grad_input, now, t, c):
         if not with_pre:
             return 0.0
         return weights[t, c // width] * T.cast(grad_input[now, t, c % width], F32)
 
-    def part_term(staged, now, t, c):
-        return T.cast(staged[now, t, c], F32) if with_part else 0.0
+    def part_term(h_res, staged, now, token, t, c):
+        if part != MIXED:
+            return T.cast(staged[now, t, c], F32) if part else 0.0
+        row = T.min(token + t, tokens - 1)
+        terms = (
+            h_res[row, o, c // width] * T.cast(staged[now, t, o * width + c % width], F32)
+            for o in range(n)
+        )
+        return sum(terms, 0.0)
 
     @T.prim_func
     def mapping_backward_columns(
         x: T.Tensor((tokens, n, channels), dtype),
         grad_layer_input: T.Tensor((tokens, channels), dtype),
         grad_x_part: T.Tensor((tokens, n, channels), dtype),
+        h_res: T.Tensor((tokens, n, n), F32),
         records: T.Tensor((tokens, record_width(n)), F32),
         phi: T.Tensor((logits, n, channels), F32),
         grad_x: T.Tensor((tokens, n, channels), dtype),
@@ -299,7 +311,7 @@ def columns_program(
                     grad_streams[t, c] = (
                         weights[t, n] * T.cast(streams[now, t, c], F32)
                         + pre_term(weights, grad_input, now, t, c)
-                        + part_term(staged, now, t, c)
+                        + part_term(h_res, staged, now, token, t, c)
                     )
                 # .. + sum_k grad_raw[k] * phi[k, i*C + c]
                 T.gemm(grad_raw, phi_tile, grad_streams, policy=T.GemmWarpPolicy.FullCol)

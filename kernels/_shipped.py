@@ -39,12 +39,13 @@ def launch_all(tokens: int, n: int, channels: int, dtype: torch.dtype, device: s
     pre_apply.forward(x, post)
     pre_apply.backward(hidden, x, post)
     merge.forward(x, hidden, post, res)
-    merge.backward(x, x, hidden, post, res)
+    for mixing in (res, None):
+        merge.backward(x, x, hidden, post, mixing)
     mapping.forward(x, *parameters, norm_eps=1e-6, **scales)
     mapping_backward.backward(post, post, res, x, *parameters, *saved, **scales)
     pre.forward(x, *parameters, norm_eps=1e-6, **scales, **steps)
-    for part in (None, x):
-        pre_backward.backward(hidden, post, res, x, *parameters, *saved, part, **scales, **steps)
+    for part in ((), (x,), (x, res)):
+        pre_backward.backward(hidden, post, res, x, *parameters, *saved, *part, **scales, **steps)
 
 
 def programs(

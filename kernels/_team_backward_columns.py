@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 import tilelang.language as T
 
+from ._mapping_columns import ADDED, MIXED
 from ._programs import F32, logits_per_token
 from ._team_backward_roles import (
     BF16,
@@ -77,7 +78,7 @@ def columns_macros(share: Share, tokens: object) -> tuple[Callable[..., None], .
 
     @T.macro
     def form(
-        grad_x, grad_phi, phi_tile, streams, inputs, staged, high_low, scaled, weights,
+        grad_x, grad_phi, phi_tile, streams, inputs, staged, h_res, high_low, scaled, weights,
         slot, part_slot, first, member, tx, meeting,
     ):  # fmt: skip
         """grad_x of a group, and its share of grad_phi, for the warp's elements."""
@@ -95,6 +96,8 @@ def columns_macros(share: Share, tokens: object) -> tuple[Callable[..., None], .
         grad_input = T.alloc_local((CHUNK,), BF16)
         part = T.alloc_local((CHUNK,), BF16)
         result = T.alloc_local((CHUNK,), F32)
+        mixing = T.alloc_local((2,), F32)
+        weight = T.alloc_local((STREAMS,), F32)
         for h in T.unroll(2):
             chunk = T.min(warp * WARP_CHUNKS + h * 8 + lane // 4, chunks - 1)
             inner = chunk % stream_chunks
@@ -103,6 +106,11 @@ def columns_macros(share: Share, tokens: object) -> tuple[Callable[..., None], .
             inside = (warp * WARP_CHUNKS + h * 8 + lane // 4 < chunks) and (channel < C)
             inner_origin = (q * STREAMS + stream) * (C // CHUNK) + channel // CHUNK
             origin = first * (STREAMS * C // CHUNK) + T.cast(inner_origin, "int64")
+            if share.part == MIXED:
+                # lane t or 16 + t has h_res[o, i] of token t and two o; i is the warp's in h
+                mixed_row = T.min(first + lane % GROUP, tokens - 1)
+                for r in T.unroll(2):
+                    mixing[r] = h_res[mixed_row, (lane // GROUP * 2 + r) * STREAMS + stream]
             for c in T.unroll(4):
                 for v in T.vectorized(CHUNK):
                     x_lane[c, v] = streams[slot, c * 4 + q, stream, swizzled(inner, q) + v]
@@ -144,7 +152,7 @@ def columns_macros(share: Share, tokens: object) -> tuple[Callable[..., None], .
                         products.data, m * 4, T.bool(False),
                     )  # fmt: skip
                 # grad_x[i, c] = sum_k grad_raw[k] * phi[k, i*C + c] + radial * x[i, c]
-                #                + h_pre[i] * grad_layer_input[c] + part[i, c]
+                #                + h_pre[i] * grad_layer_input[c] + part[i, c] ..
                 for c in T.unroll(2):
                     token = (u * 2 + c) * 4 + q
                     radial = weights[token, STREAMS]
@@ -154,7 +162,7 @@ def columns_macros(share: Share, tokens: object) -> tuple[Callable[..., None], .
                         stream_lane[v] = streams[slot, token, stream, swizzled(inner, q) + v]
                     for v in T.vectorized(CHUNK):
                         grad_input[v] = inputs[slot, token, 0, swizzled(inner, q) + v]
-                    if share.with_part:
+                    if share.part == ADDED:
                         for v in T.vectorized(CHUNK):
                             part[v] = staged[part_slot, token, stream, swizzled(inner, q) + v]
                     for v in T.unroll(CHUNK):
@@ -163,8 +171,17 @@ def columns_macros(share: Share, tokens: object) -> tuple[Callable[..., None], .
                             + radial * T.cast(stream_lane[v], F32)
                             + h_pre * T.cast(grad_input[v], F32)
                         )
-                        if share.with_part:
+                        if share.part == ADDED:
                             result[v] += T.cast(part[v], F32)
+                    # .. or + sum_o h_res[o, i] * part[o, c]
+                    if share.part == MIXED:
+                        for o in T.unroll(STREAMS):
+                            weight[o] = T.shfl_sync(mixing[o % 2], o // 2 * GROUP + token)
+                        for o in T.unroll(STREAMS):
+                            for v in T.vectorized(CHUNK):
+                                part[v] = staged[part_slot, token, o, swizzled(inner, q) + v]
+                            for v in T.unroll(CHUNK):
+                                result[v] += weight[o] * T.cast(part[v], F32)
                     if inside and (token < present):
                         for v in T.vectorized(CHUNK):
                             grad_x[

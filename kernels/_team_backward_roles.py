@@ -31,13 +31,13 @@ class Share:
         channels: C.
         width: channels of a member, 64 to 256: whole lines of 128 bytes, to swizzle and to copy.
         depth: tiles in the ring of x and grad_layer_input.
-        with_part: whether merge's share of grad_x is added.
+        part: what is added of merge's backward, as in `_mapping_columns`.
     """
 
     channels: int
     width: int
     depth: int
-    with_part: bool
+    part: str
 
     @property
     def chunks(self) -> int:
@@ -52,7 +52,7 @@ class Share:
     @property
     def shared_bytes(self) -> int:
         """Of a block."""
-        tiles = self.depth * (STREAMS + 1) + 2 * STREAMS * self.with_part
+        tiles = self.depth * (STREAMS + 1) + 2 * STREAMS * bool(self.part)
         return GROUP * tiles * self.width * 2 + WARP * 24 * 2 + 2 * WARP * 8 * 2 + GROUP * 8 * 4
 
 

@@ -24,7 +24,14 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
-from ._mapping_columns import Config, candidates, columns_program, default_config
+from ._mapping_columns import (
+    ADDED,
+    MIXED,
+    Config,
+    candidates,
+    columns_program,
+    default_config,
+)
 from ._mapping_records import sums_width, token_records
 from ._programs import (
     F32,
@@ -106,6 +113,7 @@ def gradients_from_records(
     phi: Tensor,
     grad_layer_input: Tensor | None = None,
     grad_x_part: Tensor | None = None,
+    h_res: Tensor | None = None,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch `columns_program` and `parts_program`.
@@ -117,6 +125,7 @@ def gradients_from_records(
         phi: [n*n + 2n, n*C], fp32.
         grad_layer_input: [T, C] in x's dtype. None leaves its term out.
         grad_x_part: [T, n, C] in x's dtype. None leaves its term out.
+        h_res: [T, n, n], fp32: `sum_o h_res[o, i] * grad_x_part[o, c]` is added instead.
         config: launch knobs; `default_config` if None.
 
     Returns:
@@ -130,14 +139,19 @@ def gradients_from_records(
         config = default_config(tokens, channels, n, x.dtype, *device)
     grad_x = torch.empty_like(x)
     parts = phi.new_empty(config.groups, logits, n, channels)
-    terms = (grad_layer_input is not None, grad_x_part is not None)
+    part = "" if grad_x_part is None else ADDED if h_res is None else MIXED
+    terms = (grad_layer_input is not None, part)
     knobs = astuple(config)
     # what a program leaves unread still has its shape
     read = x.view(-1)[: tokens * channels].view(tokens, channels)
     read = read if grad_layer_input is None else grad_layer_input
-    part = x if grad_x_part is None else grad_x_part
+    tensors = (
+        read,
+        x if grad_x_part is None else grad_x_part,
+        records.view(-1)[: tokens * n * n].view(tokens, n, n) if h_res is None else h_res,
+    )
     add_columns = columns_program(arch, channels, n, dtype_name(x), *terms, overlaps(arch), *knobs)
-    add_columns(x, read, part, records, phi.view(logits, n, channels), grad_x, parts)
+    add_columns(x, *tensors, records, phi.view(logits, n, channels), grad_x, parts)
     return grad_x, *add_parts(parts, block_sums, phi)
 
 

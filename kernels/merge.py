@@ -188,7 +188,7 @@ def forward_program(n: int, channels: int, dtype: str, threads: int, vectors: in
 
 @program()
 def backward_program(
-    n: int, channels: int, dtype: str, threads: int, vector: int, min_blocks: int
+    n: int, channels: int, dtype: str, with_grad_x: bool, threads: int, vector: int, min_blocks: int
 ) -> Any:
     """One token a block; see the module's docstring."""
     tokens = T.dynamic("tokens")
@@ -218,7 +218,8 @@ def backward_program(
             post_dots = T.alloc_reducer((n,), F32, op="sum")
             res_dots = T.alloc_reducer((n, n), F32, op="sum")
             T.copy(h_post[token, 0:n], post)
-            T.copy(h_res[token, 0:n, 0:n], res)
+            if with_grad_x:
+                T.copy(h_res[token, 0:n, 0:n], res)
             T.reducer_init(post_dots)
             T.reducer_init(res_dots)
             for step in T.serial(T.ceildiv(channels, tile)):
@@ -226,13 +227,15 @@ def backward_program(
                 T.copy(grad_x_next[token, 0:n, first : first + tile], grad)
                 T.copy(x[token, 0:n, first : first + tile], stream)
                 T.copy(layer_output[token, first : first + tile], output)
-                T.clear(grad_stream)
+                if with_grad_x:
+                    T.clear(grad_stream)
                 T.clear(grad_output)
                 for o in T.serial(n):
                     # grad_x[i, c] = sum_o h_res[o, i] * grad_x_next[o, c]
-                    for i in T.serial(n):
-                        for c in T.Parallel(tile):
-                            grad_stream[i, c] += res[o, i] * T.cast(grad[o, c], F32)
+                    if with_grad_x:
+                        for i in T.serial(n):
+                            for c in T.Parallel(tile):
+                                grad_stream[i, c] += res[o, i] * T.cast(grad[o, c], F32)
                     # grad_layer_output[c] = sum_o h_post[o] * grad_x_next[o, c]
                     for c in T.Parallel(tile):
                         grad_output[c] += post[o] * T.cast(grad[o, c], F32)
@@ -244,7 +247,8 @@ def backward_program(
                 # grad_h_post[o] = sum_c grad_x_next[o, c] * layer_output[c]
                 for o, c in T.Parallel(n, tile):
                     T.reducer_update(post_dots[o], T.cast(grad[o, c], F32) * T.cast(output[c], F32))
-                T.copy(grad_stream, grad_x[token, 0:n, first : first + tile])
+                if with_grad_x:
+                    T.copy(grad_stream, grad_x[token, 0:n, first : first + tile])
                 T.copy(grad_output, grad_layer_output[token, first : first + tile])
             T.finalize_reducer(res_dots, res)
             T.finalize_reducer(post_dots, post)
@@ -292,10 +296,10 @@ def backward(
     x: Tensor,
     layer_output: Tensor,
     h_post: Tensor,
-    h_res: Tensor,
+    h_res: Tensor | None,
     *,
     config: BackwardConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """Gradient of `forward`; the equations are the module's.
 
     Args:
@@ -303,22 +307,26 @@ def backward(
         x: [T, n, C], bf16, fp16 or fp32. What `forward` read, as are the next three.
         layer_output: [T, C], dtype of x.
         h_post: [T, n], fp32.
-        h_res: [T, n, n], fp32, [out, in].
+        h_res: [T, n, n], fp32, [out, in]. None leaves grad_x out: `pre_backward` forms it, too.
         config: launch knobs; `default_config` if None.
 
     Returns:
-        grad_x [T, n, C], grad_layer_output [T, C] in x's dtype; grad_h_post [T, n], grad_h_res
-        [T, n, n], fp32.
+        grad_x [T, n, C] (None without h_res), grad_layer_output [T, C] in x's dtype; grad_h_post
+        [T, n], grad_h_res [T, n, n], fp32.
     """
     tokens, n, channels = x.shape
-    inputs = (grad_x_next, x, layer_output, h_post, h_res)
-    grads = tuple(torch.empty_like(read) for read in inputs[1:])
+    grad_x = None if h_res is None else torch.empty_like(x)
+    grad_h_res = h_post.new_empty(tokens, n, n)
+    grads = (torch.empty_like(layer_output), torch.empty_like(h_post), grad_h_res)
     if tokens:
         dtype = dtype_name(x)
         config = config or default_config(True, tokens, n, channels, dtype)
-        constants = (n, channels, dtype, *dataclasses.astuple(config))
-        backward_program(architecture(x.device), *constants)(*inputs, *grads)
-    return grads
+        constants = (n, channels, dtype, grad_x is not None, *dataclasses.astuple(config))
+        kernel = backward_program(architecture(x.device), *constants)
+        # what a program leaves alone still has its shape
+        unread, unwritten = (h_res, grad_x) if grad_x is not None else (grad_h_res, x)
+        kernel(grad_x_next, x, layer_output, h_post, unread, unwritten, *grads)
+    return grad_x, *grads
 
 
 def traffic(
@@ -327,11 +335,13 @@ def traffic(
     """Bytes that must move and floating-point operations.
 
     Returns:
-        {"forward": (bytes, flops), "backward": (bytes, flops)}.
+        {"forward": (bytes, flops), "backward": (bytes, flops), and "backward without grad_x"}.
     """
     item, maps = ITEM_BYTES[dtype], 4 * (n * n + n)
     flops = tokens * channels * 2 * (n * n + n)
+    bare = tokens * ((2 * n + 2) * channels * item + maps + 4 * n)
     return {
         "forward": (tokens * ((2 * n + 1) * channels * item + maps), flops),
         "backward": (tokens * ((3 * n + 2) * channels * item + 2 * maps), 2 * flops),
+        "backward without grad_x": (bare, flops),
     }

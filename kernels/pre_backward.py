@@ -5,21 +5,21 @@
     grad_x[i, c]  = h_pre[i] * grad_layer_input[c] + grad_x_part[i, c]
                     + sum_k grad_raw[k] * phi[k, i*C + c] + radial * x[i, c]
 
-`gradients.pre_backward` states the same. grad_x_part is what merge's backward left of grad_x at a
-boundary, so grad_x is written once, complete. grad_x needs grad_h_pre, a sum over the whole token,
-so x is needed twice. One thread a token leaves the token's record, without what grad_h_pre decides.
+grad_x_part is what merge's backward left of grad_x, so grad_x is written once, complete. With h_res
+it is merge's own cotangent, grad_x_next, and `sum_o h_res[o, i] * grad_x_part[o, c]` is added:
+merge's backward then writes 4 C less. grad_x needs grad_h_pre, a sum over the whole token, so x is
+needed twice. One thread a token leaves the token's record, without what grad_h_pre decides.
 
 Many tokens go through `pre_backward_team`, which reads x once: 13 C elements a token at n = 4, the
-floor. Few tokens, and whatever has no teams (n other than 4, fp16, fp32, GPUs before sm_90), take
-two launches: the dot products ((n + 1) C elements a token read), which complete the records, and
-the columns ((2n + 1) C read, n C written), 18 C. The ordered sum of grad_phi's parts is the last
-launch of either.
+floor. Few tokens, and what has no teams (other n than 4, fp16, fp32, before sm_90), take two
+launches: dot products ((n + 1) C elements a token read), which complete the records, and columns
+((2n + 1) C read, n C written), 18 C. The ordered sum of grad_phi's parts is the last launch.
 
-From sm_90 on a launch may begin before the one ahead has ended. The dot products begin beside the
-records' launch. They fill `records` with `PENDING` before the columns may begin, and write a
-token's words when they have its sums; the columns load phi and their first tokens meanwhile and
-wait for each word that they need. Nothing waits for a launch behind it, so one after another is
-right, too. Only the first launch waits for whatever ran before, so no buffer is still in use.
+From sm_90 on a launch may begin before the one ahead has ended: the dot products begin beside the
+records' launch, fill `records` with `PENDING` before the columns may begin, and write a token's
+words when they have its sums; the columns load phi and their first tokens meanwhile and wait for
+each word. Nothing waits for a launch behind it, so one after another is right, too. Only the first
+launch waits for whatever ran before, so no buffer is still in use.
 """
 
 from collections.abc import Iterator
@@ -319,6 +319,7 @@ def backward(
     projection: Tensor,
     inv_rms: Tensor,
     grad_x_part: Tensor | None = None,
+    h_res: Tensor | None = None,
     *,
     pre_eps: float,
     post_scale: float,
@@ -340,6 +341,7 @@ def backward(
         projection: [T, n*n + 2n], fp32. As the forward saved it.
         inv_rms: [T], fp32. As the forward saved it.
         grad_x_part: [T, n, C] in x's dtype, added to grad_x if given.
+        h_res: [T, n, n], fp32, [out, in], with which grad_x_part is mixed first; only with it.
         pre_eps: added to the sigmoids of h_pre.
         post_scale: factor of the sigmoids of h_post.
         iters: of Sinkhorn, at least 1.
@@ -375,12 +377,12 @@ def backward(
     if isinstance(config, pre_backward_team.Config):
         grad_x, parts = pre_backward_team.launch(
             config, grad_layer_input, x, phi, projection, inv_rms, alpha, unfinished,
-            grad_x_part, own_sums,
+            grad_x_part, h_res, own_sums,
         )  # fmt: skip
         return grad_x, *add_parts(parts, block_sums, phi)
     records = finish_records(grad_layer_input, x, projection, inv_rms, alpha, unfinished, own_sums)
     return gradients_from_records(
-        records, block_sums, x, phi, grad_layer_input, grad_x_part, config
+        records, block_sums, x, phi, grad_layer_input, grad_x_part, h_res, config
     )
 
 

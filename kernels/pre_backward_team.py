@@ -39,6 +39,7 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
+from ._mapping_columns import ADDED, MIXED
 from ._mapping_records import record_width, sums_width
 from ._programs import F32, architecture, ceil_div, logits_per_token, overlaps, program
 from ._programs import multiprocessors as count_multiprocessors
@@ -105,10 +106,10 @@ class Config:
         """Slots of the exchange, a power of two."""
         return 1 << (2 * self.lag - 1).bit_length()
 
-    def share(self, channels: int, with_part: bool = True) -> Share:
+    def share(self, channels: int, part: str = ADDED) -> Share:
         """The share of a member."""
         width = ceil_div(ceil_div(channels, self.members), LINE) * LINE
-        return Share(channels, width, self.lag + 2, with_part)
+        return Share(channels, width, self.lag + 2, part)
 
     def threads(self, channels: int) -> tuple[int, int]:
         """First thread of the helpers, and one past the last: whole warpgroups."""
@@ -151,12 +152,12 @@ def candidates(channels: int, n: int, multiprocessors: int, arch: str) -> Iterat
 
 
 @program(WARP_ROLE_CONFIGS)
-def team_program(channels: int, with_part: bool, config: Config, handover: bool) -> Any:
+def team_program(channels: int, part_is: str, config: Config, handover: bool) -> Any:
     """Everything of `pre`'s backward behind the unfinished records, by teams of blocks."""
     C, n = channels, STREAMS
     members, teams = config.members, config.teams
     lag, slots = config.lag, config.slots
-    share = config.share(C, with_part)
+    share, with_part = config.share(C, part_is), bool(part_is)
     depth = share.depth
     helpers_first, threads = config.threads(C)
     column_threads = share.warps * WARP
@@ -179,6 +180,7 @@ def team_program(channels: int, with_part: bool, config: Config, handover: bool)
         grad_layer_input: T.Tensor((tokens * C,), BF16),
         x: T.Tensor((tokens * (n * C),), BF16),
         part: T.Tensor((tokens * (n * C),), BF16),
+        h_res: T.Tensor((tokens, n * n), F32),
         phi: T.Tensor((logits, n, C), F32),
         alpha: T.Tensor((3,), F32),
         exchange: T.Tensor((teams, slots, members, GROUP * n), "int32"),
@@ -221,7 +223,7 @@ def team_program(channels: int, with_part: bool, config: Config, handover: bool)
                         first = T.cast((j - lag) * teams + team, "int64") * GROUP
                         if (j >= lag) and (first < tokens):
                             form(
-                                grad_x, grad_phi, phi_tile, streams, inputs, staged,
+                                grad_x, grad_phi, phi_tile, streams, inputs, staged, h_res,
                                 high_low, scaled, weights,
                                 (j - lag) % depth, (j - lag) % 2, first, member, tx, meeting,
                             )  # fmt: skip
@@ -314,6 +316,7 @@ def launch(
     alpha: Tensor,
     unfinished: Tensor,
     grad_x_part: Tensor | None,
+    h_res: Tensor | None,
     block_sums: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Launch the team kernel on at least one token.
@@ -328,6 +331,7 @@ def launch(
         alpha: [3], fp32.
         unfinished: [T, record_width(n)], fp32, of `token_records` without grad_h_pre.
         grad_x_part: [T, n, C], bf16, or None.
+        h_res: [T, n, n], fp32, with which grad_x_part is mixed, or None.
         block_sums: [config.teams * HELPERS, sums_width(n)], fp32; written.
 
     Returns:
@@ -347,10 +351,14 @@ def launch(
     exchange = torch.empty(
         config.teams, config.slots, config.members, GROUP * n, dtype=torch.int32, device=x.device
     )
-    kernel = team_program(arch, channels, grad_x_part is not None, config, overlaps(arch))
-    part = x if grad_x_part is None else grad_x_part  # left unread
+    part_is = "" if grad_x_part is None else ADDED if h_res is None else MIXED
+    kernel = team_program(arch, channels, part_is, config, overlaps(arch))
+    # what a program leaves unread still has its shape
+    part = x if grad_x_part is None else grad_x_part
+    mixing = projection.view(-1)[: len(x) * n * n] if h_res is None else h_res
     kernel(
         projection, inv_rms, unfinished, grad_layer_input.view(-1), x.view(-1), part.view(-1),
-        phi.view(parts.shape[1:]), alpha, exchange, grad_x.view(-1), parts.view(-1), block_sums,
+        mixing.view(len(x), n * n), phi.view(parts.shape[1:]), alpha, exchange, grad_x.view(-1),
+        parts.view(-1), block_sums,
     )  # fmt: skip
     return grad_x, parts

@@ -27,6 +27,7 @@ from .ops import (
     pre,
     pre_apply,
     sinkhorn,
+    sublayer,
 )
 from .ops._dispatch import set_batch_invariant
 from .ops._warmup import kernels_info, warmup
@@ -45,6 +46,7 @@ __all__ = [
     "pre_apply",
     "set_batch_invariant",
     "sinkhorn",
+    "sublayer",
     "warmup",
     "Collapse",
     "Expand",

@@ -31,9 +31,16 @@ def merge_backward(
     Returns:
         grad_x, grad_layer_output, grad_h_post, grad_h_res.
     """
+    grads = merge_backward_maps(grad_x_next, x, layer_output, h_post)
+    return (h_res.mT @ wide(grad_x_next), *grads)
+
+
+def merge_backward_maps(
+    grad_x_next: Tensor, x: Tensor, layer_output: Tensor, h_post: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same without grad_x: grad_layer_output, grad_h_post, grad_h_res."""
     grad, x, layer_output = wide(grad_x_next), wide(x), wide(layer_output)
     return (
-        h_res.mT @ grad,
         (h_post.unsqueeze(-1) * grad).sum(-2),
         (grad * layer_output.unsqueeze(-2)).sum(-1),
         grad @ x.mT,
@@ -182,6 +189,7 @@ def pre_backward(
     projection: Tensor,
     inv_rms: Tensor,
     grad_x_part: Tensor | None = None,
+    h_res: Tensor | None = None,
     *,
     pre_eps: float,
     post_scale: float,
@@ -189,6 +197,9 @@ def pre_backward(
     sinkhorn_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradient of `reference.pre`; grad_x_part, what others have for x, is added to grad_x.
+
+    With h_res it is the cotangent of `merge` on the same x, and its share of grad_x is formed here:
+    `grad_x[i, c] += sum_o h_res[o, i] * grad_x_part[o, c]`
 
     Returns:
         grad_x, grad_phi, grad_alpha, grad_bias.
@@ -203,7 +214,9 @@ def pre_backward(
         *grad_maps, x, phi, alpha, bias, projection, inv_rms, post_scale=post_scale
     )
     grad_x = grad_x_read + grad_x
-    grad_x = grad_x if grad_x_part is None else grad_x + grad_x_part
+    if grad_x_part is not None:
+        part = wide(grad_x_part)
+        grad_x = grad_x + (part if h_res is None else h_res.mT @ part)
     return grad_x, grad_phi, grad_alpha, grad_bias
 
 
@@ -221,14 +234,14 @@ def boundary_backward(
     bias: Tensor,
     projection: Tensor,
     inv_rms: Tensor,
+    x_next: Tensor,
     **constants: Any,
 ) -> tuple[Tensor, ...]:
-    """Gradient of `reference.boundary`; x_next is rebuilt from x and layer_output.
+    """Gradient of `reference.boundary`.
 
     Returns:
         grad_x, grad_layer_output, grad_h_post, grad_h_res, grad_phi, grad_alpha, grad_bias.
     """
-    x_next = reference.merge(x, layer_output, h_post, h_res)
     grad_outputs = (grad_layer_input, grad_h_post_next, grad_h_res_next)
     saved = (x_next, phi, alpha, bias, projection, inv_rms)
     grad_x_next, *grad_parameters = pre_backward(*grad_outputs, *saved, grad_x_next, **constants)

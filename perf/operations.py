@@ -171,8 +171,11 @@ class Inputs:
 
 
 def _sublayer(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> Tensor:
-    layer_input, h_post, h_res, x = mhc_tile.pre(x, phi, alpha, bias, **CONSTANTS, return_x=True)
-    return mhc_tile.merge(x, layer_input, h_post, h_res)
+    return mhc_tile.sublayer(x, _identity, phi, alpha, bias, **CONSTANTS)
+
+
+def _identity(value: Tensor) -> Tensor:
+    return value
 
 
 def _sublayer_reference(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> Tensor:
@@ -235,7 +238,7 @@ OPERATIONS: dict[str, Operation] = {
         ("x", *_PARAMETERS),
         _sublayer,
         _sublayer_reference,
-        (("pre", "merge"), ("merge_backward", "pre_backward")),
+        (("pre", "merge"), ("merge_backward_maps", "pre_backward")),
         parameters=3,
     ),
 }

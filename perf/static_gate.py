@@ -43,7 +43,7 @@ PARTS = {
     "expand_backward": ("collapse",),
     "collapse_backward": ("expand",),
     "boundary": ("merge", "pre"),
-    "boundary_backward": ("merge", "pre_backward", "merge_backward"),
+    "boundary_backward": ("pre_backward", "merge_backward"),
     f"pre_backward{PARTED}": ("pre_backward",),
 }
 

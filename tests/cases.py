@@ -140,6 +140,8 @@ def torch_op_arguments(name: str, device: str = "cpu") -> tuple[tuple[Any, ...],
     saves_projection = forward in ("mapping", "pre", "boundary", "head")
     kept = results[-2:] if saves_projection else ()
     cotangent = cotangents(results[: len(results) - len(kept)])
+    if forward == "boundary":
+        kept = (*kept, results[0])
     inputs = () if forward in ("expand", "collapse") else made.inputs
     leaves = tuple(value.detach().clone().requires_grad_() for value in (*cotangent, *inputs))
     others = made.others

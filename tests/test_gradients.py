@@ -18,6 +18,7 @@ def written_out(name: str, made, grads):
         x, phi = (inputs[0], inputs[1]) if name != "boundary" else (None, inputs[4])
         x = reference.merge(*inputs[:4]) if x is None else x
         inputs += reference.normalised_projection(x, phi, others.pop("norm_eps"))
+        inputs += [x] if name == "boundary" else []
     if name == "mapping":
         others.pop("pre_eps")
     if name == "expand":

@@ -89,6 +89,9 @@ def test_merge(shape, dtype):
     grad = cotangents((inputs[0],))[0]
     truth = gradients.merge_backward(*wide(grad, *inputs))
     check("merge backward", kernel("merge").backward(grad, *inputs), truth, 1, BACKWARD)
+    nothing, *others = kernel("merge").backward(grad, *inputs[:-1], None)
+    assert nothing is None
+    check("merge backward without grad_x", others, truth[1:], 1, BACKWARD)
 
 
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
@@ -140,12 +143,14 @@ def test_pre(shape):
     check("pre", results, truth, shape.scale, PAIRS["pre"])
     grads = cotangents(results[:3])
     part = cotangents((inputs[0],), seed=2)[0]
-    actual = kernel("pre_backward").backward(
-        *grads, *inputs, *results[3:], grad_x_part=part, **CONSTANTS
-    )
     truth = gradients.pre_backward(*wide(*grads), x, phi, alpha, bias, *saved, **CONSTANTS)
-    truth = (truth[0] + part.double(), *truth[1:])
-    check("pre backward", actual, truth, shape.scale, PAIRS["pre"] * BACKWARD)
+    for h_res in (None, results[2]):
+        actual = kernel("pre_backward").backward(
+            *grads, *inputs, *results[3:], part, h_res, **CONSTANTS
+        )
+        added = part.double() if h_res is None else h_res.double().mT @ part.double()
+        whole = (truth[0] + added, *truth[1:])
+        check("pre backward", actual, whole, shape.scale, PAIRS["pre"] * BACKWARD)
 
 
 ANY = [
@@ -289,15 +294,16 @@ def test_a_token_without_leading_dims_through_the_implementation_of_the_op(dtype
 
 
 @pytest.mark.parametrize(
-    ("tokens", "width", "members", "teams", "lag", "with_part"),
+    ("tokens", "width", "members", "teams", "lag", "part_is"),
     [
-        (1, 72, 2, 2, 2, True),
-        (150, 72, 2, 2, 2, True),  # several rounds a team, the second member of few channels
-        (70, 72, 2, 1, 3, True),
-        (100, 264, 2, 1, 2, False),  # six warps of columns
+        (1, 72, 2, 2, 2, "added"),
+        (150, 72, 2, 2, 2, "added"),  # several rounds a team, the second member of few channels
+        (70, 72, 2, 1, 3, "mixed"),
+        (100, 264, 2, 1, 2, ""),  # six warps of columns
+        (40, 136, 2, 1, 2, "mixed"),
     ],
 )
-def test_backward_of_pre_in_one_pass(tokens, width, members, teams, lag, with_part, monkeypatch):
+def test_backward_of_pre_in_one_pass(tokens, width, members, teams, lag, part_is, monkeypatch):
     team = kernel("pre_backward_team")
     monkeypatch.setattr(team.Config, "launches", lambda *_: True)  # sm_80 hands over no registers
     monkeypatch.setattr(team, "FLUSH", 2)
@@ -305,12 +311,15 @@ def test_backward_of_pre_in_one_pass(tokens, width, members, teams, lag, with_pa
     x, *parameters = wide(*inputs)
     saved = [value.float() for value in reference.normalised_projection(x, parameters[0], 1e-6)]
     layer_input = x[:, 0].bfloat16()
-    part = torch.randn_like(inputs[0]) if with_part else None
+    part = torch.randn_like(inputs[0])
+    h_res = torch.rand(tokens, 4, 4)
+    given = {"": (), "added": (part,), "mixed": (part, h_res)}[part_is]
     grads = cotangents((layer_input, torch.empty(tokens, 4), torch.empty(tokens, 4, 4)))
     truth = gradients.pre_backward(*wide(*grads), x, *parameters, *wide(*saved), **CONSTANTS)
-    truth = (truth[0] + (part.double() if with_part else 0), *truth[1:])
+    added = {"": 0, "added": part.double(), "mixed": h_res.double().mT @ part.double()}[part_is]
+    truth = (truth[0] + added, *truth[1:])
     config = team.Config(members, teams, lag)
     actual = kernel("pre_backward").backward(
-        *grads, *inputs, *saved, part, **CONSTANTS, config=config
+        *grads, *inputs, *saved, *given, **CONSTANTS, config=config
     )
     check("pre backward", actual, truth, 1, K["pre"] * BACKWARD)

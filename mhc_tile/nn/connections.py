@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import ops, reference
 from ..config import MHCConfig
+from ..ops.sublayer import Open, begin, cross, finish
 from ._parameters import MappingModule, parameter, start_mapping
 
 
@@ -105,7 +106,24 @@ class ManifoldHyperConnection(Connection):
         Returns:
             x_next: [..., n, C], dtype of x.
         """
-        layer_input, h_post, h_res, x = self.pre(x)
+        opened = self.begin(x)
+        if (tapped := self.tap(opened.h_res)) is not opened.h_res:
+            return self.merge_tapped(x, tapped, *args, **kwargs)
+        return finish(opened, self.run_layer(opened.layer_input, *args, **kwargs))
+
+    def begin(self, x: Tensor) -> Open:
+        """`ops.sublayer.begin` with this sublayer's parameters; the tap is the caller's."""
+        return begin(x, self.phi, self.alpha, self.bias, **self._constants())
+
+    def cross(self, opened: Open, layer_output: Tensor) -> Open:
+        """`ops.sublayer.cross` into this sublayer; the tap is the caller's."""
+        parameters = (self.phi, self.alpha, self.bias)
+        return cross(opened, layer_output, *parameters, **self._constants())
+
+    def merge_tapped(self, x: Tensor, h_res: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The sublayer on x [..., n, C] with another h_res, which a hook on the tap has put in."""
+        parameters = (self.phi, self.alpha, self.bias)
+        layer_input, h_post, _ = ops.pre(x, *parameters, **self._constants())
         return ops.merge(x, self.run_layer(layer_input, *args, **kwargs), h_post, h_res)
 
     def pre(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

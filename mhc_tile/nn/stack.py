@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import ops
+from ..ops.sublayer import Open, finish
 from .connections import ManifoldHyperConnection
 
 
@@ -46,16 +46,18 @@ class HyperConnectedStack(nn.Module):
         Returns:
             x_next: the shape and dtype of x.
         """
-        pending: tuple[Tensor, Tensor, Tensor] | None = None  # layer_output, h_post, h_res
+        pending: tuple[Open, Tensor] | None = None  # the sublayer before, and its layer's output
         for connection in self.connections:
             if not (self.fused and isinstance(connection, ManifoldHyperConnection)):
-                x = x if pending is None else ops.merge(x, *pending)
+                x = x if pending is None else finish(*pending)
                 pending = None
                 x = connection(x, *args, **kwargs)
                 continue
-            if pending is None:
-                layer_input, h_post, h_res, x = connection.pre(x)
-            else:
-                x, layer_input, h_post, h_res = connection.boundary(x, *pending)
-            pending = (connection.run_layer(layer_input, *args, **kwargs), h_post, h_res)
-        return x if pending is None else ops.merge(x, *pending)
+            opened = connection.begin(x) if pending is None else connection.cross(*pending)
+            if (tapped := connection.tap(opened.h_res)) is not opened.h_res:
+                x = x if pending is None else finish(*pending)
+                pending = None
+                x = connection.merge_tapped(x, tapped, *args, **kwargs)
+                continue
+            pending = opened, connection.run_layer(opened.layer_input, *args, **kwargs)
+        return x if pending is None else finish(*pending)

@@ -1,6 +1,7 @@
 """The public ops, one file each: checks, schema, CPU and CUDA implementations, gradient.
 
-Each function here calls the torch op of the same name, `torch.ops.mhc_tile.<name>`. The torch ops
+Each function here calls the torch op of the same name, `torch.ops.mhc_tile.<name>`; `sublayer`,
+which takes a layer, calls those of `pre` and `merge`. The torch ops
 of mapping, pre, boundary and head return, after the public results, the `projection` and `inv_rms`
 that their backward keeps; `torch.ops.mhc_tile.<name>_backward` is the gradient.
 """
@@ -12,6 +13,7 @@ from .pre import pre
 from .pre_apply import pre_apply
 from .sinkhorn import sinkhorn
 from .streams import collapse, expand, head
+from .sublayer import sublayer
 
 __all__ = [
     "boundary",
@@ -23,4 +25,5 @@ __all__ = [
     "pre",
     "pre_apply",
     "sinkhorn",
+    "sublayer",
 ]

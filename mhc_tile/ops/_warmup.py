@@ -14,6 +14,7 @@ from ..autotune import lookup
 from ..autotune.registry import KERNELS
 from ..config import MHCConfig
 from . import _dispatch
+from .merge import merge_backward_maps
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -155,8 +156,12 @@ def _calls(
         "pre": functools.partial(OPS["pre"], x, *parameters, **constants),
         "pre_backward": backward,
         "pre_backward with a part of grad_x": functools.partial(backward, grad_x_part=x),
+        "pre_backward of a sublayer": functools.partial(backward, grad_x_part=x, h_res=h_res),
         "merge": functools.partial(OPS["merge"], x, hidden, h_post, h_res),
         "merge_backward": functools.partial(OPS["merge_backward"], x, x, hidden, h_post, h_res),
+        "merge_backward of a sublayer": functools.partial(
+            merge_backward_maps, x, x, hidden, h_post
+        ),
         "expand": functools.partial(OPS["expand"], hidden, n),
         "expand_backward": functools.partial(OPS["expand_backward"], x),
         "collapse": functools.partial(OPS["collapse"], x, "mean"),

@@ -73,7 +73,7 @@ def boundary(
     constants = check_pre(
         "boundary", x, phi, alpha, bias, norm_eps, pre_eps, post_scale, iters, sinkhorn_eps
     )
-    return _boundary(x, layer_output, h_post, h_res, phi, alpha, bias, **constants)[:4]
+    return boundary_op(x, layer_output, h_post, h_res, phi, alpha, bias, **constants)[:4]
 
 
 def _cpu(
@@ -111,6 +111,12 @@ def _fake(
     return (x.new_empty(x.shape), *fake_pre(x, *parameters, **constants))
 
 
+def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    keep_projection(ctx, inputs, keyword_only_inputs, output)
+    # x_next again, not rebuilt: what reads it keeps it anyway
+    ctx.save_for_backward(*inputs, *output[-2:], output[0])
+
+
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
     return _boundary_backward(*given(ctx, grads[:4]), *ctx.saved_tensors, **ctx.constants)
 
@@ -121,8 +127,7 @@ def _backward_cpu(*tensors: Tensor, norm_eps: float, **constants: Any) -> tuple[
 
 def _backward_cuda(*tensors: Tensor, **constants: Any) -> tuple[Tensor, ...]:
     grad_x_next, inputs = tensors[0], tensors[4:8]
-    x_next = merge_kernel(*inputs)
-    arguments = (*tensors[1:4], x_next, *tensors[8:], grad_x_next)
+    arguments = (*tensors[1:4], tensors[-1], *tensors[8:-1], grad_x_next)
     grad_x_next, *grad_parameters = pre_backward_kernel(*arguments, **constants)
     return (*merge_backward_kernel(grad_x_next, *inputs), *grad_parameters)
 
@@ -132,16 +137,17 @@ def _backward_fake(*tensors: Tensor, **_: Any) -> tuple[Tensor, ...]:
 
 
 def _backward_derived(*tensors: Tensor, norm_eps: float, **constants: Any) -> tuple[Tensor, ...]:
-    tensors = tensors[:-2]
+    tensors = tensors[:-3]
     x_next = reference.merge(*tensors[4:8])
     saved = reference.normalised_projection(x_next, tensors[8], norm_eps)
-    return _backward_cpu(*tensors, *saved, norm_eps=norm_eps, **constants)
+    return _backward_cpu(*tensors, *saved, x_next, norm_eps=norm_eps, **constants)
 
 
 _boundary_backward = define(
     "boundary_backward(Tensor grad_x_next, Tensor grad_layer_input, Tensor grad_h_post_next, "
     "Tensor grad_h_res_next, Tensor x, Tensor layer_output, Tensor h_post, Tensor h_res, "
-    f"Tensor phi, Tensor alpha, Tensor bias, Tensor projection, Tensor inv_rms, *, {CONSTANTS}) "
+    "Tensor phi, Tensor alpha, Tensor bias, Tensor projection, Tensor inv_rms, Tensor x_next, *, "
+    f"{CONSTANTS}) "
     "-> (Tensor grad_x, Tensor grad_layer_output, Tensor grad_h_post, Tensor grad_h_res, "
     "Tensor grad_phi, Tensor grad_alpha, Tensor grad_bias)",
     cpu=_backward_cpu,
@@ -154,7 +160,7 @@ _boundary_backward = define(
     fake=_backward_fake,
     **derive(_backward_derived),
 )
-_boundary = define(
+boundary_op = define(
     "boundary(Tensor x, Tensor layer_output, Tensor h_post, Tensor h_res, Tensor phi, "
     f"Tensor alpha, Tensor bias, *, {CONSTANTS}) "
     "-> (Tensor x_next, Tensor layer_input, Tensor h_post_next, Tensor h_res_next, "
@@ -162,6 +168,6 @@ _boundary = define(
     cpu=_cpu,
     cuda=on_cuda("boundary", _cuda, _cpu, streams=lambda x, *_: (x, x.shape[-2])),
     fake=_fake,
-    setup_context=keep_projection,
+    setup_context=_setup_context,
     backward=_backward,
 )

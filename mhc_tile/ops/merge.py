@@ -34,7 +34,7 @@ def merge(x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor) -> Ten
         True
     """
     check_merge("merge", x, layer_output, h_post, h_res)
-    return _merge(x, layer_output, h_post, h_res)
+    return merge_op(x, layer_output, h_post, h_res)
 
 
 def check_merge(op: str, x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor) -> None:
@@ -77,19 +77,41 @@ def _backward_cpu(grad_x_next: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     return rounded(gradients.merge_backward(grad_x_next, *inputs), *inputs)
 
 
-def merge_backward_kernel(grad_x_next: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+def merge_backward_kernel(
+    grad_x_next: Tensor, x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor | None
+) -> tuple[Tensor, ...]:
     """`gradients.merge_backward` by a kernel, in the dtypes of the inputs."""
     from ..kernels import merge as kernel
 
-    x, layer_output, h_post, h_res = inputs
-    tensors = (flat(x, 2), flat(layer_output, 1), flat(h_post, 1), flat(h_res, 2))
+    tokens = x.shape[:-2]
+    tensors = (flat(x, 2), flat(layer_output, 1), flat(h_post, 1))
+    mixing = None if h_res is None else flat(h_res, 2)
     grad = flat(grad_x_next, 2)
 
     def launch(config: Any) -> tuple[Tensor, ...]:
-        return kernel.backward(grad, *tensors, config=config or backward_config(kernel, x))
+        config = config or backward_config(kernel, x)
+        return kernel.backward(grad, *tensors, mixing, config=config)
 
-    grads = tuned("merge_backward", x, tensors[0].shape, launch)
-    return tuple(grad.view(value.shape) for grad, value in zip(grads, inputs, strict=True))
+    name = "merge_backward_maps" if h_res is None else "merge_backward"
+    grads = tuned(name, x, tensors[0].shape, launch)
+    grads = grads[1:] if h_res is None else grads
+    return tuple(value.view((*tokens, *value.shape[1:])) for value in grads)
+
+
+def _maps_kernel(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return merge_backward_kernel(*tensors, None)
+
+
+def _maps_cpu(grad_x_next: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    grads = gradients.merge_backward_maps(grad_x_next, *inputs)
+    return rounded(grads, *inputs[1:], inputs[2])
+
+
+def _maps_fake(
+    grad_x_next: Tensor, x: Tensor, layer_output: Tensor, h_post: Tensor
+) -> tuple[Tensor, ...]:
+    square = h_post.new_empty((*h_post.shape, h_post.shape[-1]))
+    return layer_output.new_empty(layer_output.shape), h_post.new_empty(h_post.shape), square
 
 
 def _backward_fake(grad_x_next: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -105,7 +127,15 @@ _merge_backward = define(
     fake=_backward_fake,
     **derive(_backward_cpu),
 )
-_merge = define(
+merge_backward_maps = define(
+    "_merge_backward_maps(Tensor grad_x_next, Tensor x, Tensor layer_output, Tensor h_post) "
+    "-> (Tensor grad_layer_output, Tensor grad_h_post, Tensor grad_h_res)",
+    cpu=_maps_cpu,
+    cuda=on_cuda("merge_backward_maps", _maps_kernel, _maps_cpu, streams=_streams),
+    fake=_maps_fake,
+    **derive(_maps_cpu),
+)
+merge_op = define(
     "merge(Tensor x, Tensor layer_output, Tensor h_post, Tensor h_res) -> Tensor x_next",
     cpu=reference.merge,
     cuda=on_cuda("merge", merge_kernel, reference.merge, streams=_streams),

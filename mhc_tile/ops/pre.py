@@ -65,8 +65,8 @@ def pre(
         "pre", x, phi, alpha, bias, norm_eps, pre_eps, post_scale, iters, sinkhorn_eps
     )
     if return_x:
-        return _HandingOn.apply(x, phi, alpha, bias, constants)
-    return _pre(x, phi, alpha, bias, **constants)[:3]
+        return HandingOn.apply(x, phi, alpha, bias, constants, False)
+    return pre_op(x, phi, alpha, bias, **constants)[:3]
 
 
 def check_pre(
@@ -133,11 +133,14 @@ def fake_pre(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **_: Any) -> t
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-    return _pre_backward(*given(ctx, grads[:3]), *ctx.saved_tensors, **ctx.constants)
+    return pre_backward(*given(ctx, grads[:3]), *ctx.saved_tensors, **ctx.constants)
 
 
-class _HandingOn(torch.autograd.Function):
+class HandingOn(torch.autograd.Function):
     """`pre` that returns x, too, which a torch op may not.
+
+    With `mixed` the returned x is for one reader, `sublayer.finish` with the h_res of this `pre`:
+    what comes back for it is the cotangent of x_next, which is mixed where grad_x is written.
 
     The context is an argument of forward because `apply` is slow with `setup_context`: it inspects
     a signature in every call, 26 us of host time instead of 6.
@@ -151,10 +154,11 @@ class _HandingOn(torch.autograd.Function):
         alpha: Tensor,
         bias: Tensor,
         constants: dict[str, Any],
+        mixed: bool,
     ) -> tuple[Tensor, ...]:
         """The results of `pre`, and x."""
-        output = _pre(x, phi, alpha, bias, **constants)
-        ctx.save_for_backward(x, phi, alpha, bias, *output[3:])
+        output = pre_op(x, phi, alpha, bias, **constants)
+        ctx.save_for_backward(x, phi, alpha, bias, *output[3:], output[2] if mixed else None)
         ctx.constants = constants
         keep_shapes(ctx, output[:3])
         if not torch.compiler.is_compiling():  # Dynamo does not know the method
@@ -165,10 +169,12 @@ class _HandingOn(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradient of `pre`, with what the readers of the returned x have for x."""
         *own, grad_x_part = grads
-        if all(grad is None for grad in own):
-            return grad_x_part, None, None, None, None
-        tensors = (*given(ctx, own), *ctx.saved_tensors, grad_x_part)
-        return *_pre_backward(*tensors, **ctx.constants), None
+        *saved, h_res = ctx.saved_tensors
+        if h_res is None and all(grad is None for grad in own):
+            return grad_x_part, None, None, None, None, None
+        mixing = None if grad_x_part is None else h_res
+        tensors = (*given(ctx, own), *saved, grad_x_part, mixing)
+        return *pre_backward(*tensors, **ctx.constants), None, None
 
 
 def _backward_cpu(*tensors: Tensor, norm_eps: float, **constants: Any) -> tuple[Tensor, ...]:
@@ -186,18 +192,20 @@ def pre_backward_kernel(
     projection: Tensor,
     inv_rms: Tensor,
     grad_x_part: Tensor | None = None,
+    h_res: Tensor | None = None,
     *,
     norm_eps: float,
     **constants: Any,
 ) -> tuple[Tensor, ...]:
-    """`gradients.pre_backward` by kernels; grad_x_part, if given, is added to grad_x."""
+    """`gradients.pre_backward` by kernels."""
     from ..kernels import pre_backward as kernel
 
     grad_outputs = (flat(grad_layer_input, 1), flat(grad_h_post, 1), flat(grad_h_res, 2))
     saved = (flat(projection, 1), flat(inv_rms, 0))
     constants["batch_invariant"] = _dispatch.BATCH_INVARIANT
     part = None if grad_x_part is None else flat(grad_x_part, 2)
-    tensors = (*grad_outputs, flat(x, 2), phi, alpha, bias, *saved, part)
+    mixing = None if h_res is None else flat(h_res, 2)
+    tensors = (*grad_outputs, flat(x, 2), phi, alpha, bias, *saved, part, mixing)
     grad_x, *grads = tuned(
         "pre_backward",
         x,
@@ -212,15 +220,15 @@ def _backward_fake(*tensors: Tensor, **_: Any) -> tuple[Tensor, ...]:
 
 
 def _backward_derived(*tensors: Tensor, norm_eps: float, **constants: Any) -> tuple[Tensor, ...]:
-    *inputs, _projection, _inv_rms, grad_x_part = tensors
+    *inputs, _projection, _inv_rms, grad_x_part, h_res = tensors
     saved = reference.normalised_projection(inputs[3], inputs[4], norm_eps)
-    return _backward_cpu(*inputs, *saved, grad_x_part, norm_eps=norm_eps, **constants)
+    return _backward_cpu(*inputs, *saved, grad_x_part, h_res, norm_eps=norm_eps, **constants)
 
 
-_pre_backward = define(
+pre_backward = define(
     "pre_backward(Tensor grad_layer_input, Tensor grad_h_post, Tensor grad_h_res, Tensor x, "
     "Tensor phi, Tensor alpha, Tensor bias, Tensor projection, Tensor inv_rms, "
-    f"Tensor? grad_x_part=None, *, {CONSTANTS}) "
+    f"Tensor? grad_x_part=None, Tensor? h_res=None, *, {CONSTANTS}) "
     "-> (Tensor grad_x, Tensor grad_phi, Tensor grad_alpha, Tensor grad_bias)",
     cpu=_backward_cpu,
     cuda=on_cuda(
@@ -232,7 +240,7 @@ _pre_backward = define(
     fake=_backward_fake,
     **derive(_backward_derived),
 )
-_pre = define(
+pre_op = define(
     f"pre(Tensor x, Tensor phi, Tensor alpha, Tensor bias, *, {CONSTANTS}) "
     "-> (Tensor layer_input, Tensor h_post, Tensor h_res, Tensor projection, Tensor inv_rms)",
     cpu=with_projection,
