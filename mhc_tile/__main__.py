@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     autotune.add_arguments(tuning)
     tuning.set_defaults(run=autotune.run)
 
-    measuring = commands.add_parser("perf", help="compare, gate and report measurements")
+    measuring = commands.add_parser("perf", help="measure, compare, gate and report")
     perf.add_arguments(measuring)
     measuring.set_defaults(run=perf.run)
 

@@ -39,6 +39,26 @@ def run(args: argparse.Namespace) -> int:
     return args.perform(args)
 
 
+def _add_run(commands: Any) -> None:
+    from . import suite
+
+    parser = commands.add_parser(
+        "run", help="every op, case by case: ours, the reference, other implementations"
+    )
+    suite.add_arguments(parser)
+    parser.set_defaults(perform=suite.run)
+
+
+def _add_overhead(commands: Any) -> None:
+    from . import overhead
+
+    parser = commands.add_parser(
+        "overhead", help="what mHC adds to a training step of a model's layers"
+    )
+    overhead.add_arguments(parser)
+    parser.set_defaults(perform=overhead.run)
+
+
 def _add_compare(commands: Any) -> None:
     parser = commands.add_parser("compare", help="two results, case by case; 3 if one is slower")
     parser.add_argument("base", type=Path, help="the older result, of `mhc-tile perf run`")
@@ -90,7 +110,13 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="for programs; - for the terminal")
 
 
-COMMANDS: list[Callable[[Any], None]] = [_add_compare, _add_gate, _add_report]
+COMMANDS: list[Callable[[Any], None]] = [
+    _add_run,
+    _add_overhead,
+    _add_compare,
+    _add_gate,
+    _add_report,
+]
 
 
 def baseline_path(gpu: str) -> Path:
@@ -103,9 +129,9 @@ def baseline_path(gpu: str) -> Path:
         >>> baseline_path("NVIDIA H200").name
         'nvidia_h200.json'
     """
-    from mhc_tile.autotune.device import Device
+    from .records import slug
 
-    return HERE / "baselines" / f"{Device(gpu, (0, 0), 0, 0, 0, '').slug}.json"
+    return HERE / "baselines" / f"{slug(gpu)}.json"
 
 
 def _compare(args: argparse.Namespace) -> int:

@@ -255,14 +255,13 @@ def cases(*, quick: bool = False, device: str = "cuda", ops: Sequence[str] = ())
     """
     chosen = list(ops) or list(OPERATIONS)
     if device == "cpu":
-        sizes = CPU_SIZES[:1] if quick else CPU_SIZES
-        grid = [(op, mode, size) for op in chosen for size in sizes for mode in MODES]
+        small = CPU_SIZES[:1] if quick else CPU_SIZES
+        grid = [(op, mode, size) for op in chosen for size in small for mode in MODES]
         return [Case(op, mode, *size, dtype="float32") for op, mode, size in grid]
     found: list[Case] = []
     for op in chosen:
-        whole = op in ("sublayer", "pre", "merge")
         sizes: tuple[tuple[int, int], ...] = (MAIN,)
-        if whole:
+        if op in ("sublayer", "pre", "merge"):
             sizes = (MAIN, (64, 7168)) if quick else SIZES
         found += [Case(op, mode, *size) for size in sizes for mode in ("inference", "training")]
         if op == "sublayer":

@@ -5,90 +5,30 @@ connections in fp32 - runs forward and backward from a given gradient, and optio
 step. The same layers are joined by plain residuals, HC and mHC, the latter by this library, by its
 reference and by other packages; contenders take turns, step by step. The overhead is what a step
 takes longer than with plain residuals under torch.compile.
-
-Axes: B batch, S sequence, n streams, C hidden size.
 """
 
 import argparse
-import functools
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mhc_tile import HyperConnectedStack, HyperConnection, ManifoldHyperConnection, Residual
 from mhc_tile.autotune._extras import require
-from mhc_tile.autotune.timing import interleaved
-from mhc_tile.models import CONFIGS, Decoder, ModelConfig, model_config
+from mhc_tile.models import CONFIGS
 
-from . import records
-from .bench import Bench, bench_of
+from . import output, records, tables
+from .bench import Bench, bench_of, rounds
 from .breakdown import breakdown
-from .connections import PeerConnection, ReferenceConnection
 from .records import OURS, Record, Row
+from .slices import BATCH, LAYERS, PLAIN, SEQUENCE, Slice, Step, Sublayers
 
-PLAIN = "residual (compiled)"
 MODELS = ("paper-27b", "paper-27b-dense")
-LAYERS, BATCH, SEQUENCE = 4, 2, 4096
 TURNS = 10
-TOLERANCE = (
-    0.1  # relative error of the output: bf16 layers, and experts chosen by rounded affinities
-)
-PEERS = ("tile-kernels", "liger-kernel")
-
-
-@dataclass(frozen=True)
-class Slice:
-    """What is measured: layers of a model and the shape of a step.
-
-    Attributes:
-        model: a key of `CONFIGS`.
-        layers: how many.
-        batch: B.
-        sequence: S, tokens.
-        optimizer: whether a step of AdamW is part of the step.
-        device: "cuda" or "cpu".
-    """
-
-    model: str
-    layers: int = LAYERS
-    batch: int = BATCH
-    sequence: int = SEQUENCE
-    optimizer: bool = False
-    device: str = "cuda"
-
-    @property
-    def key(self) -> str:
-        """The name in a result file.
-
-        Example:
-            >>> Slice("paper-27b").key
-            'paper-27b/step/B2xS4096/L4'
-        """
-        step = "step+adamw" if self.optimizer else "step"
-        return f"{self.model}/{step}/B{self.batch}xS{self.sequence}/L{self.layers}"
-
-    @property
-    def config(self) -> ModelConfig:
-        """The model cut to these layers, every one with experts where the model has any."""
-        changes: dict[str, Any] = {"num_layers": self.layers, "vocab_size": 1}
-        changes["context_length"] = self.sequence
-        if CONFIGS[self.model].moe:
-            changes["moe"] = {"leading_dense_layers": 0}
-        return model_config(self.model, **changes)
-
-    @property
-    def denominator(self) -> str:
-        """What 100% is, in words."""
-        what = "forward, backward and AdamW" if self.optimizer else "forward and backward"
-        return (
-            f"{what} of {self.layers} layers of {self.model} without embedding and head, "
-            f"{self.batch} x {self.sequence} tokens, bf16, plain residuals under torch.compile"
-        )
+# Relative error of the output: layers in bf16, and experts chosen by rounded affinities.
+TOLERANCE = 0.1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,8 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sequence", type=int, default=SEQUENCE, help=f"tokens of each (default: {SEQUENCE})")
     add("--optimizer", action="store_true", help="with a step of AdamW")
     add("--contender", nargs="+", default=[], help="by the beginnings of their names; default: all")
+    add("--turns", type=int, default=TURNS, help=f"of each contender (default: {TURNS})")
     add("--device", default="cuda", help="cuda or cpu (default: cuda)")
     add("--out", type=Path, metavar="FILE", help="result file (default: overhead-<gpu>.json)")
+    add("--figures", type=Path, metavar="DIR", help="what a step is made of as PNG, too")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -113,204 +55,129 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: The arguments are out of range.
         OSError: The result cannot be written.
+        MissingExtraError: A package of the perf extra is missing.
         KeyboardInterrupt: After Ctrl-C, with what was measured in the file.
     """
+    numbers = {name: getattr(args, name) for name in ("layers", "batch", "sequence", "turns")}
+    output.check_positive("perf overhead", **numbers)
     bench = bench_of(args.device)
-    for name in ("layers", "batch", "sequence"):
-        if getattr(args, name) < 1:
-            raise ValueError(
-                f"perf overhead: --{name} must be at least 1, got {getattr(args, name)}"
-            )
+    for package in ("tabulate", *(["matplotlib"] if args.figures else [])):
+        require(package, "mhc-tile perf overhead", "perf")  # before minutes are spent
     shape = (args.layers, args.batch, args.sequence, args.optimizer, args.device)
-    slices = [Slice(model, *shape) for model in args.model]
+    slices = [Slice(model, *shape) for model in dict.fromkeys(args.model)]
     environment = records.environment(bench.bandwidth(), args.device)
     environment["denominator"] = {piece.key: piece.denominator for piece in slices}
-    default = f"overhead-{environment['gpu'] or 'cpu'}.json".lower().replace(" ", "_")
-    path = args.out or Path(default)
-    rows: list[Row] = []
+    path = output.result_path("overhead", environment, args.out)
+    progress, parts, lost = output.Progress(), list[dict[str, Row]](), False
     try:
         for piece in slices:
-            found = measure(piece, bench, tuple(args.contender))
-            rows += found
-            _say(table(piece, found))
+            parts.append({})
+            measure(piece, bench, progress, args.contender, args.turns, parts[-1])
+            output.say(tables.overhead(piece.denominator, list(parts[-1].values())))
+    except output.UnusableError as error:
+        output.say(f"perf overhead: {error}; what comes after it is not measured")
+        lost = True
     finally:  # whatever ends the run, what was measured is kept
-        records.write(Record("overhead", environment, rows), path)
-    _say(f"result: {path}")
-    return int(any(row.status != "ok" for row in rows if row.contender.startswith(OURS)))
+        rows = [row for part in parts for row in part.values()]
+        record = Record("overhead", environment, rows)
+        records.write(record, path)
+    output.say(f"result: {path}")
+    if args.figures:
+        output.draw(record, args.figures)
+    return int(lost or any(r.status != "ok" for r in rows if r.contender.startswith(OURS)))
 
 
-class Sublayers:
-    """The layers of a slice and every way to join them; layers and parameters are shared.
-
-    Args:
-        piece: what to build.
-    """
-
-    def __init__(self, piece: Slice) -> None:
-        self.piece, config = piece, piece.config
-        torch.manual_seed(0)
-        with torch.device(piece.device):
-            stack = Decoder(config, "mhc").stack.to(torch.bfloat16)
-        self.ours = [c for c in stack.connections if isinstance(c, ManifoldHyperConnection)]
-        self.layers = [connection.layer for connection in self.ours]
-        self.width = config.hidden_size
-        self.streams = self.ours[0].config.num_streams
-        for connection in self.ours:  # a mapping that follows its token, as after training
-            nn.init.constant_(connection.alpha, 0.1)
-
-    def contenders(self) -> dict[str, Callable[[], nn.Module]]:
-        """How to build each, by name; those with plain residuals first."""
-        compiled = functools.cache(lambda: [torch.compile(layer) for layer in self.layers])
-
-        def joined(connect: Callable[[int, nn.Module], nn.Module]) -> Callable[[], nn.Module]:
-            return lambda: nn.Sequential(*(connect(i, f) for i, f in enumerate(compiled())))
-
-        def around(index: int, layer: nn.Module) -> ManifoldHyperConnection:
-            """The connection of ours, around another form of its layer."""
-            own = self.ours[index]
-            copy = ManifoldHyperConnection(layer, self.width, own.config, device=own.phi.device)
-            copy.phi, copy.alpha, copy.bias = own.phi, own.alpha, own.bias
-            return copy
-
-        def hyper(index: int, layer: nn.Module) -> nn.Module:
-            device = self.ours[0].phi.device
-            return HyperConnection(layer, self.width, layer_index=index, device=device)
-
-        found: dict[str, Callable[[], nn.Module]] = {
-            PLAIN: lambda: torch.compile(nn.Sequential(*map(Residual, self.layers))),
-            "residual (layers compiled)": joined(lambda _, layer: Residual(layer)),
-            OURS: lambda: torch.compile(HyperConnectedStack(self.ours)),
-            f"{OURS} (layers compiled)": lambda: HyperConnectedStack(
-                around(i, layer) for i, layer in enumerate(compiled())
-            ),
-            "hc (compiled)": lambda: nn.Sequential(
-                *(torch.compile(hyper(i, layer)) for i, layer in enumerate(self.layers))
-            ),
-            "hc (layers compiled)": joined(hyper),
-            "reference (compiled)": lambda: nn.Sequential(
-                *(torch.compile(ReferenceConnection(own)) for own in self.ours)
-            ),
-            "reference (layers compiled)": joined(lambda i, f: ReferenceConnection(around(i, f))),
-        }
-        for package in PEERS:
-            if records.version(package):
-                found[package] = joined(
-                    lambda i, f, package=package: PeerConnection(around(i, f), package)
-                )
-        return found
-
-    def inputs(self, name: str) -> tuple[Tensor, Tensor]:
-        """What a slice reads, and the gradient of what it returns; streams but for residuals."""
-        piece = self.piece
-        shape: tuple[int, ...] = (piece.batch, piece.sequence, self.streams, self.width)
-        if name.startswith("residual"):
-            shape = (*shape[:2], self.width)
-        generator = torch.Generator(piece.device).manual_seed(1)
-        x, grad = (
-            torch.randn(shape, generator=generator, device=piece.device).bfloat16()
-            for _ in range(2)
-        )
-        return x.requires_grad_(), grad
-
-
-class Step:
-    """One contender's training step.
-
-    Args:
-        model: the joined layers.
-        x: what they read.
-        grad: the gradient of their output.
-        optimizers: whose steps belong to it.
-    """
-
-    def __init__(
-        self, model: nn.Module, x: Tensor, grad: Tensor, optimizers: Sequence[torch.optim.Optimizer]
-    ) -> None:
-        self.model, self.x, self.grad, self.optimizers = model, x, grad, optimizers
-        self._leaves = [x, *model.parameters()]
-
-    def __call__(self) -> None:
-        """Forward, backward, optimizers."""
-        for leaf in self._leaves:
-            leaf.grad = None
-        self.model(self.x).backward(self.grad)
-        for optimizer in self.optimizers:
-            optimizer.step()
-
-    def free(self) -> None:
-        """Let go of the gradients: contenders share the memory."""
-        for leaf in self._leaves:
-            leaf.grad = None
-
-
-def measure(piece: Slice, bench: Bench, wanted: Sequence[str] = ()) -> list[Row]:
+def measure(
+    piece: Slice,
+    bench: Bench,
+    progress: output.Progress,
+    wanted: Sequence[str] = (),
+    turns: int = TURNS,
+    rows: dict[str, Row] | None = None,
+) -> dict[str, Row]:
     """One slice: every contender's step.
 
     Args:
         piece: what.
         bench: where.
+        progress: is told what begins.
         wanted: beginnings of contenders' names; all if empty. Plain residuals always take part.
+        turns: of each.
+        rows: what is measured is put in here as it comes, for who is interrupted.
 
     Returns:
-        A row for each, the plain one first.
+        A row for each by name, the plain one first.
+
+    Raises:
+        UnusableError: A contender left the GPU so that nothing works on it any more.
     """
-    sublayers = Sublayers(piece)
-    shared = _optimizer(piece, (p for layer in sublayers.layers for p in layer.parameters()))
-    rows: dict[str, Row] = {}
+    rows = {} if rows is None else rows
     steps: dict[str, Step] = {}
-    truth: list[Tensor] = []
+    progress.say(f"{piece.key}: layers")
+    try:
+        sublayers = Sublayers(piece)
+    except torch.OutOfMemoryError as error:
+        rows[OURS] = _row(piece, OURS).replace(**output.fault_of(error))
+        bench.recover()
+        return rows
+    shared = _optimizer(piece, (p for layer in sublayers.layers for p in layer.parameters()))
     for name, build in sublayers.contenders().items():
         if wanted and name != PLAIN and not name.startswith(tuple(wanted)):
             continue
-        _progress(f"{piece.key}: {name}")
-        row = _row(piece, name)
+        progress.say(f"{piece.key}: {name}")
+        row, step = _row(piece, name), None
         try:
             model = build()
-            own = [p for p in _own(model, sublayers.layers)]
-            step = Step(model, *sublayers.inputs(name), [*shared, *_optimizer(piece, iter(own))])
-            error = _error(model, step.x, name, truth)
-            if error is not None and not error < TOLERANCE:
-                fault = f"relative error {error:.1e} of the output against {OURS}"
-                row = row.replace(status="wrong", error=error, fault=fault)
+            own = _optimizer(piece, _own(model, sublayers.layers))
+            step = Step(model, *sublayers.inputs(name), [*shared, *own])
+            row = row.replace(error=sublayers.error(name, model, step.x))
+            if row.error is not None and not row.error < TOLERANCE:
+                fault = f"relative error {row.error:.1e} of the output against the reference"
+                row = row.replace(status="wrong", fault=fault)
             else:
+                step()  # compiles
                 peak, _ = bench.memory(lambda step=step: step() or (), None)
-                rows[name] = row = row.replace(error=error, peak_bytes=peak)
-                steps[name] = step
+                row, steps[name] = row.replace(peak_bytes=peak), step
+        except Exception as error:
+            row = row.replace(**output.fault_of(error))
+        if step:
             step.free()
-        except torch.OutOfMemoryError as problem:
-            row = row.replace(status="out of memory", fault=_one_line(problem))
-        except Exception as problem:
-            row = row.replace(status="failed", fault=_one_line(problem))
-        if row.status != "ok" and not bench.recover():
-            raise RuntimeError(f"perf overhead: {name} left the GPU unusable: {row.fault}")
         rows[name] = row
-    return _timed(piece, rows, steps, bench)
+        if row.status != "ok":
+            output.recover(bench, row)
+    progress.say(f"{piece.key}: {turns} turns of {len(steps)}")
+    _time(piece, rows, steps, bench, turns)
+    return rows
 
 
-def _timed(piece: Slice, rows: dict[str, Row], steps: dict[str, Step], bench: Bench) -> list[Row]:
-    """Let the contenders take turns; overheads follow."""
-    timers = []
-    for step in steps.values():
-        clock = _Clock(step, bench.device)
-        clock()
-        timers.append(clock)
-    _progress(f"{piece.key}: {TURNS} turns of {len(timers)}")
-    for name, sample in zip(steps, interleaved(timers, TURNS), strict=True):
-        rows[name] = rows[name].replace(
-            us=sample.us, p20=sample.low, p80=sample.high, turns=sample.turns, captured=False
-        )
-    plain = rows[PLAIN].us
-    for name, row in rows.items():
-        if row.us is None:
-            continue
-        details: dict[str, Any] = {"layers": piece.layers, "denominator": piece.denominator}
-        if plain:
-            details["overhead_percent"] = 100 * (row.us / plain - 1)
-            details["sublayer_us"] = (row.us - plain) / (2 * piece.layers)
-        parts = breakdown(steps[name], row.us) if bench.device == "cuda" else {}
-        steps[name].free()
-        rows[name] = row.replace(details=details, parts=parts)
-    return list(rows.values())
+def _time(
+    piece: Slice, rows: dict[str, Row], steps: dict[str, Step], bench: Bench, turns: int
+) -> None:
+    """Let the contenders take turns; overheads follow, and what the steps are made of."""
+    clocks = {name: _Clock(step, bench.device) for name, step in steps.items()}
+
+    def failed(name: str, error: Exception) -> None:
+        steps.pop(name).free()
+        rows[name] = _row(piece, name).replace(**output.fault_of(error))
+        output.recover(bench, rows[name])
+
+    for _ in rounds(clocks, 1, failed):
+        pass  # the first turn warms up
+    for samples in rounds({name: clocks[name] for name in steps}, turns, failed):
+        plain = samples.get(PLAIN)
+        for name, sample in samples.items():
+            details: dict[str, Any] = {"layers": piece.layers, "denominator": piece.denominator}
+            if plain:
+                details["overhead_percent"] = 100 * (sample.us / plain.us - 1)
+                details["sublayer_us"] = (sample.us - plain.us) / (2 * piece.layers)
+            rows[name] = rows[name].timed(sample).replace(captured=False, details=details)
+    for name, step in steps.items() if bench.device == "cuda" else ():
+        try:
+            rows[name] = rows[name].replace(parts=breakdown(step, rows[name].us or 0.0))
+        except Exception as error:  # the times are there all the same
+            details = {**rows[name].details, "breakdown": output.one_line(error)}
+            rows[name] = rows[name].replace(details=details)
+        step.free()
 
 
 class _Clock:
@@ -321,32 +188,19 @@ class _Clock:
 
     def __call__(self) -> float:
         if self._device == "cpu":
-            import time
-
             start = time.perf_counter()
             self._step()
-            self._step.free()
-            return (time.perf_counter() - start) * 1e6
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._step()  # the one before is another contender's
-        begin.record()
-        self._step()
-        end.record()
-        end.synchronize()
+            taken = (time.perf_counter() - start) * 1e6
+        else:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._step()  # the one before is another contender's
+            begin.record()
+            self._step()
+            end.record()
+            end.synchronize()
+            taken = begin.elapsed_time(end) * 1000
         self._step.free()
-        return begin.elapsed_time(end) * 1000
-
-
-def _error(model: nn.Module, x: Tensor, name: str, truth: list[Tensor]) -> float | None:
-    """The output's relative error against ours, which comes first; None for other architectures."""
-    with torch.no_grad():
-        output = model(x)
-    if name == OURS:
-        truth.append(output)
-    if not truth or name.startswith(("residual", "hc")):
-        return None
-    difference = (output.float() - truth[0].float()).norm() / truth[0].float().norm()
-    return difference.item()
+        return taken
 
 
 def _optimizer(piece: Slice, parameters: Iterator[nn.Parameter]) -> list[torch.optim.Optimizer]:
@@ -363,38 +217,6 @@ def _own(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[nn.Parameter
     return (p for p in model.parameters() if id(p) not in shared)
 
 
-def table(piece: Slice, rows: Sequence[Row]) -> str:
-    """A slice as text: steps and overheads, then where the time goes."""
-    tabulate = require("tabulate", "mhc-tile perf overhead", "perf").tabulate
-    lines = []
-    for row in rows:
-        if row.us is None:
-            lines.append([row.contender, row.status, row.fault[:70], "", "", ""])
-            continue
-        details = row.details
-        lines.append(
-            [
-                row.contender,
-                f"{row.us / 1000:.2f}",
-                f"{details.get('overhead_percent', 0):+.1f}%",
-                f"{details.get('sublayer_us', 0):.0f}",
-                "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.1f}",
-                "" if row.error is None else f"{row.error:.0e}",
-            ]
-        )
-    heads = ["contender", "step ms", "overhead", "us a sublayer", "peak GiB", "error"]
-    text = [f"100% is {piece.denominator}", "", tabulate(lines, heads, disable_numparse=True), ""]
-    names = list(dict.fromkeys(part for row in rows for part in row.parts))
-    if names:
-        spent = [
-            [row.contender, *(f"{row.parts.get(name, 0) / 1000:.2f}" for name in names)]
-            for row in rows
-            if row.parts
-        ]
-        text += [tabulate(spent, ["ms of a step", *names], disable_numparse=True), ""]
-    return "\n".join(text)
-
-
 def _row(piece: Slice, name: str) -> Row:
     config = piece.config
     return Row(
@@ -407,18 +229,3 @@ def _row(piece: Slice, name: str) -> Row:
         streams=4,
         dtype="bfloat16",
     )
-
-
-def _one_line(error: Exception) -> str:
-    text = str(error).strip().partition("\n")[0][:200]
-    return f"{type(error).__name__}: {text}".rstrip(": ")
-
-
-def _progress(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 import mhc_tile
-from mhc_tile.autotune.device import describe, driver_version
+from mhc_tile.autotune.device import Device, describe, driver_version
 from mhc_tile.autotune.timing import Sample
 
 SCHEMA = 1
@@ -94,6 +94,10 @@ class Row:
             return None
         return Sample(self.us, self.p20, self.p80, self.turns)
 
+    def timed(self, sample: Sample) -> "Row":
+        """A copy with a median and its spread."""
+        return self.replace(us=sample.us, p20=sample.low, p80=sample.high, turns=sample.turns)
+
     def replace(self, **changes: Any) -> "Row":
         """A copy with other values."""
         return dataclasses.replace(self, **changes)
@@ -164,6 +168,19 @@ def environment(copy_bytes_per_s: float | None, device: str = "cuda") -> dict[st
         "packages": {name: version(name) for name in PACKAGES},
         "command": ["mhc-tile", *sys.argv[1:]],
     }
+
+
+def slug(gpu: str | None) -> str:
+    """A GPU's model as part of a file name; "cpu" for none.
+
+    Args:
+        gpu: the vendor's name of the model.
+
+    Example:
+        >>> slug("NVIDIA H200"), slug(None)
+        ('nvidia_h200', 'cpu')
+    """
+    return Device(gpu, (0, 0), 0, 0, 0, "").slug if gpu else "cpu"
 
 
 def version(package: str) -> str | None:

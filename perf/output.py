@@ -1,0 +1,146 @@
+"""What the measuring commands share: where a result goes, progress, errors in one line."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mhc_tile.autotune._extras import require
+
+from .bench import Bench
+from .records import Record, Row, slug
+
+
+def result_path(kind: str, environment: Mapping[str, Any], wanted: Path | None) -> Path:
+    """Where a result is written; its folder is made.
+
+    Args:
+        kind: "perf" or "overhead", the beginning of the file's name.
+        environment: of the result.
+        wanted: the path that was asked for, if any.
+
+    Raises:
+        OSError: The folder cannot be made.
+    """
+    path = wanted or Path(f"{kind}-{slug(environment.get('gpu'))}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def draw(record: Record, folder: Path) -> None:
+    """Draw what a result has numbers for, as PNG, and say where.
+
+    Args:
+        record: the result.
+        folder: where; it is made.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        OSError: They cannot be written.
+    """
+    from . import figures
+
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = figures.draw(record)
+    for name, figure in drawn.items():
+        figures.save(figure, folder / f"{name}.png", "png")
+        say(f"picture: {folder / name}.png")
+    if not drawn:
+        say("no pictures: the result has too few numbers for any")
+
+
+def check_positive(command: str, **values: int | None) -> None:
+    """Refuse numbers below 1; None is none.
+
+    Raises:
+        ValueError: One is below 1.
+
+    Example:
+        >>> check_positive("perf run", turns=0)
+        Traceback (most recent call last):
+        ValueError: perf run: --turns must be at least 1, got 0
+    """
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{command}: --{name} must be at least 1, got {value}")
+
+
+def one_line(error: BaseException) -> str:
+    r"""An error's kind and the first line that it says.
+
+    Example:
+        >>> one_line(RuntimeError("it  broke\nin many ways"))
+        'RuntimeError: it broke'
+        >>> one_line(AssertionError())
+        'AssertionError'
+    """
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def fault_of(error: Exception) -> dict[str, str]:
+    """Status and fault of the row of a contender that failed.
+
+    Example:
+        >>> fault_of(torch.OutOfMemoryError("CUDA out of memory"))["status"]
+        'out of memory'
+    """
+    full = isinstance(error, torch.OutOfMemoryError)
+    return {"status": "out of memory" if full else "failed", "fault": one_line(error)}
+
+
+class UnusableError(RuntimeError):
+    """After an error the GPU answers no more, in this process."""
+
+
+def recover(bench: Bench, row: Row) -> None:
+    """Go on after a contender failed.
+
+    Args:
+        bench: where.
+        row: of the contender, with its fault.
+
+    Raises:
+        UnusableError: Nothing works on the GPU any more.
+    """
+    if not bench.recover():
+        fault = f"{row.contender} left the GPU unusable at {row.case}: {row.fault}"
+        raise UnusableError(fault)
+
+
+class Progress:
+    """What is under way, on stderr: a bar on a terminal, elsewhere a line with the seconds."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._bar: Any = None
+
+    def over(self, items: Iterable[Any], purpose: str) -> Iterator[Any]:
+        """Go through items, with a bar on a terminal.
+
+        Args:
+            items: what is gone through.
+            purpose: the command, for a message that tqdm is missing.
+
+        Raises:
+            MissingExtraError: tqdm is not installed.
+        """
+        self._bar = require("tqdm", purpose, "perf").tqdm(items, disable=None)
+        yield from self._bar
+
+    def say(self, text: str) -> None:
+        """Name what begins."""
+        if self._bar is not None and not self._bar.disable:
+            self._bar.set_description(text)
+            return
+        sys.stderr.write(f"{time.monotonic() - self._start:7.1f} s  {text}\n")
+        sys.stderr.flush()
+
+
+def say(*texts: str) -> None:
+    """Print lines."""
+    sys.stdout.write("".join(f"{text}\n" for text in texts))
+    sys.stdout.flush()

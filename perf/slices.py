@@ -1,0 +1,211 @@
+"""Slices of models for `mhc-tile perf overhead`: their layers, joined in every way.
+
+Axes: B batch, S sequence, n streams, C hidden size.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mhc_tile import HyperConnectedStack, HyperConnection, ManifoldHyperConnection, Residual
+from mhc_tile.models import CONFIGS, Decoder, ModelConfig, model_config
+
+from . import records
+from .connections import PeerConnection, ReferenceConnection
+from .records import OURS
+
+PLAIN = "residual (compiled)"
+LAYERS, BATCH, SEQUENCE = 4, 2, 4096
+PEERS = ("tile-kernels", "liger-kernel")
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    """A module under torch.compile."""
+    return cast(nn.Module, torch.compile(module))
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What is measured: layers of a model and the shape of a step.
+
+    Attributes:
+        model: a key of `CONFIGS`.
+        layers: how many.
+        batch: B.
+        sequence: S, tokens.
+        optimizer: whether a step of AdamW is part of the step.
+        device: "cuda" or "cpu".
+    """
+
+    model: str
+    layers: int = LAYERS
+    batch: int = BATCH
+    sequence: int = SEQUENCE
+    optimizer: bool = False
+    device: str = "cuda"
+
+    @property
+    def key(self) -> str:
+        """The name in a result file.
+
+        Example:
+            >>> Slice("paper-27b").key
+            'paper-27b/step/B2xS4096/L4'
+        """
+        step = "step+adamw" if self.optimizer else "step"
+        return f"{self.model}/{step}/B{self.batch}xS{self.sequence}/L{self.layers}"
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model cut to these layers, every one with experts where the model has any."""
+        changes: dict[str, Any] = {"num_layers": self.layers, "vocab_size": 1}
+        changes["context_length"] = self.sequence
+        if CONFIGS[self.model].moe:
+            changes["moe"] = {"leading_dense_layers": 0}
+        return model_config(self.model, **changes)
+
+    @property
+    def denominator(self) -> str:
+        """What 100% is, in words."""
+        what = "forward, backward and AdamW" if self.optimizer else "forward and backward"
+        layers = f"{self.layers} layer" + "s" * (self.layers > 1)
+        return (
+            f"{what} of {layers} of {self.model} without embedding and head, "
+            f"{self.batch} x {self.sequence} tokens, bf16, plain residuals under torch.compile"
+        )
+
+
+class Sublayers:
+    """The layers of a slice and every way to join them; layers and parameters are shared.
+
+    Args:
+        piece: what to build.
+    """
+
+    def __init__(self, piece: Slice) -> None:
+        self.piece, config = piece, piece.config
+        torch.manual_seed(0)
+        with torch.device(piece.device):
+            stack = Decoder(config, "mhc").stack.to(torch.bfloat16)
+        self.ours = [c for c in stack.connections if isinstance(c, ManifoldHyperConnection)]
+        self.layers = [connection.layer for connection in self.ours]
+        self.width = config.hidden_size
+        self.streams = self.ours[0].config.num_streams
+        for connection in self.ours:  # a mapping that follows its token, as after training
+            nn.init.constant_(connection.alpha, 0.1)
+
+    def contenders(self) -> dict[str, Callable[[], nn.Module]]:
+        """How to build each, by name; those with plain residuals first."""
+        layers = functools.cache(lambda: [compiled(layer) for layer in self.layers])
+
+        def joined(connect: Callable[[int, nn.Module], nn.Module]) -> Callable[[], nn.Module]:
+            return lambda: nn.Sequential(*(connect(i, f) for i, f in enumerate(layers())))
+
+        def hyper(index: int, layer: nn.Module) -> nn.Module:
+            device = self.ours[0].phi.device
+            return HyperConnection(layer, self.width, layer_index=index, device=device)
+
+        def by(package: str) -> Callable[[], nn.Module]:
+            return joined(lambda i, f: PeerConnection(self.around(i, f), package))
+
+        found: dict[str, Callable[[], nn.Module]] = {
+            PLAIN: lambda: compiled(nn.Sequential(*map(Residual, self.layers))),
+            "residual (layers compiled)": joined(lambda _, layer: Residual(layer)),
+            OURS: lambda: compiled(HyperConnectedStack(self.ours)),
+            f"{OURS} (layers compiled)": lambda: HyperConnectedStack(
+                self.around(i, f) for i, f in enumerate(layers())
+            ),
+            "hc (compiled)": lambda: nn.Sequential(
+                *(compiled(hyper(i, layer)) for i, layer in enumerate(self.layers))
+            ),
+            "hc (layers compiled)": joined(hyper),
+            "reference (compiled)": lambda: nn.Sequential(
+                *(compiled(ReferenceConnection(own)) for own in self.ours)
+            ),
+            "reference (layers compiled)": joined(
+                lambda i, f: ReferenceConnection(self.around(i, f))
+            ),
+        }
+        return found | {package: by(package) for package in PEERS if records.version(package)}
+
+    def around(self, index: int, layer: nn.Module) -> ManifoldHyperConnection:
+        """The connection of ours, around another form of its layer.
+
+        Args:
+            index: of the sublayer.
+            layer: what it wraps instead.
+        """
+        own = self.ours[index]
+        copy = ManifoldHyperConnection(layer, self.width, own.config, device=own.phi.device)
+        copy.phi, copy.alpha, copy.bias = own.phi, own.alpha, own.bias
+        return copy
+
+    @functools.cached_property
+    def truth(self) -> Tensor:
+        """What the reference makes of the inputs, in eager PyTorch."""
+        x, _ = self.inputs(OURS)
+        with torch.no_grad():
+            for own in self.ours:
+                x = ReferenceConnection(own)(x)
+        return x
+
+    def error(self, name: str, model: nn.Module, x: Tensor) -> float | None:
+        """The relative error of a contender's output; None where the layers are joined otherwise.
+
+        Args:
+            name: of the contender.
+            model: what it has built.
+            x: what it reads.
+        """
+        if name.startswith(("residual", "hc")):
+            return None
+        with torch.no_grad():
+            difference = model(x).float() - self.truth.float()
+        return (difference.norm() / self.truth.float().norm()).item()
+
+    def inputs(self, name: str) -> tuple[Tensor, Tensor]:
+        """What a slice reads, and the gradient of what it returns; streams but for residuals."""
+        piece = self.piece
+        shape: tuple[int, ...] = (piece.batch, piece.sequence, self.streams, self.width)
+        if name.startswith("residual"):
+            shape = (*shape[:2], self.width)
+        generator = torch.Generator(piece.device).manual_seed(1)
+        x, grad = (
+            torch.randn(shape, generator=generator, device=piece.device).bfloat16()
+            for _ in range(2)
+        )
+        return x.requires_grad_(), grad
+
+
+class Step:
+    """One contender's training step.
+
+    Args:
+        model: the joined layers.
+        x: what they read.
+        grad: the gradient of their output.
+        optimizers: whose steps belong to it.
+    """
+
+    def __init__(
+        self, model: nn.Module, x: Tensor, grad: Tensor, optimizers: Sequence[torch.optim.Optimizer]
+    ) -> None:
+        self.model, self.x, self.grad, self.optimizers = model, x, grad, optimizers
+        self._leaves = [x, *model.parameters()]
+
+    def __call__(self) -> None:
+        """Forward, backward, optimizers."""
+        for leaf in self._leaves:
+            leaf.grad = None
+        self.model(self.x).backward(self.grad)
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def free(self) -> None:
+        """Let go of the gradients: contenders share the memory."""
+        for leaf in self._leaves:
+            leaf.grad = None

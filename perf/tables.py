@@ -1,0 +1,106 @@
+"""Results as text, for a terminal."""
+
+from collections.abc import Mapping, Sequence
+
+from mhc_tile.autotune._extras import require
+
+from .peers import ADAPTERS
+from .records import OURS, Record, Row, percent_of_roofline
+
+
+def run(record: Record) -> str:
+    """A run: a line for each contender of each case, then what did not work."""
+    tabulate = require("tabulate", "mhc-tile perf run", "perf").tabulate
+    bandwidth = record.environment["copy_bytes_per_s"]
+    lines = []
+    for case in record.cases:
+        rows = record.of(case)
+        rivals = [r.us for r in rows if r.us and r.contender.startswith(tuple(ADAPTERS))]
+        best = min(rivals) if rivals else None
+        lines += [_line(row, bandwidth, best if row.contender == OURS else None) for row in rows]
+    heads = ["op", "mode", "T x C", "contender", "us", "p20 to p80", "GB/s", "of roofline"]
+    heads += ["best peer / us", "error", "launches", "host us", "peak MB", "kept MB"]
+    text = tabulate(lines, headers=heads, disable_numparse=True)
+    place = f"{record.environment['device']}; copy {bandwidth / 1e12:.2f} TB/s"
+    absent = [n for n in ADAPTERS if record.environment["packages"].get(n) is None]
+    notes = ["* launched call by call, the host included"] * any(
+        row.captured is False for row in record.rows
+    )
+    notes += [f"not installed: {', '.join(absent)}"] if absent else []
+    return "\n".join([place, "", text, "", *notes, *_faults(record.rows)])
+
+
+def _line(row: Row, bandwidth: float, best: float | None) -> list[str]:
+    cells = [row.op, row.mode, f"{row.tokens} x {row.hidden_size}", row.contender]
+    if row.us is None:
+        return [*cells, row.status if row.status != "ok" else "not timed"]
+    share = percent_of_roofline(row, bandwidth)
+    return [
+        *cells,
+        f"{row.us:.1f}{'*' if row.captured is False else ''}",
+        f"{row.p20:.1f} to {row.p80:.1f}",
+        _shown(row.bytes, ".0f", 1e-3 / row.us),
+        "" if share is None else f"{share:.0f}%",
+        "" if best is None else f"{best / row.us:.2f}x",
+        _shown(row.error, ".0e"),
+        _shown(row.launches, ".0f"),
+        _shown(row.host_us, ".1f"),
+        _shown(row.peak_bytes, ".1f", 1e-6),
+        _shown(row.saved_bytes, ".1f", 1e-6),
+    ]
+
+
+def overhead(denominator: str, rows: Sequence[Row]) -> str:
+    """Steps of a slice: times and overheads, where the time goes, what did not work.
+
+    Args:
+        denominator: what 100% is, in words.
+        rows: of one case.
+    """
+    tabulate = require("tabulate", "mhc-tile perf overhead", "perf").tabulate
+    lines = []
+    for row in rows:
+        if row.us is None:
+            lines.append([row.contender, row.status if row.status != "ok" else "not timed"])
+            continue
+        lines.append(
+            [
+                row.contender,
+                f"{row.us / 1000:.2f}",
+                _shown(row.p20, ".2f", 1e-3) + " to " + _shown(row.p80, ".2f", 1e-3),
+                _shown(row.details.get("overhead_percent"), "+.1f") + "%",
+                _shown(row.details.get("sublayer_us"), ".0f"),
+                _shown(row.peak_bytes, ".2f", 2**-30),
+                _shown(row.error, ".0e"),
+            ]
+        )
+    heads = ["contender", "step ms", "p20 to p80", "overhead", "us a sublayer", "peak GiB", "error"]
+    text = [f"100% is {denominator}", "", tabulate(lines, heads, disable_numparse=True), ""]
+    spent = [row for row in rows if row.parts]
+    names = list(dict.fromkeys(part for row in spent for part in row.parts))
+    if names:
+        cells = [[r.contender, *(_part(r.parts, name) for name in names)] for r in spent]
+        text += [tabulate(cells, ["ms of a step", *names], disable_numparse=True), ""]
+    return "\n".join([*text, *_faults(rows)])
+
+
+def _faults(rows: Sequence[Row]) -> list[str]:
+    """A line for each contender's fault, however many cases have it."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        if row.status != "ok":
+            found.setdefault((row.contender, row.status, row.fault), []).append(row.case)
+    return [
+        f"{name}: {status} at {cases[0]}"
+        + (f" and {len(cases) - 1} more" if len(cases) > 1 else "")
+        + (f": {fault}" if fault else "")
+        for (name, status, fault), cases in found.items()
+    ]
+
+
+def _part(parts: Mapping[str, float], name: str) -> str:
+    return _shown(parts.get(name), ".2f", 1e-3)
+
+
+def _shown(value: float | None, form: str, scale: float = 1.0) -> str:
+    return "" if value is None else format(value * scale, form)
