@@ -1,5 +1,6 @@
 """Where the time of a step goes: GPU time by kernel, from torch's profiler."""
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -20,6 +21,8 @@ KERNELS = {
 }
 LAYERS = "other kernels"
 GAPS = "no kernel"
+LOAD_US = 300_000.0  # of steps before those that are profiled, and again of these
+LEAST_STEPS, MOST_STEPS = 3, 300
 
 
 def part_of(kernel: str) -> str:
@@ -46,26 +49,66 @@ def busy(spans: Iterable[tuple[float, float]]) -> float:
     return total
 
 
-def breakdown(step: Callable[[], Any], step_us: float) -> dict[str, float]:
-    """Microseconds of a step by part.
+def split(
+    spans: Iterable[tuple[str, float, float]], steps: int, step_us: float
+) -> dict[str, float]:
+    """Microseconds of one step by part.
 
     Args:
-        step: runs one, warm.
-        step_us: what it takes without the profiler; what no kernel fills is under `GAPS`.
+        spans: names of kernels, and when each began and ended, in microseconds, of some steps.
+        steps: how many.
+        step_us: what one takes; what no kernel fills of it is under `GAPS`.
+
+    Example:
+        >>> split([("merge_forward", 0, 2), ("gemm", 2, 7), ("merge_forward", 8, 10)], 2, 6.0)
+        {'merge, forward': 2.0, 'other kernels': 2.5, 'no kernel': 1.5}
     """
-    step()
-    torch.cuda.synchronize()
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
-        step()
-        torch.cuda.synchronize()
-    spans: dict[str, list[tuple[float, float]]] = {}
-    for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            span = (event.time_range.start, event.time_range.end)
-            spans.setdefault(part_of(event.name), []).append(span)
-    parts = {name: sum(end - begin for begin, end in spans.get(name, ())) for name in KERNELS}
-    parts = {name: us for name, us in parts.items() if us}
-    parts[LAYERS] = sum(end - begin for begin, end in spans.get(LAYERS, ()))
-    parts[GAPS] = max(0.0, step_us - busy(span for group in spans.values() for span in group))
+    found = list(spans)
+    sums = dict.fromkeys((*KERNELS, LAYERS), 0.0)
+    for name, begin, end in found:
+        sums[part_of(name)] += (end - begin) / steps
+    parts = {part: us for part, us in sums.items() if us or part == LAYERS}
+    parts[GAPS] = max(0.0, step_us - busy((begin, end) for _, begin, end in found) / steps)
     return parts
+
+
+def breakdown(step: Callable[[], Any], step_us: float) -> dict[str, float]:
+    """Microseconds of a step by part, under the load that steps are timed under.
+
+    A GPU that has rested is faster for a moment. So steps run for a while before those that are
+    profiled, and those follow each other without a pause: what is then between kernels is so in
+    training as well.
+
+    Args:
+        step: runs one, compiled.
+        step_us: what it takes without the profiler.
+    """
+    with _profiler():
+        pass  # the first one takes long to start
+    for _ in range(_steps(step_us)):
+        step()
+    steps = _steps(step_us)
+    with _profiler() as profiler:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    spans = [
+        (event.name, event.time_range.start, event.time_range.end)
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not getattr(event, "is_user_annotation", False)
+    ]
+    return split(spans, steps, step_us)
+
+
+def _steps(step_us: float) -> int:
+    """How many steps load the GPU for `LOAD_US`."""
+    wanted = math.ceil(LOAD_US / max(step_us, 1.0))
+    return min(MOST_STEPS, max(LEAST_STEPS, wanted))
+
+
+def _profiler() -> torch.profiler.profile:
+    """Records kernels; told to keep its events, else it warns that a next cycle clears them."""
+    return torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True
+    )
