@@ -71,8 +71,7 @@ def default_config(
     """One pass by teams for many tokens where the GPU can run it, else two passes over x.
 
     H200, 2026-11-24, us, team / two passes: 8192x1280 104 / 105, 8192x2560 182 / 201, 8192x4096
-    277 / 304, 4096x7168 270 / 299; 2048x2560 65 / 64, 1024x7168 87 / 87 (104 registers a
-    helper). The two add the dot products in another order.
+    277 / 304, 4096x7168 270 / 299; 2048x2560 65 / 64. They add the dot products in another order.
 
     Args:
         tokens: T.

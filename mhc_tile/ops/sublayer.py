@@ -3,8 +3,8 @@
 `pre` and `merge` of one sublayer read the same x through the same h_res. Here merge's backward
 leaves its share of grad_x, `sum_o h_res[o, i] * grad_x_next[o, c]`, to pre's backward, which reads
 grad_x_next itself in place of that share: 4 C elements a token less to write at n = 4. So the x
-that `begin` or `cross` hands on has a gradient only for the `cross` or `finish` that it is meant for;
-no public function returns it.
+that `begin` or `cross` hands on has a gradient only for the `cross` or `finish` that it is meant
+for; no public function returns it.
 """
 
 from collections.abc import Callable
