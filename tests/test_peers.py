@@ -1,142 +1,108 @@
 """Adapters of other implementations, against stand-ins with those packages' conventions."""
 
 import sys
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
-import torch
 
-from mhc_tile import reference
-from mhc_tile.perf import peers, sublayer
+import stand_ins
+from mhc_tile.perf import peers, suite
+from mhc_tile.perf.operations import OPERATIONS, Case, Inputs
 
-TOKENS, WIDTH = 6, 16
-MAPPING = {"norm_eps": 1e-6}
-
-
-def installed(monkeypatch, name: str, **members: object) -> None:
-    """Let a module of this name be imported, with these members."""
-    parts = name.split(".")
-    for count in range(1, len(parts) + 1):
-        monkeypatch.setitem(sys.modules, ".".join(parts[:count]), ModuleType(parts[count - 1]))
-    vars(sys.modules[name]).update(members)
+COMPARED = ("tile-kernels", "liger-kernel")
 
 
-def inputs():
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*size):
-        return torch.randn(size, generator=generator)
-
-    x, grad = normal(TOKENS, 4, WIDTH), normal(TOKENS, 4, WIDTH)
-    return x, normal(24, 4 * WIDTH) * 0.1, normal(3), normal(24), grad
+def drawn(case):
+    """Tensors of a case, and cotangents of its results."""
+    make, operation = Inputs(case, "cpu", 0), OPERATIONS[case.op]
+    tensors = [make.make(name) for name in operation.names]
+    results = operation.reference(*tensors)
+    return tensors, make.like([results] if hasattr(results, "shape") else results)
 
 
-def tile_kernels_pre(residual, fn, scale, base, *, post_mult_value, sinkhorn_repeat, **eps):
-    """Rows of h_res are [in, out], maps are [batch, tokens, 4, 1] and [batch, tokens, in, out]."""
-    assert eps == {"norm_eps": 1e-6, "mhc_mult": 4, "pre_eps": 0.0, "sinkhorn_eps": 1e-6}
-    rows = [*range(8), *(8 + 4 * i + o for o in range(4) for i in range(4))]
-    phi = fn[rows].view(24, 4, -1)
-    layer_input, h_post, h_res = reference.pre(
-        residual, phi.flatten(1), scale, base[rows], **MAPPING,
-        post_scale=post_mult_value, iters=sinkhorn_repeat,
-    )  # fmt: skip
-    return layer_input, (h_post[..., None], h_res.transpose(-1, -2))
+def error_of(package, op, mode="training"):
+    case = Case(op, mode, 6, 16, dtype="float32")
+    return suite.check(case, peers.ADAPTERS[package](op), *drawn(case))
 
 
-def tile_kernels_post(layer_output, residual, h_post, h_res):
-    return reference.merge(residual, layer_output, h_post[..., 0], h_res.transpose(-1, -2))
+@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize("op", ["sublayer", "pre", "merge"])
+@pytest.mark.parametrize("package", COMPARED)
+def test_results_and_gradients_come_back_in_our_layout(monkeypatch, package, op, mode):
+    stand_ins.install(monkeypatch, package)
+    assert error_of(package, op, mode) < 1e-5
 
 
-def liger_coefficients(x, phi, bias, pre, post, res, fp32, iters, *_):
-    """phi is [4C, 24], the gates are three scalars."""
-    assert not fp32
-    alpha = torch.stack([pre, post, res])
-    h_pre, h_post, logits = reference.mapping(x, phi.t(), alpha, bias, **MAPPING)
-    return h_pre, h_post, reference.sinkhorn(logits, iters=iters)
+@pytest.mark.parametrize("op", ["sublayer", "pre", "merge"])
+@pytest.mark.parametrize("package", COMPARED)
+def test_there_is_a_gradient_of_every_tensor(monkeypatch, package, op):
+    stand_ins.install(monkeypatch, package)
+    contender = peers.ADAPTERS[package](op)
+    tensors, _ = drawn(Case(op, "training", 6, 16, dtype="float32"))
+    own = contender.take(*tensors)
+    back = contender.gradients(*own)
+    assert len(back) == len(tensors)
+    for value, tensor in zip(back, tensors, strict=True):
+        assert value.shape == tensor.shape
+        assert value.equal(tensor)  # there and back again
+    assert contender.name == f"{package} {stand_ins.VERSION}"
 
 
-PACKAGES = {
-    "tile-kernels": (
-        "tile_kernels.modeling.mhc.functional",
-        {"mhc_pre": tile_kernels_pre, "mhc_post": tile_kernels_post},
-    ),
-    "liger-kernel": (
-        "liger_kernel.ops.mhc",
-        {
-            "LigerMHCCoeffsFunction": SimpleNamespace(apply=liger_coefficients),
-            "LigerMHCPreFunction": SimpleNamespace(apply=reference.pre_apply),
-            "LigerMHCPostResFunction": SimpleNamespace(apply=reference.merge),
-        },
-    ),
-}
+@pytest.mark.parametrize("op", ["sublayer", "merge"])
+@pytest.mark.parametrize("package", COMPARED)
+@pytest.mark.parametrize("wrong", [stand_ins.scaled, stand_ins.slanted])
+def test_one_that_computes_something_else_is_noticed(monkeypatch, package, op, wrong):
+    stand_ins.install(monkeypatch, package, merge=wrong(1.05))
+    assert error_of(package, op) > suite.TOLERANCE
 
 
-@pytest.mark.parametrize("name", PACKAGES)
-def test_an_adapter_computes_our_sublayer(monkeypatch, name):
-    module, members = PACKAGES[name]
-    installed(monkeypatch, module, **members)
-    contender = peers.ADAPTERS[name]()
-    assert sublayer.check(contender, inputs()) < 1e-5
-    own = contender.prepare(*inputs())
-    assert len(contender.training(*own)) == len(own) - 1
+@pytest.mark.parametrize("package", peers.ADAPTERS)
+def test_ops_that_others_do_not_have(monkeypatch, package):
+    stand_ins.install(monkeypatch, package)
+    for op in set(OPERATIONS) - {"sublayer", "pre", "merge"}:
+        assert peers.ADAPTERS[package](op) is None
 
 
-@pytest.mark.parametrize("name", PACKAGES)
-def test_one_that_computes_something_else_is_named(monkeypatch, name):
-    module, members = PACKAGES[name]
-    last, merge = list(members.items())[-1]
-    real = getattr(merge, "apply", merge)
-
-    def wrong(*tensors):
-        return real(*tensors) * 1.02
-
-    members = {**members, last: SimpleNamespace(apply=wrong) if real is not merge else wrong}
-    installed(monkeypatch, module, **members)
-    contender = peers.ADAPTERS[name]()
-    with pytest.raises(RuntimeError, match=f"{name} must match the reference"):
-        sublayer.check(contender, inputs())
+@pytest.mark.parametrize("package", peers.ADAPTERS)
+def test_what_cannot_be_imported_says_so(monkeypatch, package):
+    stand_ins.without(monkeypatch, package)
+    with pytest.raises(ImportError):
+        peers.ADAPTERS[package]("sublayer")
 
 
-def test_what_is_not_installed_is_left_out_by_name(monkeypatch):
-    for module, _ in PACKAGES.values():
-        monkeypatch.setitem(sys.modules, module.partition(".")[0], None)
-    found, missing = sublayer.peers()
-    assert not found
-    assert [line.split()[0] for line in missing] == list(PACKAGES)
-
-
-def test_the_table_marks_launches_and_faults():
-    times = {"us": 50.0, "p20": 49.0, "p80": 51.0}
-    ours = {"error": 1e-3, "fault": "", "forward": times, "forward_captured": True}
-    peer = {"error": 2e-3, "fault": "training: RuntimeError: no", "forward": times}
-    peer["forward_captured"] = False
-    size = {"tokens": 8, "width": 16, "forward_floor_us": 25.0, "training_floor_us": 75.0}
-    text = "\n".join(sublayer.lines({**size, "contenders": {"mhc_tile": ours, "peer": peer}}))
-    assert "50.0 (50%)" in text
-    assert "50.0* (50%)" in text
-    assert "peer: training: RuntimeError: no" in text
+def test_hyper_connections_has_a_mapping_of_its_own(monkeypatch):
+    stand_ins.install(monkeypatch, "hyper-connections")
+    contender = peers.ADAPTERS["hyper-connections"]("sublayer")
+    tensors, _ = drawn(Case("sublayer", "training", 6, 16, dtype="float32"))
+    assert "from that stream alone" in contender.note
+    (result,) = contender.results(*contender.take(*tensors))
+    assert result.shape == tensors[0].shape
+    assert peers.ADAPTERS["hyper-connections"]("pre") is None
 
 
 @pytest.fixture
-def clock(monkeypatch):
-    """Sizes are measured on the CPU, every call takes 7 us."""
-    monkeypatch.setattr(sublayer, "inputs", lambda *_: inputs())
-    monkeypatch.setattr(sublayer, "capture", lambda function, sets: lambda: 7.0)
+def old_tile_kernels(monkeypatch, tmp_path):
+    """A package that imports what TileLang has renamed, and modules for both names' parents."""
+    before = set(sys.modules)
+    for name in ("tilelang", "tilelang.utils", "tilelang.backend", "tilelang.backend.target"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["tilelang.backend.target"].determine_target = "the new place"
+    folder = tmp_path / "tile_kernels" / "modeling" / "mhc"
+    folder.mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield folder / "functional.py"
+    for name in set(sys.modules) - before:
+        if name.startswith(("tile_kernels", "tilelang.utils.target")):
+            del sys.modules[name]
 
 
-def fails(*_):
-    raise AssertionError  # as peers do: without a text
+def test_tile_kernels_finds_what_tilelang_renamed(old_tile_kernels):
+    old_tile_kernels.write_text("from tilelang.utils.target import determine_target as found\n")
+    assert peers._tile_kernels_module().found == "the new place"
 
 
-def test_a_peer_that_fails_is_noted_and_the_others_are_timed(clock):
-    peer = peers.Contender("peer", lambda *values: list(values), fails)
-    result = sublayer.measure(TOKENS, WIDTH, 1e12, [sublayer.OURS, peer])
-    ours, other = (result["contenders"][name] for name in ("mhc_tile", "peer"))
-    assert (ours["forward"]["us"], ours["training"]["us"], ours["fault"]) == (7.0, 7.0, "")
-    assert other == {"error": 0.0, "fault": "check: AssertionError: "}
-
-
-def test_a_failure_of_ours_ends_the_run(clock, monkeypatch):
-    monkeypatch.setattr(sublayer, "check", fails)
-    with pytest.raises(AssertionError):
-        sublayer.measure(TOKENS, WIDTH, 1e12, [sublayer.OURS])
+def test_other_missing_modules_of_tile_kernels_are_named(old_tile_kernels):
+    old_tile_kernels.write_text("import a_module_that_is_not_there\n")
+    with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
+        peers._tile_kernels_module()
+    assert "tilelang.utils.target" not in sys.modules

@@ -1,0 +1,91 @@
+"""Timers, turns and what a device says of a call."""
+
+import time
+
+import pytest
+import torch
+
+from mhc_tile.perf import bench
+from mhc_tile.perf.bench import CpuBench, bench_of, rounds
+
+
+def forbidden(name, error):
+    raise AssertionError(name) from error
+
+
+def test_turns_rotate_and_every_round_is_told():
+    called = []
+    timers = {name: lambda name=name: called.append(name) or float(len(called)) for name in "abc"}
+    found = list(rounds(timers, 4, forbidden))
+    assert "".join(called) == "abc" + "bca" + "cab" + "abc"
+    assert [sample["a"].turns for sample in found] == [1, 2, 3, 4]
+    assert found[-1]["a"].us == 7.0  # it was called 1st, 6th, 8th and 10th
+    assert list(rounds({}, 2, forbidden)) == [{}, {}]
+
+
+def test_one_that_fails_takes_no_further_turns():
+    calls, told = 0, []
+
+    def fails():
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise torch.OutOfMemoryError("full")
+        return 1.0
+
+    found = list(rounds({"a": lambda: 2.0, "b": fails}, 3, lambda *what: told.append(what)))
+    assert [sorted(sample) for sample in found] == [["a", "b"], ["a"], ["a"]]
+    assert found[-1]["a"].turns == 3
+    ((name, error),) = told
+    assert (name, calls, str(error)) == ("b", 2, "full")
+    assert error.__traceback__ is None  # its frames would hold memory
+
+
+def test_an_interrupt_passes():
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(rounds({"a": stop}, 1, forbidden))
+
+
+def test_the_cpu():
+    device = bench_of("cpu")
+    assert device.bandwidth() > 1e8
+    timed = device.timed(lambda value: time.sleep(2e-3), [[torch.ones(1)]] * 2)
+    assert (timed.captured, timed.launches) == (None, None)
+    assert 2000 <= timed.timer() < 200_000
+    assert device.sets(10**12) == 1
+    assert device.memory(lambda: (), None) == (None, None)
+    assert device.host_us(time.sleep, []) is None
+    assert device.recover()
+    assert isinstance(device, CpuBench)
+
+
+def test_other_devices_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="perf: --device must be cuda or cpu, got tpu"):
+        bench_of("tpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--device cuda must have a GPU, got none"):
+        bench_of("cuda")
+
+
+@pytest.mark.gpu
+def test_a_gpu():
+    device = bench_of("cuda")
+    sets = [[torch.ones(2**20, device="cuda")] for _ in range(device.sets(2**22))]
+    assert len(sets) == bench.MOST_SETS
+    timed = device.timed(torch.neg, sets)
+    assert timed.captured
+    assert timed.launches in (1, 2)  # the tests fill its result with NaN before
+    assert 0.5 < timed.timer() < 1000
+
+    def waits(value):
+        return value.sum().item()
+
+    assert device.timed(waits, sets).captured is False
+    assert device.host_us(waits, sets[0]) is None
+    assert 0.5 < device.host_us(torch.neg, sets[0]) < 1000
+    peak, saved = device.memory(lambda: (sets[0][0].neg().neg(),), None)
+    assert (peak, saved) == (2**23, None)
+    assert device.recover()

@@ -1,0 +1,86 @@
+"""Where the time of a step goes: parts by kernels' names, and what no kernel fills."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mhc_tile.perf import breakdown
+from mhc_tile.perf.breakdown import GAPS, KERNELS, LAYERS, busy, part_of, split
+
+RECORD = Path(__file__).parents[1] / "perf" / "static" / "sm_90a.json"
+
+
+def test_every_kernel_of_ours_has_a_part():
+    names = list(json.loads(RECORD.read_text())["kernels"])
+    parts = {name: part_of(name) for name in names}
+    # No slice has an expand or a collapse.
+    assert {n.split("_")[0] for n, p in parts.items() if p == LAYERS} <= {"expand", "collapse"}
+    for name, part in parts.items():
+        if part not in (LAYERS, "sinkhorn"):
+            assert ("backward" in name) == ("backward" in part), name
+    assert part_of("void at::native::vectorized_elementwise_kernel<4>") == LAYERS
+
+
+def test_spans_that_overlap_count_once():
+    assert busy([]) == 0
+    assert busy([(0, 4), (1, 2), (3, 6), (8, 9)]) == 7
+    assert busy([(5, 6), (0, 2)]) == 3
+
+
+RECORDED = [  # two steps of 20 us
+    ("mhc_pre_team_kernel", 0.0, 3.0),
+    ("nvjet_tst_128x256", 3.0, 8.0),
+    ("merge_forward_kernel", 7.0, 9.0),  # begins before the one before has ended
+    ("merge_backward_kernel", 10.0, 14.0),
+    ("mhc_pre_team_kernel", 20.0, 25.0),
+    ("nvjet_tst_128x256", 25.0, 30.0),
+    ("merge_forward_kernel", 30.0, 32.0),
+    ("merge_backward_kernel", 32.0, 36.0),
+]
+
+
+def test_parts_are_of_one_step():
+    parts = split(RECORDED, 2, 20.0)
+    assert parts == {
+        "pre, forward": 4.0,
+        "merge, forward": 2.0,
+        "merge, backward": 4.0,
+        LAYERS: 5.0,
+        GAPS: 20.0 - (13 + 16) / 2,
+    }
+    assert list(parts) == [n for n in (*KERNELS, LAYERS, GAPS) if n in parts]
+    assert sum(parts.values()) == 20.0 + 1 / 2  # the overlap counts for both
+
+
+def test_a_step_that_is_shorter_than_its_kernels_has_no_gaps():
+    assert split(RECORDED, 2, 10.0)[GAPS] == 0.0
+    assert split([], 1, 10.0) == {LAYERS: 0.0, GAPS: 10.0}
+
+
+def test_steps_load_the_gpu():
+    assert breakdown._steps(64_000.0) == 5
+    assert breakdown._steps(10e6) == breakdown.LEAST_STEPS
+    assert breakdown._steps(0.0) == breakdown.MOST_STEPS
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu():
+    a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+
+    def step():
+        a @ a
+
+    for _ in range(10):
+        step()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(100):
+        step()
+    end.record()
+    end.synchronize()
+    step_us = begin.elapsed_time(end) * 10
+    parts = breakdown.breakdown(step, step_us)
+    assert set(parts) == {LAYERS, GAPS}
+    assert 0.7 * step_us < parts[LAYERS] < 1.3 * step_us

@@ -1,0 +1,297 @@
+"""`mhc-tile perf run`: contenders are checked, then timed; what fails is a row, and it goes on."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+
+pytest.importorskip("tabulate")
+pytest.importorskip("tqdm")
+
+import stand_ins
+from mhc_tile import __main__, reference
+from mhc_tile.perf import records, suite, tables
+from mhc_tile.perf.__main__ import main
+from mhc_tile.perf.bench import CpuBench
+from mhc_tile.perf.operations import OPERATIONS, Case
+from mhc_tile.perf.records import OURS
+from mhc_tile.perf.suite import COMPILED, EAGER
+
+CASE = Case("sublayer", "training", 8, 16)
+PEER, TILE = f"liger-kernel {stand_ins.VERSION}", f"tile-kernels {stand_ins.VERSION}"
+QUICK = ["run", "--device", "cpu", "--quick", "--turns", "2"]
+FAST = ["--contender", OURS, EAGER]  # nothing is compiled
+
+
+def measured(*names, case=CASE, turns=2, bench=None):
+    def wanted(name):
+        return name.startswith(names)
+
+    return suite.measure(case, bench or CpuBench(), wanted, turns)
+
+
+def replaced(monkeypatch, op, **changes):
+    changed = dataclasses.replace(OPERATIONS[op], **changes)
+    monkeypatch.setitem(OPERATIONS, op, changed)
+
+
+def test_a_quick_run_end_to_end(tmp_path, capsys):
+    path = tmp_path / "new" / "run.json"
+    assert __main__.main(["perf", *QUICK, *FAST, "--out", str(path)]) == 0
+    said = capsys.readouterr()
+    result = records.read(path)
+    assert result.kind == "run"
+    assert {row.op for row in result.rows} == set(OPERATIONS)
+    assert {row.mode for row in result.rows} == {"inference", "forward", "training"}
+    for case in result.cases:
+        assert [row.contender for row in result.of(case)] == [OURS, EAGER]
+    for row in result.rows:
+        assert (row.status, row.fault, row.turns) == ("ok", "", 2)
+        assert 0 < row.p20 <= row.us <= row.p80
+        assert row.error < 1e-5
+    environment = result.environment
+    assert environment["copy_bytes_per_s"] > 0
+    assert {"device", "torch", "commit", "date", "python", "packages", "command"} < {*environment}
+    assert "not installed: tile-kernels, liger-kernel, hyper-connections" in said.out
+    assert f"result: {path}" in said.out
+    assert len(said.out.splitlines()) > len(result.rows)
+    assert " s  merge/training/64x64/n4/float32\n" in said.err
+    pytest.importorskip("matplotlib")
+    assert main(["report", str(path)]) == 0
+    page = path.with_suffix(".html").read_text()
+    assert "27 of 27" in page
+    assert EAGER in page
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_the_compiled_reference(tmp_path):
+    rows = measured(COMPILED, case=Case("pre_apply", "inference", 8, 16, dtype="float32"))
+    assert rows[COMPILED].status == "ok"
+    assert rows[COMPILED].us > 0
+
+
+def test_names_of_results_and_pictures(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    few = ["--op", "merge", "--mode", "inference", "--tokens", "64", "--figures", "pictures"]
+    assert main([*QUICK, *FAST, *few]) == 0
+    assert len(records.read(tmp_path / "perf-cpu.json").rows) == 2
+    assert "no pictures" in capsys.readouterr().out  # no bytes on a CPU, and one size
+    monkeypatch.setattr(suite.Operation, "moved", lambda self, case: 1000)
+    monkeypatch.setattr(CpuBench, "device", "cuda")
+    monkeypatch.setattr(suite, "_Sets", _on_the_cpu(suite._Sets))
+    assert main([*QUICK, *FAST, *few]) == 0
+    assert (tmp_path / "pictures" / "roofline.png").read_bytes().startswith(b"\x89PNG")
+    assert "picture: pictures/roofline.png" in capsys.readouterr().out
+    assert records.read(tmp_path / "perf-cpu.json").rows[0].bytes == 1000
+
+
+def _on_the_cpu(sets):
+    class OnTheCpu(sets):
+        def __init__(self, case, operation, bench):
+            plain = CpuBench()
+            plain.device = "cpu"
+            super().__init__(case, operation, plain)
+
+    return OnTheCpu
+
+
+# Other packages.
+
+
+def test_peers_that_are_installed_take_part(monkeypatch):
+    stand_ins.install(monkeypatch, "liger-kernel", "tile-kernels")
+    rows = measured(OURS, "liger", "tile")
+    assert list(rows) == [OURS, TILE, PEER]
+    for row in rows.values():
+        assert (row.status, row.turns) == ("ok", 2)
+        assert 0 < row.error < suite.TOLERANCE
+    text = tables.run(records.Record("run", records.environment(1e9, "cpu"), list(rows.values())))
+    line = next(line for line in text.splitlines() if OURS in line)
+    assert f"{min(rows[PEER].us, rows[TILE].us) / rows[OURS].us:.2f}x" in line
+
+
+def test_peers_that_are_absent_are_left_out():
+    assert list(measured(OURS, "liger", "tile", "hyper")) == [OURS]
+
+
+def test_peers_have_cases_of_four_streams_in_bf16_only(monkeypatch):
+    stand_ins.install(monkeypatch, "liger-kernel")
+    for case in (dataclasses.replace(CASE, streams=2), dataclasses.replace(CASE, dtype="float32")):
+        assert list(measured(OURS, "liger", case=case)) == [OURS]
+
+
+@pytest.mark.parametrize("wrong", [stand_ins.scaled, stand_ins.slanted])
+def test_one_that_is_wrong_is_not_timed(monkeypatch, wrong):
+    stand_ins.install(monkeypatch, "liger-kernel", merge=wrong(1.1))
+    rows = measured(OURS, "liger")
+    assert rows[OURS].status == "ok"
+    assert (rows[PEER].status, rows[PEER].us, rows[PEER].turns) == ("wrong", None, 0)
+    assert rows[PEER].error > suite.TOLERANCE
+    assert "against the reference in float64" in rows[PEER].fault
+
+
+def test_one_with_a_mapping_of_its_own_is_said_to_compute_something_else(monkeypatch):
+    stand_ins.install(monkeypatch, "hyper-connections")
+    row = measured("hyper")[f"hyper-connections {stand_ins.VERSION}"]
+    assert (row.status, row.us) == ("wrong", None)
+    assert row.fault.startswith("computes something else: a stream's maps come from that stream")
+
+
+def test_one_that_cannot_be_imported_is_a_row(monkeypatch):
+    stand_ins.without(monkeypatch, "liger-kernel")
+    rows = measured(OURS, "liger")
+    assert rows[OURS].us > 0
+    (other,) = (row for row in rows.values() if row.contender != OURS)
+    assert (other.contender, other.status) == ("liger-kernel", "failed")
+    assert other.fault.startswith("ModuleNotFoundError: ")
+    assert "\n" not in other.fault
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "fault"),
+    [
+        (RuntimeError("\n no  good\nin many lines"), "failed", "RuntimeError: no good"),
+        (AssertionError(), "failed", "AssertionError"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"),
+            "out of memory",
+            "OutOfMemoryError: CUDA out of memory. Tried",
+        ),
+    ],
+)
+@pytest.mark.parametrize("after", [0, 5])  # when it is checked, when it is timed
+def test_one_that_fails_is_a_row_and_the_others_are_timed(monkeypatch, error, status, fault, after):
+    stand_ins.install(monkeypatch, "liger-kernel", merge=stand_ins.raising(error, after))
+    rows = measured(OURS, "liger", turns=3)
+    assert (rows[OURS].status, rows[OURS].turns) == ("ok", 3)
+    assert (rows[PEER].status, rows[PEER].fault, rows[PEER].us) == (status, fault, None)
+
+
+def test_inputs_that_do_not_fit_are_a_row(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(suite, "_Sets", full)
+    (row,) = measured(OURS, EAGER).values()
+    assert (row.contender, row.status) == (OURS, "out of memory")
+
+
+# Errors of ours, interrupts, bad input.
+
+
+def test_a_mistake_of_ours_ends_with_1(monkeypatch, tmp_path, capsys):
+    replaced(monkeypatch, "merge", ours=lambda *tensors: reference.merge(*tensors) * 1.1)
+    out = tmp_path / "run.json"
+    few = ["--op", "merge", "pre_apply", "--mode", "inference", "--out", str(out)]
+    assert main([*QUICK, *FAST, *few]) == 1
+    rows = records.read(out).rows
+    assert [row.status for row in rows] == ["wrong", "ok", "ok", "ok"]
+    assert (
+        "mhc_tile: wrong at merge/inference/64x64/n4/float32: relative" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("turn", [False, True])
+def test_an_interrupt_keeps_what_was_measured(monkeypatch, tmp_path, capsys, turn):
+    cases, real = 0, CpuBench.timed
+
+    def timed(self, function, sets):
+        nonlocal cases
+        cases += 1
+        found = real(self, function, sets)
+        if cases <= 2:
+            return found
+        if not turn:
+            raise KeyboardInterrupt
+        times = iter([1.0, 2.0, 3.0])
+
+        def timer():
+            for time in times:
+                return time
+            raise KeyboardInterrupt
+
+        return dataclasses.replace(found, timer=timer)
+
+    monkeypatch.setattr(CpuBench, "timed", timed)
+    out = tmp_path / "run.json"
+    few = ["--op", "merge", "--contender", OURS, "--turns", "9", "--out", str(out)]
+    assert main([*QUICK, *few]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    rows = records.read(out).rows
+    assert [row.mode for row in rows if row.us] == ["inference", "forward"] + ["training"] * turn
+    assert [row.turns for row in rows if row.us] == [9, 9] + [3] * turn
+
+
+def test_a_gpu_that_answers_no_more_ends_the_run(monkeypatch, tmp_path, capsys):
+    def broken(*tensors):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    replaced(monkeypatch, "pre_apply", ours=broken)
+    monkeypatch.setattr(CpuBench, "recover", lambda self: False)
+    out = tmp_path / "run.json"
+    few = ["--op", "merge", "pre_apply", "expand", "--mode", "forward", "--out", str(out)]
+    assert main([*QUICK, *few, "--contender", OURS]) == 1
+    rows = records.read(out).rows
+    assert [(row.op, row.status) for row in rows] == [("merge", "ok"), ("pre_apply", "failed")]
+    assert "mhc_tile left the GPU unusable at pre_apply/forward" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "tpu"], "--device must be cuda or cpu, got tpu"),
+        (["--turns", "0"], "perf run: --turns must be at least 1, got 0"),
+        (["--tokens", "3"], "--op, --mode, --tokens and --hidden must leave a case, got none"),
+    ],
+)
+def test_bad_input_is_named(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*QUICK, *arguments]) == 1
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_extra_is_named_before_anything_is_measured(monkeypatch, capsys):
+    from mhc_tile.autotune import _extras
+
+    def missing(name):
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(_extras.importlib, "import_module", missing)
+    monkeypatch.setattr(CpuBench, "bandwidth", lambda self: pytest.fail("it measures"))
+    assert main(QUICK) == 1
+    assert "pip install 'mhc-tile[perf]' brings it" in capsys.readouterr().err
+
+
+def test_the_gate_measures_ours_on_the_cases_of_a_baseline(monkeypatch):
+    case = dataclasses.replace(CASE, op="merge", dtype="float32")
+    found = suite.measure(case, CpuBench(), lambda name: name in (OURS, EAGER), 2)
+    base = records.Record("run", {}, list(found.values()))
+    monkeypatch.setattr(suite, "bench_of", lambda device: CpuBench())
+    monkeypatch.setattr(suite.records, "environment", lambda copy: {"copy_bytes_per_s": copy})
+    again = suite.measure_for_gate(base)
+    assert [(row.case, row.contender) for row in again.rows] == [(case.key, OURS)]
+    assert again.rows[0].turns == suite.TURNS
+
+
+@pytest.mark.gpu
+def test_a_quick_run_on_a_gpu(tmp_path):
+    out = tmp_path / "run.json"
+    few = ["--op", "merge", "sublayer", "--tokens", "64", "--out", str(out)]
+    main(["run", "--quick", *few])
+    result = records.read(out)
+    assert len(result.cases) == 5
+    for row in result.rows:
+        if row.contender not in (OURS, EAGER, COMPILED):
+            continue
+        assert (row.status, row.fault) == ("ok", "")
+        assert row.bytes > 0
+        assert row.peak_bytes > 0
+        assert 0 < records.percent_of_roofline(row, result.environment["copy_bytes_per_s"]) < 150
+        if row.contender == OURS:
+            assert row.captured
+            assert row.launches >= 1
+            assert row.host_us > 0
+            assert (row.saved_bytes is not None) == (row.mode == "training")
