@@ -253,7 +253,7 @@ def cases(*, quick: bool = False, device: str = "cuda", ops: Sequence[str] = ())
         device: "cuda", or "cpu" for small ones.
         ops: these only; all if empty.
     """
-    chosen = list(ops) or list(OPERATIONS)
+    chosen = list(dict.fromkeys(ops)) or list(OPERATIONS)
     if device == "cpu":
         small = CPU_SIZES[:1] if quick else CPU_SIZES
         grid = [(op, mode, size) for op in chosen for size in small for mode in MODES]

@@ -8,6 +8,7 @@ takes longer than with plain residuals under torch.compile.
 """
 
 import argparse
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -133,7 +134,8 @@ def measure(
             row = row.replace(error=sublayers.error(name, model, step.x))
             if row.error is not None and not row.error < TOLERANCE:
                 fault = f"relative error {row.error:.1e} of the output against the reference"
-                row = row.replace(status="wrong", fault=fault)
+                known = row.error if math.isfinite(row.error) else None  # JSON has no NaN
+                row = row.replace(status="wrong", fault=fault, error=known)
             else:
                 step()  # compiles
                 peak, _ = bench.memory(lambda step=step: step() or (), None)

@@ -9,6 +9,7 @@ the run goes on.
 
 import argparse
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -252,7 +253,8 @@ def _prepare(
         raise _WrongError(f"computes something else: {contender.note}", None)
     error = check(case, contender, *inputs.all[0])
     if not error < TOLERANCE:
-        raise _WrongError(f"relative error {error:.1e} against the reference in float64", error)
+        fault = f"relative error {error:.1e} against the reference in float64"
+        raise _WrongError(fault, error if math.isfinite(error) else None)  # JSON has no infinity
     training = case.mode == "training"
     own = []
     for tensors, cotangents in inputs.all:
@@ -295,7 +297,8 @@ def check(
 ) -> float:
     """The largest relative RMS error of a contender's results, and of its gradients in training.
 
-    The truth is the reference in float64 on the same tensors, some tokens at a time.
+    The truth is the reference in float64 on the same tensors, some tokens at a time. What is not a
+    number is infinitely wrong.
     """
     operation = OPERATIONS[case.op]
     training = case.mode == "training"
@@ -328,7 +331,9 @@ def check(
         errors[index] = (found[index].double().view_as(truth) - truth).square().sum().item()
         norms[index] = truth.square().sum().item()
     pairs = zip(errors, norms, strict=True)
-    return max((e / n) ** 0.5 if n else e**0.5 for e, n in pairs)
+    relative = [(e / n) ** 0.5 if n else e**0.5 for e, n in pairs]
+    # max() would pass over a NaN
+    return max(error if math.isfinite(error) else math.inf for error in relative)
 
 
 def _row(case: Case, name: str, moved: int | None, **values: Any) -> Row:

@@ -33,6 +33,7 @@ def test_every_op_is_measured_both_ways_and_sublayers_at_every_size():
     for tokens, width in operations.DECODE:
         assert Case("sublayer", "inference", tokens, width) in sublayers
     assert {case.op for case in cases(ops=["merge"])} == {"merge"}
+    assert cases(ops=["merge", "merge"]) == cases(ops=["merge"])
 
 
 @pytest.mark.parametrize(

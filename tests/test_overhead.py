@@ -136,6 +136,9 @@ def test_one_that_is_wrong_or_fails_is_a_row(monkeypatch):
     row = measured("tile")["tile-kernels"]
     assert (row.status, row.us) == ("wrong", None)
     assert "of the output against the reference" in row.fault
+    stand_ins.install(monkeypatch, "tile-kernels", merge=stand_ins.scaled(float("nan")))
+    row = measured("tile")["tile-kernels"]
+    assert (row.status, row.error) == ("wrong", None)
     stand_ins.without(monkeypatch, "tile-kernels")
     rows = measured("tile")
     assert rows["tile-kernels"].status == "failed"

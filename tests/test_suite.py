@@ -132,6 +132,19 @@ def test_one_that_is_wrong_is_not_timed(monkeypatch, wrong):
     assert "against the reference in float64" in rows[PEER].fault
 
 
+@pytest.mark.parametrize("place", range(3))
+def test_nothing_passes_that_is_not_a_number(monkeypatch, place):
+    def ours(*tensors):
+        results = list(reference.pre(*tensors, norm_eps=1e-6))
+        results[place] = results[place] * float("nan")
+        return results
+
+    replaced(monkeypatch, "pre", ours=ours)
+    row = measured(OURS, case=Case("pre", "inference", 8, 16))[OURS]
+    assert (row.status, row.us, row.error) == ("wrong", None, None)
+    assert row.fault.startswith("relative error inf ")
+
+
 def test_one_with_a_mapping_of_its_own_is_said_to_compute_something_else(monkeypatch):
     stand_ins.install(monkeypatch, "hyper-connections")
     row = measured("hyper")[f"hyper-connections {stand_ins.VERSION}"]
