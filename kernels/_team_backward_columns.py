@@ -97,7 +97,7 @@ def columns_macros(share: Share, tokens: object) -> tuple[Callable[..., None], .
         part = T.alloc_local((CHUNK,), BF16)
         result = T.alloc_local((CHUNK,), F32)
         mixing = T.alloc_local((2,), F32)
-        weight = T.alloc_local((STREAMS,), F32)
+        weight = T.alloc_var(F32, 0.0)
         for h in T.unroll(2):
             chunk = T.min(warp * WARP_CHUNKS + h * 8 + lane // 4, chunks - 1)
             inner = chunk % stream_chunks
@@ -155,33 +155,32 @@ def columns_macros(share: Share, tokens: object) -> tuple[Callable[..., None], .
                 #                + h_pre[i] * grad_layer_input[c] + part[i, c] ..
                 for c in T.unroll(2):
                     token = (u * 2 + c) * 4 + q
-                    radial = weights[token, STREAMS]
                     scale = weights[token, STREAMS + 1] * weights[warp, STREAMS + 2]
-                    h_pre = weights[token, stream]
-                    for v in T.vectorized(CHUNK):
-                        stream_lane[v] = streams[slot, token, stream, swizzled(inner, q) + v]
-                    for v in T.vectorized(CHUNK):
-                        grad_input[v] = inputs[slot, token, 0, swizzled(inner, q) + v]
+                    for v in T.unroll(CHUNK):
+                        result[v] = products[v // 2 * 4 + v % 2 * 2 + c] * scale
                     if share.part == ADDED:
                         for v in T.vectorized(CHUNK):
                             part[v] = staged[part_slot, token, stream, swizzled(inner, q) + v]
-                    for v in T.unroll(CHUNK):
-                        result[v] = (
-                            products[v // 2 * 4 + v % 2 * 2 + c] * scale
-                            + radial * T.cast(stream_lane[v], F32)
-                            + h_pre * T.cast(grad_input[v], F32)
-                        )
-                        if share.part == ADDED:
+                        for v in T.unroll(CHUNK):
                             result[v] += T.cast(part[v], F32)
-                    # .. or + sum_o h_res[o, i] * part[o, c]
+                    # part[i, c] .. or sum_o h_res[o, i] * part[o, c]
                     if share.part == MIXED:
                         for o in T.unroll(STREAMS):
-                            weight[o] = T.shfl_sync(mixing[o % 2], o // 2 * GROUP + token)
-                        for o in T.unroll(STREAMS):
+                            weight = T.shfl_sync(mixing[o % 2], o // 2 * GROUP + token)
                             for v in T.vectorized(CHUNK):
                                 part[v] = staged[part_slot, token, o, swizzled(inner, q) + v]
                             for v in T.unroll(CHUNK):
-                                result[v] += weight[o] * T.cast(part[v], F32)
+                                result[v] += weight * T.cast(part[v], F32)
+                    radial = weights[token, STREAMS]
+                    h_pre = weights[token, stream]
+                    for v in T.vectorized(CHUNK):
+                        stream_lane[v] = streams[slot, token, stream, swizzled(inner, q) + v]
+                    for v in T.unroll(CHUNK):
+                        result[v] += radial * T.cast(stream_lane[v], F32)
+                    for v in T.vectorized(CHUNK):
+                        grad_input[v] = inputs[slot, token, 0, swizzled(inner, q) + v]
+                    for v in T.unroll(CHUNK):
+                        result[v] += h_pre * T.cast(grad_input[v], F32)
                     if inside and (token < present):
                         for v in T.vectorized(CHUNK):
                             grad_x[

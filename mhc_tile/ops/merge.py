@@ -88,7 +88,7 @@ def merge_backward_kernel(
     mixing = None if h_res is None else flat(h_res, 2)
     grad = flat(grad_x_next, 2)
 
-    def launch(config: Any) -> tuple[Tensor, ...]:
+    def launch(config: Any) -> Any:
         config = config or backward_config(kernel, x)
         return kernel.backward(grad, *tensors, mixing, config=config)
 
@@ -98,8 +98,10 @@ def merge_backward_kernel(
     return tuple(value.view((*tokens, *value.shape[1:])) for value in grads)
 
 
-def _maps_kernel(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return merge_backward_kernel(*tensors, None)
+def _maps_kernel(
+    grad_x_next: Tensor, x: Tensor, layer_output: Tensor, h_post: Tensor
+) -> tuple[Tensor, ...]:
+    return merge_backward_kernel(grad_x_next, x, layer_output, h_post, None)
 
 
 def _maps_cpu(grad_x_next: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -66,7 +66,7 @@ def sublayer(
     constants = check_pre(
         "sublayer", x, phi, alpha, bias, norm_eps, pre_eps, post_scale, iters, sinkhorn_eps
     )
-    opened = Open(*HandingOn.apply(x, phi, alpha, bias, constants, True), x)
+    opened = _open(x, phi, alpha, bias, constants)
     layer_output = layer(opened.layer_input)
     check_merge("sublayer", x, layer_output, opened.h_post, opened.h_res)
     return _Finishing.apply(opened.handed, x, layer_output, opened.h_post, opened.h_res)
@@ -94,8 +94,12 @@ class Open(NamedTuple):
 
 def begin(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **constants: Any) -> Open:
     """`pre`, to be followed by `cross` or `finish`."""
-    constants = check_pre("pre", x, phi, alpha, bias, **constants)
-    return Open(*HandingOn.apply(x, phi, alpha, bias, constants, True), x)
+    return _open(x, phi, alpha, bias, check_pre("pre", x, phi, alpha, bias, **constants))
+
+
+def _open(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, constants: dict[str, Any]) -> Open:
+    layer_input, h_post, h_res, handed = HandingOn.apply(x, phi, alpha, bias, constants, True)
+    return Open(layer_input, h_post, h_res, handed, x)
 
 
 def cross(
@@ -112,8 +116,10 @@ def cross(
     constants = check_pre("boundary", x, phi, alpha, bias, **constants)
     own = None if x is handed else x  # Dynamo takes no tensor twice
     maps = (h_post, h_res, phi, alpha, bias)
-    results = _Crossing.apply(handed, own, layer_output, *maps, constants)
-    return Open(*results) if len(results) == len(Open._fields) else Open(*results, results[-1])
+    layer_input, h_post, h_res, handed, *own = _Crossing.apply(
+        handed, own, layer_output, *maps, constants
+    )
+    return Open(layer_input, h_post, h_res, handed, own[0] if own else handed)
 
 
 def finish(opened: Open, layer_output: Tensor) -> Tensor:
