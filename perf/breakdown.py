@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,6 +23,7 @@ LAYERS = "other kernels"
 GAPS = "no kernel"
 LOAD_US = 300_000.0  # of steps before those that are profiled, and again of these
 LEAST_STEPS, MOST_STEPS = 3, 300
+MOST_LETTERS = 100  # of a kernel's name
 
 
 def part_of(kernel: str) -> str:
@@ -72,8 +73,36 @@ def split(
     return parts
 
 
-def breakdown(step: Callable[[], Any], step_us: float) -> dict[str, float]:
-    """Microseconds of a step by part, under the load that steps are timed under.
+def largest(
+    spans: Iterable[tuple[str, float, float]], steps: int, count: int = 20
+) -> dict[str, float]:
+    """Microseconds of one step in the kernels that take most, by name, the largest first.
+
+    Args:
+        spans: as for `split`.
+        steps: as there.
+        count: of kernels.
+
+    Example:
+        >>> largest([("a", 0, 2), ("b", 2, 7), ("a", 8, 10)], 2, 1)
+        {'b': 2.5}
+    """
+    sums: dict[str, float] = {}
+    for name, begin, end in spans:
+        sums[name[:MOST_LETTERS]] = sums.get(name[:MOST_LETTERS], 0.0) + (end - begin) / steps
+    chosen = sorted(sums.items(), key=lambda item: -item[1])[:count]
+    return {name: round(us, 1) for name, us in chosen}
+
+
+class Breakdown(NamedTuple):
+    """Microseconds of a step: of every part, and of the kernels that take most."""
+
+    parts: dict[str, float]
+    kernels: dict[str, float]
+
+
+def breakdown(step: Callable[[], Any], step_us: float) -> Breakdown:
+    """Where a step's time goes, under the load that steps are timed under.
 
     A GPU that has rested is faster for a moment. So steps run for a while before those that are
     profiled, and those follow each other without a pause: what is then between kernels is so in
@@ -98,7 +127,7 @@ def breakdown(step: Callable[[], Any], step_us: float) -> dict[str, float]:
         if event.device_type == torch.autograd.DeviceType.CUDA
         and not getattr(event, "is_user_annotation", False)
     ]
-    return split(spans, steps, step_us)
+    return Breakdown(split(spans, steps, step_us), largest(spans, steps))
 
 
 def _steps(step_us: float) -> int:

@@ -5,8 +5,10 @@ parsed arguments to an exit code. Nothing heavy is imported before a command run
 """
 
 import argparse
+import contextlib
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +37,28 @@ def run(args: argparse.Namespace) -> int:
         ValueError: The arguments or the files do not fit; the message names them.
         OSError: A file cannot be read or written.
         MissingExtraError: A package of the perf extra is missing.
+        KeyboardInterrupt: After Ctrl-C, or a SIGTERM such as `timeout` sends.
     """
-    return args.perform(args)
+    with _ended_like_ctrl_c():
+        return args.perform(args)
+
+
+@contextlib.contextmanager
+def _ended_like_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM end a command as Ctrl-C does: what was measured is kept."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread, which gets no signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _add_run(commands: Any) -> None:

@@ -175,7 +175,9 @@ def _time(
             rows[name] = rows[name].timed(sample).replace(captured=False, details=details)
     for name, step in steps.items() if bench.device == "cuda" else ():
         try:
-            rows[name] = rows[name].replace(parts=breakdown(step, rows[name].us or 0.0))
+            found = breakdown(step, rows[name].us or 0.0)
+            details = {**rows[name].details, "kernels": found.kernels}
+            rows[name] = rows[name].replace(parts=found.parts, details=details)
         except Exception as error:  # the times are there all the same
             details = {**rows[name].details, "breakdown": output.one_line(error)}
             rows[name] = rows[name].replace(details=details)

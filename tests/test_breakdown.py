@@ -81,6 +81,7 @@ def test_a_step_on_a_gpu():
     end.record()
     end.synchronize()
     step_us = begin.elapsed_time(end) * 10
-    parts = breakdown.breakdown(step, step_us)
+    parts, kernels = breakdown.breakdown(step, step_us)
+    assert sum(kernels.values()) == pytest.approx(parts[LAYERS], rel=0.01)
     assert set(parts) == {LAYERS, GAPS}
     assert 0.7 * step_us < parts[LAYERS] < 1.3 * step_us

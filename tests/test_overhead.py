@@ -10,6 +10,7 @@ from mhc_tile import __main__
 from mhc_tile.perf import output, overhead, records, slices
 from mhc_tile.perf.__main__ import main
 from mhc_tile.perf.bench import CpuBench
+from mhc_tile.perf.breakdown import Breakdown
 from mhc_tile.perf.overhead import measure
 from mhc_tile.perf.records import OURS
 from mhc_tile.perf.slices import PLAIN, Slice, Step, Sublayers
@@ -220,9 +221,11 @@ def test_a_breakdown_that_fails_leaves_the_times(monkeypatch):
     rows = measured("hc (l", bench=bench)
     assert [row.us for row in rows.values()] == [7.0, 7.0]
     assert rows[PLAIN].details["breakdown"] == "RuntimeError: no profiler"
-    monkeypatch.setattr(overhead, "breakdown", lambda step, us: {"no kernel": us})
+    found = Breakdown({"no kernel": 7.0}, {"gemm": 3.0})
+    monkeypatch.setattr(overhead, "breakdown", lambda step, us: found)
     rows = measured("hc (l", bench=bench)
     assert rows[PLAIN].parts == {"no kernel": 7.0}
+    assert rows[PLAIN].details["kernels"] == {"gemm": 3.0}
 
 
 @pytest.mark.parametrize("name", ["layers", "batch", "sequence", "turns"])

@@ -1,7 +1,9 @@
 """`mhc-tile perf run`: contenders are checked, then timed; what fails is a row, and it goes on."""
 
 import dataclasses
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -235,6 +237,23 @@ def test_an_interrupt_keeps_what_was_measured(monkeypatch, tmp_path, capsys, tur
     rows = records.read(out).rows
     assert [row.mode for row in rows if row.us] == ["inference", "forward"] + ["training"] * turn
     assert [row.turns for row in rows if row.us] == [9, 9] + [3] * turn
+
+
+def test_sigterm_keeps_what_was_measured(monkeypatch, tmp_path, capsys):
+    before, real = signal.getsignal(signal.SIGTERM), CpuBench.timed
+
+    def timed(self, function, sets):
+        if any(value.requires_grad for value in sets[0]):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, function, sets)
+
+    monkeypatch.setattr(CpuBench, "timed", timed)
+    out = tmp_path / "run.json"
+    few = ["--op", "merge", "--contender", OURS, "--out", str(out)]
+    assert main([*QUICK, *few]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert [row.mode for row in records.read(out).rows if row.us] == ["inference"]
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_gpu_that_answers_no_more_ends_the_run(monkeypatch, tmp_path, capsys):
