@@ -30,7 +30,8 @@ SCHEDULING = frozenset(
     | {"splits", "stages", "teams", "warps"}
 )
 MANY = 1 << 17  # tokens: beyond every threshold between few and many
-_EPSILONS = {"norm_eps": 1e-6, "pre_eps": 0.0}
+# The paper's constants, as `MHCConfig.paper()`: what is compiled here is what its models run.
+_EPSILONS = {"norm_eps": 1e-20, "pre_eps": 0.0}
 _MAPPING = {"pre_eps": 0.0, "post_scale": 2.0}
 _SINKHORN = {"iters": 20, "sinkhorn_eps": 0.0}
 

@@ -247,6 +247,8 @@ def team_program(
             weights = T.alloc_shared((2, G, n), F32)  # h_pre
             # a variable, not an expression: the simplifier would expand it into every use
             rounds = T.alloc_var("int32", (T.ceildiv(tokens, G) + teams - 1 - team) // teams)
+            # round j has group last - j * teams: what the launch ahead wrote last is in L2
+            last = T.alloc_var("int32", T.ceildiv(tokens, G) - 1 - team)
 
             clear(exchange, answers, team, member, tx)
             if tx < apply_first:
@@ -269,7 +271,9 @@ def team_program(
                 thread = tx - apply_first
                 if thread < apply_warps * WARP:
                     for j in T.serial(ahead):
-                        fetch(x_tile, j, x, T.cast(j * teams + team, "int64") * G, member, thread)
+                        if j < rounds:
+                            first = T.cast(last - j * teams, "int64") * G
+                            fetch(x_tile, j, x, first, member, thread)
                         T.ptx_commit_group()
                 T.sync_grid()
                 for j in T.serial(rounds + lag):
@@ -277,14 +281,14 @@ def team_program(
                     if thread < apply_warps * WARP:
                         # fetch group j + ahead into the tile that the previous round applied
                         if j + ahead < rounds:
-                            first = T.cast((j + ahead) * teams + team, "int64") * G
+                            first = T.cast(last - (j + ahead) * teams, "int64") * G
                             fetch(x_tile, (j + ahead) % depth, x, first, member, thread)
                         T.ptx_commit_group()
                         if j < rounds:
                             T.ptx_wait_group(ahead)  # group j is here; those behind it are not
                             T.sync_threads(3, main_threads + apply_warps * WARP)
                         if j >= lag:
-                            done = T.cast((j - lag) * teams + team, "int64") * G
+                            done = T.cast(last - (j - lag) * teams, "int64") * G
                             pre_apply(layer_input, x_tile, weights, j - lag, done, member, thread)
             else:
                 if handover:
@@ -309,7 +313,7 @@ def team_program(
                         group = share // most
                         first = (member + members - group * G % members) % members
                         place = first + share % most * members
-                        token = T.cast(group * teams + team, "int64") * G + place
+                        token = T.cast(last - group * teams, "int64") * G + place
                         if place < G:
                             own(
                                 exchange, answers, h_post, projection, inv_rms, alpha, bias, team,
@@ -322,7 +326,7 @@ def team_program(
                         group = share // most
                         first = (member + members - group * G % members) % members
                         place = first + share % most * members
-                        token = T.cast(group * teams + team, "int64") * G + place
+                        token = T.cast(last - group * teams, "int64") * G + place
                         if (group < rounds) and (place < G) and (token < tokens):
                             residual(token, alpha, bias, projection, h_res)
 
