@@ -21,6 +21,7 @@ BLUE, GREY = "#0072B2", "#8C8C8C"
 PEERS = (("#E69F00", "s"), ("#009E73", "D"), ("#CC79A7", "^"), ("#D55E00", "v"), ("#56B4E9", "P"))
 REFERENCES = ((GREY, "x"), ("#4D4D4D", "+"))
 PARTS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#F0E442", "#BFBFBF")
+LEGEND_INCHES = 1.9  # of an entry, the longest
 MOST_PANELS = 6
 MOST_CHANGES = 40
 STYLE = {
@@ -76,39 +77,63 @@ def save(figure: Figure, target: Any, kind: str) -> None:
 
 
 def roofline(record: Record) -> Figure | None:
-    """Bars of the share of the roofline: a panel a shape, a row of panels a mode; None if empty."""
+    """Bars of the share of the roofline: a panel a mode, a line of panels a shape; None if empty.
+
+    A mode in which only one op was measured, beside others with more, has no panels: the table has
+    it.
+    """
     copy = record.environment.get("copy_bytes_per_s")
     rows = [row for row in record.rows if percent_of_roofline(row, copy) is not None]
     shapes = main_shapes(rows)
-    modes = list(dict.fromkeys(row.mode for row in rows))
     if not shapes:
         return None
-    ops = list(dict.fromkeys(row.op for row in rows))[::-1]
-    size = (1.6 + 2.1 * len(shapes), 0.9 + len(modes) * (0.5 + 0.3 * len(ops)))
-    figure, axes = _panels(len(modes), len(shapes), size, sharex=True, sharey=True)
+    measured = {mode: {r.op for r in rows if r.mode == mode} for mode in (r.mode for r in rows)}
+    most = max(map(len, measured.values()))
+    modes = [mode for mode, found in measured.items() if len(found) > 1 or most == 1]
+    ops = {
+        shape: list(dict.fromkeys(row.op for row in rows if _shape(row) == shape))[::-1]
+        for shape in shapes
+    }
+    heights = [0.9 + len(found) for found in ops.values()]
+    size = (1.4 + 2.9 * len(modes), 0.9 + 0.3 * sum(heights))
+    figure, axes = _panels(
+        len(shapes), len(modes), size, sharex=True, sharey="row", height_ratios=heights
+    )
     styles = labels(record)
-    for axis, (mode, shape) in zip(axes, ((m, s) for m in modes for s in shapes), strict=True):
-        for row in rows:
-            if (row.mode, _shape(row)) != (mode, shape):
-                continue
-            percent, place = percent_of_roofline(row, copy), ops.index(row.op)
-            colour, marker = styles[row.contender]
-            if row.contender == OURS:
-                axis.barh(place, percent, height=0.62, color=colour)
-                axis.annotate(
-                    f"{percent:.0f}", (percent, place), (3, 0), textcoords="offset points",
-                    va="center", fontsize=7, zorder=5,
-                )  # fmt: skip
-            else:
-                axis.plot(percent, place, marker, color=colour, markeredgewidth=1.4, zorder=3)
-        axis.axvline(100, color="#666666", linewidth=0.8, linestyle=(0, (4, 3)))
+    for axis, (shape, mode) in zip(axes, ((s, m) for s in shapes for m in modes), strict=True):
+        _shares(
+            axis,
+            [row for row in rows if (row.mode, _shape(row)) == (mode, shape)],
+            ops[shape],
+            copy,
+            styles,
+        )
         axis.set_title(f"{shape[0]} x {shape[1]}, {mode}")
-        axis.set_yticks(range(len(ops)), ops)
-        axis.grid(axis="y", visible=False)
     axes[0].set_xlim(0, max(118, axes[0].get_xlim()[1]))
     figure.supxlabel("percent of the roofline")
     _legend(figure, styles)
     return figure
+
+
+def _shares(
+    axis: Any, rows: Sequence[Row], ops: list[str], copy: float | None, styles: dict[str, Label]
+) -> None:
+    """A panel of `roofline`: a bar for ours, a mark for every other contender."""
+    for row in rows:
+        percent, place = percent_of_roofline(row, copy), ops.index(row.op)
+        colour, marker = styles[row.contender]
+        if row.contender == OURS:
+            axis.barh(place, percent, height=0.62, color=colour)
+            axis.annotate(
+                f"{percent:.0f}", (percent, place), (3, 0), textcoords="offset points",
+                va="center", fontsize=7, zorder=5,
+            )  # fmt: skip
+        else:
+            axis.plot(percent, place, marker, color=colour, markeredgewidth=1.4, zorder=3)
+    axis.axvline(100, color="#666666", linewidth=0.8, linestyle=(0, (4, 3)))
+    axis.set_yticks(range(len(ops)), ops)
+    axis.set_ylim(-0.6, len(ops) - 0.4)
+    axis.grid(axis="y", visible=False)
 
 
 def scaling(record: Record, along: str) -> Figure | None:
@@ -283,7 +308,7 @@ def _most_points(rows: Sequence[Row], along: str, other: str) -> tuple[int, int,
 
 
 def _panels(
-    lines: int, columns: int, size: tuple[float, float], **shared: bool
+    lines: int, columns: int, size: tuple[float, float], **shared: Any
 ) -> tuple[Figure, list[Any]]:
     figure_of = require("matplotlib.figure", "perf", "perf").Figure
     figure = figure_of(figsize=size, layout="constrained")
@@ -299,7 +324,8 @@ def _legend(figure: Figure, styles: dict[str, Label], bound: float | None = None
     if bound:
         dashes = (0, (4, 3))
         handles.append(line_of([], [], color="#666666", linestyle=dashes, lw=0.9, label="roofline"))
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(6, len(handles)))
+    fitting = max(1, int(figure.get_figwidth() / LEGEND_INCHES))
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(fitting, len(handles)))
 
 
 def _short(value: float) -> str:

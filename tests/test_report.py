@@ -179,6 +179,17 @@ def test_which_pictures_there_are(result):
     assert figures.draw(record(row())) == {}
 
 
+def test_the_roofline_has_a_panel_only_where_ops_can_be_compared():
+    size = "8192x2560/n4/bfloat16"
+    cases = [f"merge/inference/{size}", f"pre/inference/{size}", f"pre/forward/{size}"]
+    few = record(*(row(case=case, bytes=10**8) for case in cases))
+    (panel,) = figures.roofline(few).axes
+    assert panel.get_title() == "8192 x 2560, inference"
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["pre", "merge"]
+    one = record(row(case=cases[2], bytes=10**8))
+    assert [axis.get_title() for axis in figures.roofline(one).axes] == ["8192 x 2560, forward"]
+
+
 def test_the_commands(tmp_path, capsys):
     few = record(*[r for r in full().rows if r.op == "merge"])
     records.write(few, tmp_path / "run.json")
