@@ -29,6 +29,7 @@ from mhc_tile.autotune.registry import KERNELS
 from mhc_tile.kernels import _gate, _shipped, _static
 from mhc_tile.kernels._programs import catalogue
 from mhc_tile.ops import _dispatch
+from mhc_tile.ops.merge import merge_backward_maps
 
 from . import resources
 
@@ -46,6 +47,9 @@ PARTS = {
     "boundary_backward": ("pre_backward", "merge_backward"),
     f"pre_backward{PARTED}": ("pre_backward",),
 }
+
+# Ops that only others call.
+_INNER = {"merge_backward_maps": merge_backward_maps}
 
 Counts = dict[str, int]
 Record = dict[str, dict[str, Counts]]
@@ -69,7 +73,7 @@ def measure(architectures: Sequence[str] = ARCHITECTURES) -> Record:
 
 def names() -> list[str]:
     """Every op that has kernels, twice if it has an optional tensor."""
-    own = [op for op in OPS if op in _dispatch.LAUNCHERS]
+    own = [op for op in (*OPS, *_INNER) if op in _dispatch.LAUNCHERS]
     return sorted([*own, *(op for op in PARTS if op.endswith(PARTED))])
 
 
@@ -232,7 +236,7 @@ def _arguments(op: str, tokens: int, *, parted: bool) -> tuple[list[Any], dict[s
     plain |= {"eps": 0.0, "num_streams": n}
     others: dict[str, Any] = {**plain, "mode": "mean"}
     positional, keywords = [], {}
-    for argument in OPS[op]._schema.arguments:
+    for argument in ({**OPS, **_INNER}[op])._schema.arguments:
         name = argument.name
         if name in others:
             value = others[name]
