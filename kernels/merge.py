@@ -8,11 +8,11 @@
 
 Per token the forward reads (n + 1)*C elements and writes n*C (9*C at n = 4), the backward reads
 (2n + 1)*C and writes (n + 1)*C (14*C; 10*C without grad_x); the maps add 4 * (n*n + n) bytes in
-each direction that they go. Everything moves once, 16 bytes a lane, and stays in registers: a block owns one token (or, in
-the forward, a part of one), so the maps are uniform in it and a token's bits follow from the token
-and the configuration. In the backward a loaded vector serves the matrix products and the n*n + n
-dot products; those stay in per-lane sums over the whole row and are combined once a token, in one
-warp a block by shuffles alone. Shared memory would only add a trip.
+each direction that they go. Everything moves once, 16 bytes a lane, and stays in registers: a block
+owns one token (or, in the forward, a part of one), so the maps are uniform in it and a token's bits
+follow from the token and the configuration. In the backward a loaded vector serves the matrix
+products and the n*n + n dot products; those stay in per-lane sums over the whole row and are
+combined once a token, in one warp a block by shuffles alone. Shared memory would only add a trip.
 """
 
 import dataclasses
