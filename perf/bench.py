@@ -24,6 +24,7 @@ MOST_REPLAYS = 50
 WARM = 3  # turns before the first that counts
 SLEEP_CYCLES = 40_000_000  # about 20 ms
 HOST_CALLS, HOST_REPEATS = 5, 3
+MOST_QUEUED = 800  # launches; from about 1000 on the driver blocks the host
 
 Function = Callable[..., Any]
 Sets = Sequence[Sequence[Tensor]]
@@ -72,7 +73,9 @@ class CpuBench:
             timer()
         return Timed(timer)
 
-    def host_us(self, function: Function, values: Sequence[Tensor]) -> float | None:
+    def host_us(
+        self, function: Function, values: Sequence[Tensor], launches: int | None = None
+    ) -> float | None:
         """Nothing: on the CPU a call returns when it is done."""
         return None
 
@@ -150,8 +153,17 @@ class CudaBench:
             graph.instantiate()
         return graph, launches
 
-    def host_us(self, function: Function, values: Sequence[Tensor]) -> float | None:
-        """Microseconds before a call returns, queued behind a sleeping kernel; None if it waits."""
+    def host_us(
+        self, function: Function, values: Sequence[Tensor], launches: int | None = None
+    ) -> float | None:
+        """Microseconds before a call returns, queued behind a sleeping kernel; None if it waits.
+
+        Args:
+            function: what is called.
+            values: its inputs.
+            launches: of a call, if known: the driver takes only so many before it waits.
+        """
+        calls = max(1, min(HOST_CALLS, MOST_QUEUED // max(1, launches or 1)))
         times = []
         for _ in range(HOST_REPEATS):
             torch.cuda.synchronize()
@@ -159,9 +171,9 @@ class CudaBench:
             awake = torch.cuda.Event()
             awake.record()
             start = time.perf_counter()
-            for _ in range(HOST_CALLS):
+            for _ in range(calls):
                 function(*values)
-            times.append((time.perf_counter() - start) / HOST_CALLS * 1e6)
+            times.append((time.perf_counter() - start) / calls * 1e6)
             slept = not awake.query()
             torch.cuda.synchronize()
             if not slept:

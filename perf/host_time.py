@@ -29,8 +29,7 @@ Call = Callable[..., Any]
 
 def sublayer(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> Tensor:
     """`pre`, an identity layer, `merge`."""
-    layer_input, h_post, h_res, x = mhc_tile.pre(x, phi, alpha, bias, **CONSTANTS, return_x=True)
-    return mhc_tile.merge(x, layer_input, h_post, h_res)
+    return mhc_tile.sublayer(x, lambda value: value, phi, alpha, bias, **CONSTANTS)
 
 
 def calls() -> dict[str, tuple[Call, tuple[Tensor, ...]]]:

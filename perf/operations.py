@@ -95,8 +95,9 @@ class Operation:
         kernels: forward, then backward: keys of `autotune.registry.KERNELS`, whose bytes it must
             move; None for the backward of `expand` and `collapse`, which is the other's forward.
         parameters: how many tensors, the last ones, all tokens share.
-        alone: whether its backward has the only gradient of x; elsewhere another's is added to it,
-            which the kernel's `traffic` counts.
+        twice: how many times n * C elements a token its kernels count that the op need not move,
+            in the forward and in both: what one kernel writes and another reads, or a gradient of x
+            by others.
     """
 
     names: tuple[str, ...]
@@ -104,7 +105,7 @@ class Operation:
     reference: Call
     kernels: tuple[tuple[str, ...], tuple[str, ...]]
     parameters: int = 0
-    alone: bool = False
+    twice: tuple[int, int] = (0, 0)
 
     def moved(self, case: Case) -> int | None:
         """Bytes that a call must move, by the kernels' `traffic`; None without TileLang."""
@@ -121,10 +122,10 @@ class Operation:
             )
         except ImportError:
             return None
-        if self.alone and case.mode == "training":
-            item = getattr(torch, case.dtype).itemsize
-            moved -= case.tokens * case.streams * case.hidden_size * item
-        return moved
+        streams = (
+            case.tokens * case.streams * case.hidden_size * getattr(torch, case.dtype).itemsize
+        )
+        return moved - self.twice[case.mode == "training"] * streams
 
 
 class Inputs:
@@ -225,7 +226,7 @@ OPERATIONS: dict[str, Operation] = {
         lambda *tensors: reference.pre(*tensors, **CONSTANTS),
         (("pre",), ("pre_backward",)),
         parameters=3,
-        alone=True,
+        twice=(0, 1),
     ),
     "boundary": Operation(
         (*_MERGED, *_PARAMETERS),
@@ -233,6 +234,7 @@ OPERATIONS: dict[str, Operation] = {
         _boundary_reference,
         (("merge", "pre"), ("pre_backward", "merge_backward")),
         parameters=3,
+        twice=(1, 3),
     ),
     "sublayer": Operation(
         ("x", *_PARAMETERS),

@@ -279,8 +279,8 @@ def _prepare(
 
     function(*own[0])  # compiles
     peak, saved = bench.memory(forward, backward if training else None)
-    host = bench.host_us(function, own[0])
     timed = bench.timed(function, own)
+    host = bench.host_us(function, own[0], timed.launches)
     row = row.replace(
         error=error,
         captured=timed.captured,

@@ -67,7 +67,8 @@ class ManifoldHyperConnection(Connection):
         phi: [n*n + 2n, n*C], fp32, as in `mhc_tile.mapping`; likewise `alpha` [3] and `bias`.
             They stay fp32 when the model is cast to bf16 or fp16.
         tap: an identity through which h_res [..., n, n] passes in every forward: a forward hook on
-            it observes h_res.
+            it observes h_res, or returns another one, which is used instead. It must not write
+            into h_res.
 
     Example:
         >>> block = ManifoldHyperConnection(torch.nn.Linear(64, 64), hidden_size=64)
@@ -108,7 +109,7 @@ class ManifoldHyperConnection(Connection):
         """
         opened = self.begin(x)
         if (tapped := self.tap(opened.h_res)) is not opened.h_res:
-            return self.merge_tapped(x, tapped, *args, **kwargs)
+            return self.merge_tapped(opened, tapped, *args, **kwargs)
         return finish(opened, self.run_layer(opened.layer_input, *args, **kwargs))
 
     def begin(self, x: Tensor) -> Open:
@@ -120,14 +121,16 @@ class ManifoldHyperConnection(Connection):
         parameters = (self.phi, self.alpha, self.bias)
         return cross(opened, layer_output, *parameters, **self._constants())
 
-    def merge_tapped(self, x: Tensor, h_res: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The sublayer on x [..., n, C] with another h_res, which a hook on the tap has put in."""
-        parameters = (self.phi, self.alpha, self.bias)
-        layer_input, h_post, _ = ops.pre(x, *parameters, **self._constants())
-        return ops.merge(x, self.run_layer(layer_input, *args, **kwargs), h_post, h_res)
+    def merge_tapped(self, opened: Open, h_res: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Layer and merge with another h_res, which a hook on the tap has put in its place.
+
+        `opened.x` must have a gradient of its own: it is then no `opened.handed`.
+        """
+        layer_output = self.run_layer(opened.layer_input, *args, **kwargs)
+        return ops.merge(opened.x, layer_output, opened.h_post, h_res)
 
     def pre(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`mhc_tile.pre` with this sublayer's parameters.
+        """`mhc_tile.pre` with this sublayer's parameters, for callers who merge themselves.
 
         Args:
             x: [..., n, C]. The residual streams.

@@ -13,9 +13,8 @@ class HyperConnectedStack(nn.Module):
     """Thread the residual streams through a list of connected layers.
 
     Between two neighbouring `ManifoldHyperConnection`s the `merge` of the first and the `pre` of
-    the second are one op, `mhc_tile.boundary`, which keeps the streams on chip in between. The
-    result is that of calling the connections one after the other. Connections of other kinds are
-    called as they are.
+    the second are one op, `mhc_tile.boundary`. The result is that of calling the connections one
+    after the other. Connections of other kinds are called as they are.
 
     Args:
         connections: `ManifoldHyperConnection`, `HyperConnection` or any module of streams to
@@ -55,9 +54,11 @@ class HyperConnectedStack(nn.Module):
                 continue
             opened = connection.begin(x) if pending is None else connection.cross(*pending)
             if (tapped := connection.tap(opened.h_res)) is not opened.h_res:
-                x = x if pending is None else finish(*pending)
+                if opened.x is opened.handed:  # compiled: there x_next has no gradient of its own
+                    x = finish(*pending) if pending else x
+                    opened = opened._replace(x=x)
                 pending = None
-                x = connection.merge_tapped(x, tapped, *args, **kwargs)
+                x = connection.merge_tapped(opened, tapped, *args, **kwargs)
                 continue
             pending = opened, connection.run_layer(opened.layer_input, *args, **kwargs)
         return x if pending is None else finish(*pending)

@@ -69,7 +69,7 @@ def sublayer(
     opened = _open(x, phi, alpha, bias, constants)
     layer_output = layer(opened.layer_input)
     check_merge("sublayer", x, layer_output, opened.h_post, opened.h_res)
-    return _Finishing.apply(opened.handed, x, layer_output, opened.h_post, opened.h_res)
+    return _finish(opened, layer_output)
 
 
 class Open(NamedTuple):
@@ -98,6 +98,7 @@ def begin(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **constants: Any)
 
 
 def _open(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, constants: dict[str, Any]) -> Open:
+    x = x.contiguous()  # once, not in each op that reads it
     layer_input, h_post, h_res, handed = HandingOn.apply(x, phi, alpha, bias, constants, True)
     return Open(layer_input, h_post, h_res, handed, x)
 
@@ -114,19 +115,27 @@ def cross(
     _, h_post, h_res, handed, x = opened
     check_merge("boundary", x, layer_output, h_post, h_res)
     constants = check_pre("boundary", x, phi, alpha, bias, **constants)
-    own = None if x is handed else x  # Dynamo takes no tensor twice
     maps = (h_post, h_res, phi, alpha, bias)
     layer_input, h_post, h_res, handed, *own = _Crossing.apply(
-        handed, own, layer_output, *maps, constants
+        handed, _kept(opened), layer_output, *maps, constants
     )
     return Open(layer_input, h_post, h_res, handed, own[0] if own else handed)
 
 
 def finish(opened: Open, layer_output: Tensor) -> Tensor:
     """`merge`."""
-    _, h_post, h_res, handed, x = opened
-    check_merge("merge", x, layer_output, h_post, h_res)
-    return _Finishing.apply(handed, None if x is handed else x, layer_output, h_post, h_res)
+    check_merge("merge", opened.x, layer_output, opened.h_post, opened.h_res)
+    return _finish(opened, layer_output)
+
+
+def _finish(opened: Open, layer_output: Tensor) -> Tensor:
+    maps = (opened.h_post, opened.h_res)
+    return _Finishing.apply(opened.handed, _kept(opened), layer_output, *maps)
+
+
+def _kept(opened: Open) -> tuple[Tensor] | None:
+    """What to save of x for the backward, hidden from autograd, which has no gradient for it."""
+    return None if opened.x is opened.handed else (opened.x,)
 
 
 class _Finishing(torch.autograd.Function):
@@ -136,13 +145,13 @@ class _Finishing(torch.autograd.Function):
     def forward(
         ctx: Any,
         handed: Tensor,
-        x: Tensor | None,
+        x: tuple[Tensor] | None,
         layer_output: Tensor,
         h_post: Tensor,
         h_res: Tensor,
     ) -> Tensor:
         """The result of `merge`."""
-        ctx.save_for_backward(handed if x is None else x, layer_output, h_post)
+        ctx.save_for_backward(handed if x is None else x[0], layer_output, h_post)
         return merge_op(handed, layer_output, h_post, h_res)
 
     @staticmethod
@@ -158,7 +167,7 @@ class _Crossing(torch.autograd.Function):
     def forward(
         ctx: Any,
         handed: Tensor,
-        x: Tensor | None,
+        x: tuple[Tensor] | None,
         layer_output: Tensor,
         h_post: Tensor,
         h_res: Tensor,
@@ -174,7 +183,7 @@ class _Crossing(torch.autograd.Function):
         compiling = torch.compiler.is_compiling()  # then zeros are filled for what nothing reads
         handed_on = (x_next,) if compiling else (x_next, x_next.view_as(x_next))
         saved = (handed_on[-1], phi, alpha, bias, projection, inv_rms, output[2])
-        ctx.save_for_backward(handed if x is None else x, layer_output, h_post, *saved)
+        ctx.save_for_backward(handed if x is None else x[0], layer_output, h_post, *saved)
         ctx.constants = constants
         keep_shapes(ctx, output)
         if not compiling:  # Dynamo does not know the method
