@@ -95,8 +95,13 @@ class Sublayers:
         self.layers = [connection.layer for connection in self.ours]
         self.width = config.hidden_size
         self.streams = self.ours[0].config.num_streams
-        for connection in self.ours:  # a mapping that follows its token, as after training
-            nn.init.constant_(connection.alpha, 0.1)
+        # As after training: maps that follow their token and differ between streams, layers that
+        # write as much as they read. Else a wrong connection would hardly show in the output.
+        for connection in self.ours:
+            nn.init.constant_(connection.alpha, 1.0)
+            nn.init.normal_(connection.bias)
+        for layer in self.layers:
+            _write_as_much_as_is_read(layer, self.width, min(64, piece.sequence))
 
     def contenders(self) -> dict[str, Callable[[], nn.Module]]:
         """How to build each, by name; those with plain residuals first."""
@@ -119,11 +124,11 @@ class Sublayers:
             f"{OURS} (layers compiled)": lambda: HyperConnectedStack(
                 self.around(i, f) for i, f in enumerate(layers())
             ),
-            "hc (compiled)": lambda: nn.Sequential(
+            "hc (sublayers compiled)": lambda: nn.Sequential(
                 *(compiled(hyper(i, layer)) for i, layer in enumerate(self.layers))
             ),
             "hc (layers compiled)": joined(hyper),
-            "reference (compiled)": lambda: nn.Sequential(
+            "reference (sublayers compiled)": lambda: nn.Sequential(
                 *(compiled(ReferenceConnection(own)) for own in self.ours)
             ),
             "reference (layers compiled)": joined(
@@ -145,16 +150,14 @@ class Sublayers:
         return copy
 
     @functools.cached_property
-    def truth(self) -> Tensor:
-        """What the reference makes of the inputs, in eager PyTorch."""
-        x, _ = self.inputs(OURS)
-        with torch.no_grad():
-            for own in self.ours:
-                x = ReferenceConnection(own)(x)
-        return x
+    def truth(self) -> tuple[Tensor, Tensor]:
+        """What the reference makes of the inputs, and their gradient, in eager PyTorch."""
+        return _differentiated(
+            nn.Sequential(*map(ReferenceConnection, self.ours)), *self.inputs(OURS)
+        )
 
     def error(self, name: str, model: nn.Module, x: Tensor) -> float | None:
-        """The relative error of a contender's output; None where the layers are joined otherwise.
+        """The relative error of output and gradient; None where the layers are joined otherwise.
 
         Args:
             name: of the contender.
@@ -163,9 +166,12 @@ class Sublayers:
         """
         if name.startswith(("residual", "hc")):
             return None
-        with torch.no_grad():
-            difference = model(x).float() - self.truth.float()
-        return (difference.norm() / self.truth.float().norm()).item()
+        found = _differentiated(model, x, self.inputs(name)[1])
+        errors = [
+            (value.float() - truth.float()).norm() / truth.float().norm()
+            for value, truth in zip(found, self.truth, strict=True)
+        ]
+        return torch.stack(errors).max().item()  # of a NaN, NaN
 
     def inputs(self, name: str) -> tuple[Tensor, Tensor]:
         """What a slice reads, and the gradient of what it returns; streams but for residuals."""
@@ -179,6 +185,26 @@ class Sublayers:
             for _ in range(2)
         )
         return x.requires_grad_(), grad
+
+
+def _differentiated(model: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """A model's output, and the gradient of its input."""
+    output = model(x)
+    return output.detach(), torch.autograd.grad(output, x, grad)[0]
+
+
+@torch.no_grad()
+def _write_as_much_as_is_read(layer: nn.Module, width: int, tokens: int) -> None:
+    """Scale a layer's last matrices so that its output has the size of its input."""
+    last = [
+        parameter
+        for name, parameter in layer.named_parameters()
+        if name.endswith(("project_out.weight", "experts_out"))
+    ]
+    x = torch.randn(1, tokens, width, device=last[0].device, dtype=last[0].dtype)
+    size = layer(x).float().square().mean().sqrt()
+    for parameter in last:
+        parameter.div_(size)
 
 
 class Step:
