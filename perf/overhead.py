@@ -115,7 +115,7 @@ def measure(
     rows = {} if rows is None else rows
     torch._dynamo.reset()
     # what is not compiled must not pass for compiled
-    limits = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
+    limits: dict[str, Any] = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
     with torch._dynamo.config.patch(**limits):
         _measure(piece, bench, progress, wanted, turns, rows)
     return rows

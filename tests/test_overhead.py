@@ -21,7 +21,8 @@ COMMAND = ["overhead", *TINY, "--turns", "2"]
 PIECE = Slice("1m", layers=1, batch=1, sequence=16, device="cpu")
 KINDS = [
     PLAIN, "residual (layers compiled)", OURS, f"{OURS} (layers compiled)",
-    "hc (sublayers compiled)", "hc (layers compiled)", "reference (sublayers compiled)", "reference (layers compiled)",
+    "hc (sublayers compiled)", "hc (layers compiled)",
+    "reference (sublayers compiled)", "reference (layers compiled)",
 ]  # fmt: skip
 
 
