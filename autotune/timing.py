@@ -7,7 +7,7 @@ drifts for all of them, and medians of equal numbers of turns are compared.
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 Timer = Callable[[], float]
@@ -68,19 +68,47 @@ def impression(timer: Timer) -> float:
     return statistics.median(timer() for _ in range(FIRST_TURNS))
 
 
+def rounds(
+    timers: Mapping[str, Timer], turns: int, failed: Callable[[str, Exception], None]
+) -> Iterator[dict[str, Sample]]:
+    """Let timers take turns, each round beginning with another one.
+
+    Args:
+        timers: by name.
+        turns: of each.
+        failed: is told of a timer that raises; it takes no further turns.
+
+    Yields:
+        After each round, the samples so far of those that have not failed.
+    """
+    times: dict[str, list[float]] = {name: [] for name in timers}
+    for turn in range(turns):
+        names = list(times)
+        for place in range(len(names)):
+            name, problem = names[(turn + place) % len(names)], None
+            try:
+                times[name].append(timers[name]())
+            except Exception as error:
+                problem = error.with_traceback(None)  # its frames hold memory
+            if problem:
+                del times[name]
+                failed(name, problem)
+        yield {name: summarise(values) for name, values in times.items()}
+
+
 def interleaved(timers: Sequence[Timer], turns: int = TURNS) -> list[Sample]:
     """Let timers take turns, each round beginning with another one.
 
     Args:
         timers: at least one.
-        turns: of each.
+        turns: of each; at least one.
 
     Returns:
         A sample for each, in their order.
     """
-    times: list[list[float]] = [[] for _ in timers]
-    for turn in range(turns):
-        for place in range(len(timers)):
-            index = (turn + place) % len(timers)
-            times[index].append(timers[index]())
-    return [summarise(values) for values in times]
+
+    def failed(name: str, error: Exception) -> None:
+        raise error
+
+    *_, samples = rounds({str(i): timer for i, timer in enumerate(timers)}, turns, failed)
+    return list(samples.values())

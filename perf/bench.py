@@ -7,7 +7,7 @@ one CUDA graph; where that cannot be captured it is launched call by call, and s
 import ctypes
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mhc_tile.autotune.bench import copy_bandwidth
-from mhc_tile.autotune.timing import Sample, Timer, summarise
+from mhc_tile.autotune.timing import Timer
 
 ROTATED_BYTES = 300e6  # several times the L2 of any GPU
 MOST_SETS = 32
@@ -224,34 +224,6 @@ def bench_of(device: str) -> Bench:
     if not torch.cuda.is_available():
         raise ValueError("perf: --device cuda must have a GPU, got none; --device cpu needs none")
     return CudaBench()
-
-
-def rounds(
-    timers: Mapping[str, Timer], turns: int, failed: Callable[[str, Exception], None]
-) -> Iterator[dict[str, Sample]]:
-    """Let timers take turns, each round beginning with another one.
-
-    Args:
-        timers: by name.
-        turns: of each.
-        failed: is told of a timer that raises; it takes no further turns.
-
-    Yields:
-        After each round, the samples so far of those that have not failed.
-    """
-    times: dict[str, list[float]] = {name: [] for name in timers}
-    for turn in range(turns):
-        names = list(times)
-        for place in range(len(names)):
-            name, problem = names[(turn + place) % len(names)], None
-            try:
-                times[name].append(timers[name]())
-            except Exception as error:
-                problem = error.with_traceback(None)  # its frames hold memory
-            if problem:
-                del times[name]
-                failed(name, problem)
-        yield {name: summarise(values) for name, values in times.items()}
 
 
 def _median(function: Callable[[], Any]) -> float:

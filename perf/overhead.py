@@ -18,10 +18,11 @@ import torch
 from torch import nn
 
 from mhc_tile.autotune._extras import require
+from mhc_tile.autotune.timing import rounds
 from mhc_tile.models import CONFIGS
 
 from . import output, records, tables
-from .bench import Bench, bench_of, rounds
+from .bench import Bench, bench_of
 from .breakdown import breakdown
 from .records import OURS, Record, Row
 from .slices import BATCH, LAYERS, PLAIN, SEQUENCE, Slice, Step, Sublayers

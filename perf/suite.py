@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from mhc_tile.autotune._extras import require
+from mhc_tile.autotune.timing import rounds
 
 from . import output, records, tables
-from .bench import Bench, bench_of, rounds
+from .bench import Bench, bench_of
 from .operations import MODES, OPERATIONS, Case, Inputs, Operation, Results, cases
 from .peers import ADAPTERS, Contender
 from .records import OURS, Record, Row

@@ -5,8 +5,9 @@ import time
 import pytest
 import torch
 
+from mhc_tile.autotune.timing import rounds
 from mhc_tile.perf import bench
-from mhc_tile.perf.bench import CpuBench, bench_of, rounds
+from mhc_tile.perf.bench import CpuBench, bench_of
 
 
 def forbidden(name, error):

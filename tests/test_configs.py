@@ -9,27 +9,13 @@ from mhc_tile.models import (
     CONFIGS,
     RESIDUALS,
     Decoder,
-    MLAConfig,
     ModelConfig,
     MoEConfig,
     count_active_parameters,
     count_parameters,
     model_config,
 )
-
-TINY = ModelConfig(
-    vocab_size=256,
-    hidden_size=24,
-    num_layers=2,
-    num_heads=3,
-    head_size=8,
-    ffn_size=40,
-    context_length=32,
-)
-EXPERTS = TINY.replace(
-    moe=MoEConfig(num_experts=4, expert_ffn_size=16, experts_per_token=2),
-    mla=MLAConfig(kv_rank=16, rope_size=4),
-)
+from tiny_models import EXPERTS, TINY
 
 
 @pytest.mark.parametrize(

@@ -7,29 +7,15 @@ from mhc_tile import MHCConfig
 from mhc_tile.models import (
     RESIDUALS,
     Decoder,
-    MLAConfig,
     ModelConfig,
-    MoEConfig,
     model_config,
 )
 from mhc_tile.models.layers import Attention, FeedForward
 from mhc_tile.models.mla import LatentAttention
 from mhc_tile.models.moe import MixtureOfExperts
 from mhc_tile.nn import HyperConnection, ManifoldHyperConnection, Residual
+from tiny_models import EXPERTS, TINY
 
-TINY = ModelConfig(
-    vocab_size=256,
-    hidden_size=24,
-    num_layers=2,
-    num_heads=3,
-    head_size=8,
-    ffn_size=40,
-    context_length=32,
-)
-EXPERTS = TINY.replace(
-    moe=MoEConfig(num_experts=4, expert_ffn_size=16, experts_per_token=2),
-    mla=MLAConfig(kv_rank=16, rope_size=4),
-)
 SHAPES = [pytest.param(TINY, id="dense"), pytest.param(EXPERTS, id="experts")]
 
 

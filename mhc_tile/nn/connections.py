@@ -132,35 +132,18 @@ class ManifoldHyperConnection(Connection):
     def pre(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`mhc_tile.pre` with this sublayer's parameters, for callers who merge themselves.
 
+        `forward` does not call it.
+
         Args:
             x: [..., n, C]. The residual streams.
 
         Returns:
-            layer_input, h_post, h_res, and x for what reads it next, `merge` or `boundary`.
+            layer_input, h_post, h_res, and x for `merge` to read.
         """
         layer_input, h_post, h_res, x = ops.pre(
             x, self.phi, self.alpha, self.bias, **self._constants(), return_x=True
         )
         return layer_input, h_post, self.tap(h_res), x
-
-    def boundary(
-        self, x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`merge` of the sublayer before with the `pre` of this one, as `mhc_tile.boundary`.
-
-        Args:
-            x: [..., n, C]. What the sublayer before read.
-            layer_output: [..., C]. What its layer returned.
-            h_post: [..., n]. Its write-in weights.
-            h_res: [..., n, n]. Its mixing.
-
-        Returns:
-            x_next, and this sublayer's layer_input, h_post, h_res.
-        """
-        x_next, layer_input, h_post, h_res = ops.boundary(
-            x, layer_output, h_post, h_res, self.phi, self.alpha, self.bias, **self._constants()
-        )
-        return x_next, layer_input, h_post, self.tap(h_res)
 
     def _constants(self) -> dict[str, Any]:
         config = self.config
