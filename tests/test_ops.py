@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cases import SHAPES, SIGNATURES, Call, Shape, call, cotangents, torch_op_arguments
 from compare import BACKWARD, PAIRS, K, compare
-from mhc_tile import ops, reference
+from mhc_tile import _library, ops, reference
 from mhc_tile._library import OPS
 from mhc_tile.ops import _dispatch
 
@@ -145,6 +145,24 @@ def test_compile_fullgraph_gives_the_eager_bits(name, device):
         through, torch.autograd.grad(eager, made.inputs, grads), strict=True
     ):
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inductor_knows_an_op_before_it_meets_it(name, monkeypatch):
+    """Before torch 2.13 it writes out what led to the arguments of an op that it does not know."""
+    from torch._inductor import lowering
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    made = call(name, ORDINARY, torch.float32)
+    implicit = lowering.constrain_to_fake_tensors
+    monkeypatch.delitem(lowering.lowerings, OPS[name], raising=False)
+    monkeypatch.delitem(lowering._maybe_layout_constraints, OPS[name], raising=False)
+    for old in (False, True):
+        monkeypatch.setattr(_library, "_WRITES_ARGUMENTS_OUT", old)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            made.run(getattr(ops, name))
+        assert (OPS[name] in lowering.lowerings) is old
+    assert lowering._maybe_layout_constraints[OPS[name]] is implicit
 
 
 @pytest.mark.parametrize("name", NAMES)
