@@ -92,7 +92,7 @@ class _Spread(torch.autograd.Function):
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(rows: Tensor, source_R: Tensor, slots_TM: Tensor) -> Tensor:
-        return rows[slots_TM].sum(1)
+        return rows[slots_TM].sum(1, dtype=rows.dtype)  # autocast on CUDA would return fp32
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
