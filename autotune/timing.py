@@ -71,7 +71,9 @@ def impression(timer: Timer) -> float:
 def rounds(
     timers: Mapping[str, Timer], turns: int, failed: Callable[[str, Exception], None]
 ) -> Iterator[dict[str, Sample]]:
-    """Let timers take turns, each round beginning with another one.
+    """Let timers take turns, each round beginning with another one, every second one backwards.
+
+    What a GPU has just run decides how fast it is for a moment: so none always follows the same.
 
     Args:
         timers: by name.
@@ -83,9 +85,9 @@ def rounds(
     """
     times: dict[str, list[float]] = {name: [] for name in timers}
     for turn in range(turns):
-        names = list(times)
+        names, way = list(times), -1 if turn % 2 else 1
         for place in range(len(names)):
-            name, problem = names[(turn + place) % len(names)], None
+            name, problem = names[(turn + way * place) % len(names)], None
             try:
                 times[name].append(timers[name]())
             except Exception as error:
@@ -97,7 +99,7 @@ def rounds(
 
 
 def interleaved(timers: Sequence[Timer], turns: int = TURNS) -> list[Sample]:
-    """Let timers take turns, each round beginning with another one.
+    """Let timers take turns as in `rounds`.
 
     Args:
         timers: at least one.

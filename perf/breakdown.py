@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 # Parts by the names of kernels, the first that fits. `pre` is mapping, Sinkhorn and pre-apply in
-# one or two kernels; its backward likewise.
+# one or two kernels; its backward likewise. Inductor names its kernels after what they feed, so
+# that a name such as "triton_..._pre_backward_..." is a layer's.
 KERNELS = {
     "pre, forward": r"mhc_pre_team|mhc_pre_finish|mhc_project",
     "pre, backward": r"mhc_pre_backward|pre_backward|mapping_backward",
@@ -21,7 +22,7 @@ KERNELS = {
 }
 LAYERS = "other kernels"
 GAPS = "no kernel"
-LOAD_US = 300_000.0  # of steps before those that are profiled, and again of these
+LOAD_US = 300_000.0  # of steps before those that are measured, and again of these
 LEAST_STEPS, MOST_STEPS = 3, 300
 MOST_LETTERS = 100  # of a kernel's name
 
@@ -32,7 +33,11 @@ def part_of(kernel: str) -> str:
     Example:
         >>> part_of("merge_backward_kernel"), part_of("nvjet_tst_128x256")
         ('merge, backward', 'other kernels')
+        >>> part_of("triton_per_fused_rms_norm_pre_backward_view_1")
+        'other kernels'
     """
+    if kernel.startswith("triton_"):
+        return LAYERS
     return next((part for part, name in KERNELS.items() if re.search(name, kernel)), LAYERS)
 
 
@@ -50,27 +55,38 @@ def busy(spans: Iterable[tuple[float, float]]) -> float:
     return total
 
 
-def split(
-    spans: Iterable[tuple[str, float, float]], steps: int, step_us: float
-) -> dict[str, float]:
+def split(spans: Iterable[tuple[str, float, float]], steps: int) -> dict[str, float]:
     """Microseconds of one step by part.
 
     Args:
-        spans: names of kernels, and when each began and ended, in microseconds, of some steps.
-        steps: how many.
-        step_us: what one takes; what no kernel fills of it is under `GAPS`.
+        spans: names of kernels, and when each began and ended, in microseconds, of some steps in a
+            row.
+        steps: how many. What no kernel fills between the first and the last is under `GAPS`.
 
     Example:
-        >>> split([("merge_forward", 0, 2), ("gemm", 2, 7), ("merge_forward", 8, 10)], 2, 6.0)
-        {'merge, forward': 2.0, 'other kernels': 2.5, 'no kernel': 1.5}
+        >>> split([("merge_forward", 0, 2), ("gemm", 2, 7), ("merge_forward", 8, 10)], 2)
+        {'merge, forward': 2.0, 'other kernels': 2.5, 'no kernel': 0.5}
     """
     found = list(spans)
     sums = dict.fromkeys((*KERNELS, LAYERS), 0.0)
     for name, begin, end in found:
         sums[part_of(name)] += (end - begin) / steps
     parts = {part: us for part, us in sums.items() if us or part == LAYERS}
-    parts[GAPS] = max(0.0, step_us - busy((begin, end) for _, begin, end in found) / steps)
+    parts[GAPS] = (lasting(found) - busy((begin, end) for _, begin, end in found)) / steps
     return parts
+
+
+def lasting(spans: Iterable[tuple[str, float, float]]) -> float:
+    """Microseconds from the begin of the first to the end of the last; 0 without any.
+
+    Example:
+        >>> lasting([("a", 1, 2), ("b", 5, 8)])
+        7.0
+    """
+    found = list(spans)
+    if not found:
+        return 0.0
+    return float(max(end for *_, end in found) - min(begin for _, begin, _ in found))
 
 
 def largest(
@@ -95,8 +111,9 @@ def largest(
 
 
 class Breakdown(NamedTuple):
-    """Microseconds of a step: of every part, and of the kernels that take most."""
+    """Microseconds of a step under the profiler: whole, by part, of the kernels that take most."""
 
+    us: float
     parts: dict[str, float]
     kernels: dict[str, float]
 
@@ -104,9 +121,8 @@ class Breakdown(NamedTuple):
 def breakdown(step: Callable[[], Any], step_us: float) -> Breakdown:
     """Where a step's time goes, under the load that steps are timed under.
 
-    A GPU that has rested is faster for a moment. So steps run for a while before those that are
-    profiled, and those follow each other without a pause: what is then between kernels is so in
-    training as well.
+    Steps run for a while before those that are profiled, and those follow each other without a
+    pause: what is then between kernels is so in training as well.
 
     Args:
         step: runs one, compiled.
@@ -114,9 +130,9 @@ def breakdown(step: Callable[[], Any], step_us: float) -> Breakdown:
     """
     with _profiler():
         pass  # the first one takes long to start
-    for _ in range(_steps(step_us)):
+    steps = steps_under_load(step_us)
+    for _ in range(steps):
         step()
-    steps = _steps(step_us)
     with _profiler() as profiler:
         for _ in range(steps):
             step()
@@ -127,11 +143,21 @@ def breakdown(step: Callable[[], Any], step_us: float) -> Breakdown:
         if event.device_type == torch.autograd.DeviceType.CUDA
         and not getattr(event, "is_user_annotation", False)
     ]
-    return Breakdown(split(spans, steps, step_us), largest(spans, steps))
+    return Breakdown(lasting(spans) / steps, split(spans, steps), largest(spans, steps))
 
 
-def _steps(step_us: float) -> int:
-    """How many steps load the GPU for `LOAD_US`."""
+def steps_under_load(step_us: float) -> int:
+    """How many steps load the GPU for `LOAD_US`.
+
+    A GPU that has rested, or that has run something lighter, is faster for a moment.
+
+    Args:
+        step_us: what one takes.
+
+    Example:
+        >>> steps_under_load(64_000.0)
+        5
+    """
     wanted = math.ceil(LOAD_US / max(step_us, 1.0))
     return min(MOST_STEPS, max(LEAST_STEPS, wanted))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch import nn
 
 from mhc_tile.autotune._extras import require
@@ -23,12 +24,12 @@ from mhc_tile.models import CONFIGS
 
 from . import output, records, tables
 from .bench import Bench, bench_of
-from .breakdown import breakdown
+from .breakdown import breakdown, steps_under_load
 from .records import OURS, Record, Row
 from .slices import BATCH, LAYERS, PLAIN, SEQUENCE, Slice, Step, Sublayers
 
 MODELS = ("paper-27b", "paper-27b-dense")
-TURNS = 10
+TURNS = 6
 # Relative error of output and gradient: layers in bf16, and experts chosen by rounded affinities.
 TOLERANCE = 0.1
 
@@ -117,7 +118,9 @@ def measure(
     torch._dynamo.reset()
     # what is not compiled must not pass for compiled
     limits: dict[str, Any] = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
-    with torch._dynamo.config.patch(**limits):
+    # Inductor replaces workers that rested for a minute; a run stood still when it next compiled.
+    workers: dict[str, Any] = {"quiesce_async_compile_pool": False}
+    with torch._dynamo.config.patch(**limits), torch._inductor.config.patch(**workers):
         _measure(piece, bench, progress, wanted, turns, rows)
     return rows
 
@@ -194,7 +197,7 @@ def _time(
     for name, step in steps.items() if bench.device == "cuda" else ():
         try:
             found = breakdown(step, rows[name].us or 0.0)
-            details = {**rows[name].details, "kernels": found.kernels}
+            details = {**rows[name].details, "kernels": found.kernels, "profiled_us": found.us}
             rows[name] = rows[name].replace(parts=found.parts, details=details)
         except Exception as error:  # the times are there all the same
             details = {**rows[name].details, "breakdown": output.one_line(error)}
@@ -203,10 +206,13 @@ def _time(
 
 
 class _Clock:
-    """A timer of a step: microseconds."""
+    """A timer of a step: microseconds, the mean of some in a row under their own load.
+
+    The first reading is of one step, to learn how long they take.
+    """
 
     def __init__(self, step: Step, device: str) -> None:
-        self._step, self._device = step, device
+        self._step, self._device, self._count = step, device, 1
 
     def __call__(self) -> float:
         if self._device == "cpu":
@@ -215,14 +221,19 @@ class _Clock:
             taken = (time.perf_counter() - start) * 1e6
         else:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._step()  # the one before is another contender's
+            self._run()  # the load before is another contender's
             begin.record()
-            self._step()
+            self._run()
             end.record()
             end.synchronize()
-            taken = begin.elapsed_time(end) * 1000
+            taken = begin.elapsed_time(end) * 1000 / self._count
+            self._count = steps_under_load(taken)
         self._step.free()
         return taken
+
+    def _run(self) -> None:
+        for _ in range(self._count):
+            self._step()
 
 
 def _optimizer(piece: Slice, parameters: Iterator[nn.Parameter]) -> list[torch.optim.Optimizer]:

@@ -79,8 +79,12 @@ def overhead(denominator: str, rows: Sequence[Row]) -> str:
     spent = [row for row in rows if row.parts]
     names = list(dict.fromkeys(part for row in spent for part in row.parts))
     if names:
-        cells = [[r.contender, *(_part(r.parts, name) for name in names)] for r in spent]
-        text += [tabulate(cells, ["ms of a step", *names], disable_numparse=True), ""]
+        cells = [
+            [r.contender, _part(r.details, "profiled_us"), *(_part(r.parts, n) for n in names)]
+            for r in spent
+        ]
+        heads = ["ms under the profiler", "step", *names]
+        text += [tabulate(cells, heads, disable_numparse=True), ""]
     return "\n".join([*text, *_faults(rows)])
 
 

@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from mhc_tile.perf import breakdown
-from mhc_tile.perf.breakdown import GAPS, KERNELS, LAYERS, busy, part_of, split
+from mhc_tile.perf.breakdown import (
+    GAPS,
+    KERNELS,
+    LAYERS,
+    busy,
+    lasting,
+    part_of,
+    split,
+    steps_under_load,
+)
 
 RECORD = Path(__file__).parents[1] / "perf" / "static" / "sm_90a.json"
 
@@ -42,46 +51,34 @@ RECORDED = [  # two steps of 20 us
 
 
 def test_parts_are_of_one_step():
-    parts = split(RECORDED, 2, 20.0)
+    parts = split(RECORDED, 2)
     assert parts == {
         "pre, forward": 4.0,
         "merge, forward": 2.0,
         "merge, backward": 4.0,
         LAYERS: 5.0,
-        GAPS: 20.0 - (13 + 16) / 2,
+        GAPS: (36 - 13 - 16) / 2,
     }
     assert list(parts) == [n for n in (*KERNELS, LAYERS, GAPS) if n in parts]
-    assert sum(parts.values()) == 20.0 + 1 / 2  # the overlap counts for both
+    assert sum(parts.values()) == 36 / 2 + 1 / 2  # the overlap counts for both
 
 
-def test_a_step_that_is_shorter_than_its_kernels_has_no_gaps():
-    assert split(RECORDED, 2, 10.0)[GAPS] == 0.0
-    assert split([], 1, 10.0) == {LAYERS: 0.0, GAPS: 10.0}
+def test_steps_without_a_kernel_are_nothing():
+    assert split([], 1) == {LAYERS: 0.0, GAPS: 0.0}
+    assert lasting([]) == 0.0
 
 
 def test_steps_load_the_gpu():
-    assert breakdown._steps(64_000.0) == 5
-    assert breakdown._steps(10e6) == breakdown.LEAST_STEPS
-    assert breakdown._steps(0.0) == breakdown.MOST_STEPS
+    assert steps_under_load(64_000.0) == 5
+    assert steps_under_load(10e6) == breakdown.LEAST_STEPS
+    assert steps_under_load(0.0) == breakdown.MOST_STEPS
 
 
 @pytest.mark.gpu
 def test_a_step_on_a_gpu():
-    a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
-
-    def step():
-        a @ a
-
-    for _ in range(10):
-        step()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(100):
-        step()
-    end.record()
-    end.synchronize()
-    step_us = begin.elapsed_time(end) * 10
-    parts, kernels = breakdown.breakdown(step, step_us)
-    assert sum(kernels.values()) == pytest.approx(parts[LAYERS], rel=0.01)
+    a = torch.randn(1024, 1024, device="cuda", dtype=torch.bfloat16)
+    us, parts, kernels = breakdown.breakdown(lambda: a @ a, 1e5)
     assert set(parts) == {LAYERS, GAPS}
-    assert 0.7 * step_us < parts[LAYERS] < 1.3 * step_us
+    assert sum(kernels.values()) == pytest.approx(parts[LAYERS], rel=0.01)
+    assert 0 < parts[LAYERS] <= us
+    assert us == pytest.approx(sum(parts.values()))

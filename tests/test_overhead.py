@@ -243,11 +243,42 @@ def test_a_breakdown_that_fails_leaves_the_times(monkeypatch):
     rows = measured("hc (l", bench=bench)
     assert [row.us for row in rows.values()] == [7.0, 7.0]
     assert rows[PLAIN].details["breakdown"] == "RuntimeError: no profiler"
-    found = Breakdown({"no kernel": 7.0}, {"gemm": 3.0})
+    found = Breakdown(7.5, {"no kernel": 7.0}, {"gemm": 3.0})
     monkeypatch.setattr(overhead, "breakdown", lambda step, us: found)
     rows = measured("hc (l", bench=bench)
     assert rows[PLAIN].parts == {"no kernel": 7.0}
     assert rows[PLAIN].details["kernels"] == {"gemm": 3.0}
+    assert rows[PLAIN].details["profiled_us"] == 7.5
+
+
+def test_a_turn_is_steps_in_a_row_under_their_own_load(monkeypatch):
+    now, freed = 0, []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = now
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    class SixtyMilliseconds:
+        def __call__(self):
+            nonlocal now
+            now += 60 if freed else 100  # the first turn is slow
+
+        def free(self):
+            freed.append(now)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = overhead._Clock(SixtyMilliseconds(), "cuda")
+    assert [clock(), clock(), clock()] == [100_000, 60_000, 60_000]
+    assert freed == [200, 200 + 2 * 3 * 60, 560 + 2 * 5 * 60]
 
 
 @pytest.mark.parametrize("name", ["layers", "batch", "sequence", "turns"])

@@ -52,7 +52,7 @@ def test_timers_take_turns_and_none_is_always_first():
         return turn
 
     samples = interleaved([timer("a", 1.0), timer("b", 2.0), timer("c", 3.0)], turns=3)
-    assert "".join(order) == "abcbcacab"
+    assert "".join(order) == "abcbaccab"
     assert [sample.us for sample in samples] == [1.0, 2.0, 3.0]
 
 
