@@ -6,11 +6,12 @@ too, and keep colour and marker in all pictures of a result.
 
 import collections
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mhc_tile.autotune._extras import require
 
+from .breakdown import GAPS, LAYERS
 from .compare import Comparison
 from .records import OURS, Record, Row, percent_of_roofline
 
@@ -20,7 +21,8 @@ Label = tuple[str, str]  # colour and marker
 BLUE, GREY = "#0072B2", "#8C8C8C"
 PEERS = (("#E69F00", "s"), ("#009E73", "D"), ("#CC79A7", "^"), ("#D55E00", "v"), ("#56B4E9", "P"))
 REFERENCES = ((GREY, "x"), ("#4D4D4D", "+"))
-PARTS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#F0E442", "#BFBFBF")
+PARTS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#F0E442", "#000000")
+OF_LAYERS, IDLE = "#BFBFBF", "#E8E8E8"
 LEGEND_INCHES = 1.9  # of an entry, the longest
 MOST_PANELS = 6
 MOST_CHANGES = 40
@@ -58,6 +60,7 @@ def draw(record: Record, comparison: Comparison | None = None) -> dict[str, Figu
             "tokens": scaling(record, "tokens"),
             "hidden_size": scaling(record, "hidden_size"),
             "parts": parts(record),
+            "added": added(record),
             "changes": changes(comparison) if comparison else None,
         }
     return {name: figure for name, figure in found.items() if figure is not None}
@@ -210,29 +213,64 @@ def parts(record: Record) -> Figure | None:
     rows = [row for row in record.rows if row.parts and row.us]
     if not rows:
         return None
-    names = list(dict.fromkeys(name for row in rows for name in row.parts))
-    size = (8.5, 1.3 + 0.42 * len(rows))
-    figure, (axis,) = _panels(1, 1, size)
+    figure, axis = _stacked(record, rows, [row.parts for row in rows])
     for place, row in enumerate(reversed(rows)):
-        left = 0.0
-        for index, name in enumerate(names):
-            width = row.parts.get(name, 0.0) / 1e3
-            axis.barh(
-                place, width, left=left, height=0.62, color=PARTS[index % len(PARTS)],
-                edgecolor="white", linewidth=0.6, label=name if place == 0 else None,
-            )  # fmt: skip
-            left += width
         whole = (row.us or 0.0) / 1e3
         axis.plot(whole, place, "|", color="black", markersize=14, markeredgewidth=1.4)
-        axis.annotate(f" {whole:.1f}", (max(left, whole), place), va="center")
-    several = len(record.cases) > 1
+        filled = sum(row.parts.values()) / 1e3
+        axis.annotate(f" {whole:.1f}", (max(filled, whole), place), va="center")
+    axis.set_xlabel("milliseconds of a step; the line is the whole step as measured")
+    return figure
+
+
+def added(record: Record) -> Figure | None:
+    """What a step has more than with plain residuals, by part; None without any plain one."""
+    rows, more = [], []
+    for case in record.cases:
+        plain, *others = [row for row in record.of(case) if row.parts] or [None]
+        if plain is None or not plain.contender.startswith("residual"):
+            continue
+        for row in others:
+            rows.append(row)
+            names = dict.fromkeys((*plain.parts, *row.parts))
+            more.append({n: row.parts.get(n, 0.0) - plain.parts.get(n, 0.0) for n in names})
+    if not rows:
+        return None
+    figure, axis = _stacked(record, rows, more)
+    for place, own in enumerate(reversed(more)):
+        whole, end = sum(own.values()) / 1e3, sum(us for us in own.values() if us > 0) / 1e3
+        axis.plot(whole, place, "|", color="black", markersize=14, markeredgewidth=1.4)
+        axis.annotate(f" {whole:+.1f}", (max(end, whole), place), va="center")
+    axis.axvline(0.0, color="#666666", linewidth=0.8)
+    axis.set_xlabel("milliseconds more than with plain residuals; the line is the sum")
+    return figure
+
+
+def _stacked(
+    record: Record, rows: Sequence[Row], values: Sequence[Mapping[str, float]]
+) -> tuple[Figure, Any]:
+    """A bar of parts, in microseconds, for each row; what is negative goes to the left of 0."""
+    names = list(dict.fromkeys(name for own in values for name in own))
+    colours = {LAYERS: OF_LAYERS, GAPS: IDLE}
+    others = [name for name in names if name not in colours]
+    colours |= {name: PARTS[index % len(PARTS)] for index, name in enumerate(others)}
+    figure, (axis,) = _panels(1, 1, (8.5, 1.3 + 0.42 * len(rows)))
+    for place, own in enumerate(reversed(values)):
+        ends = [0.0, 0.0]
+        for name in names:
+            width = own.get(name, 0.0) / 1e3
+            axis.barh(
+                place, width, left=ends[width < 0], height=0.62, color=colours[name],
+                edgecolor="white", linewidth=0.6, label=name if place == 0 else None,
+            )  # fmt: skip
+            ends[width < 0] += width
+    several = len({row.case for row in rows}) > 1
     texts = [f"{r.case}\n{r.contender}" if several else r.contender for r in reversed(rows)]
     axis.set_yticks(range(len(rows)), texts)
-    axis.set_xlabel("milliseconds of a step; the line is the whole step as measured")
     axis.margins(x=0.08)
     axis.grid(axis="y", visible=False)
     figure.legend(loc="outside upper center", ncols=min(5, len(names)))
-    return figure
+    return figure, axis
 
 
 def changes(found: Comparison) -> Figure | None:

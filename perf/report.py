@@ -38,7 +38,12 @@ READING_STEPS = {
     "case": "model, what a step is, batch x sequence length.",
     "time": "milliseconds of one step, the median of several turns, and behind it the 20th and "
     "80th percentile. Contenders take turns.",
+    "us a sublayer": "what the step takes longer than the plain one, over its sublayers, of which "
+    "a layer has two.",
     "peak": "device memory in GB that the step needs at most.",
+    "error": "of output and gradient against the definition, relative; the layers are in bfloat16.",
+    "where the time goes": "GPU time by kernel, of steps in a row under the profiler; <i>no "
+    "kernel</i> is what none fills.",
 }
 CAPTIONS = {
     "roofline": "Share of the roofline by op: bars and their numbers are mhc_tile, marks are other "
@@ -46,7 +51,9 @@ CAPTIONS = {
     "tokens": "Time by number of tokens. The dashed line is the roofline; a flat line is the time "
     "that launches take, however little there is to do. Lower is better.",
     "hidden_size": "Time by width. The dashed line is the roofline. Lower is better.",
-    "parts": "What a step's time is made of.",
+    "parts": "What a step's time is made of, under the profiler.",
+    "added": "What a step has more than one with plain residuals, by part; to the left is what it "
+    "has less, such as additions that the connection's own kernels do.",
     "changes": "The largest changes against the older result, at most 40; to the right is slower.",
 }
 
@@ -245,17 +252,42 @@ def _overhead(record: Record) -> list[str]:
         steps = record.of(case)
         for index, row in enumerate(steps):
             over = overhead(row, steps)
+            sublayer = row.details.get("sublayer_us")
             cells = (
                 text(case if index == 0 else ""),
                 text(row.contender),
                 _spread(row, 1e3),
                 "" if over is None else f"{over:+.1%}",
+                "" if sublayer is None else f"{sublayer:.0f}",
                 "" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.1f}",
+                "" if row.error is None else f"{row.error:.0e}",
                 text("" if row.status == "ok" else row.status),
             )
             rows.append((cells, _kind(row, index)))
-    headers = ("case", "contender", "ms a step [p20 to p80]", "overhead", "peak GB", "")
-    return ["<h2>Steps</h2>", *said, "</ul>", table(headers, rows, left=2)]
+    headers = ("case", "contender", "ms a step [p20 to p80]", "overhead")
+    headers += ("us a sublayer", "peak GB", "error", "")
+    return ["<h2>Steps</h2>", *said, "</ul>", table(headers, rows, left=2), *_parts(record)]
+
+
+def _parts(record: Record) -> list[str]:
+    """A table of what steps are made of."""
+    spent = [row for row in record.rows if row.parts]
+    names = list(dict.fromkeys(name for row in spent for name in row.parts))
+    if not names:
+        return []
+    rows, seen = [], set[str]()
+    for row in spent:
+        shares = (row.parts.get(name) for name in names)
+        cells = (
+            text("" if row.case in seen else row.case),
+            text(row.contender),
+            *("" if us is None else f"{us / 1e3:.2f}" for us in shares),
+            "",
+        )
+        rows.append((cells, _kind(row, int(row.case in seen))))
+        seen.add(row.case)
+    headers = ("case", "contender", *names, "")
+    return ["<h2>Where the time goes, ms of a step</h2>", table(headers, rows, left=2)]
 
 
 def _ops(record: Record) -> list[str]:

@@ -70,11 +70,11 @@ def overhead(denominator: str, rows: Sequence[Row]) -> str:
                 _shown(row.p20, ".2f", 1e-3) + " to " + _shown(row.p80, ".2f", 1e-3),
                 _shown(row.details.get("overhead_percent"), "+.1f") + "%",
                 _shown(row.details.get("sublayer_us"), ".0f"),
-                _shown(row.peak_bytes, ".2f", 2**-30),
+                _shown(row.peak_bytes, ".2f", 1e-9),
                 _shown(row.error, ".0e"),
             ]
         )
-    heads = ["contender", "step ms", "p20 to p80", "overhead", "us a sublayer", "peak GiB", "error"]
+    heads = ["contender", "step ms", "p20 to p80", "overhead", "us a sublayer", "peak GB", "error"]
     text = [f"100% is {denominator}", "", tabulate(lines, heads, disable_numparse=True), ""]
     spent = [row for row in rows if row.parts]
     names = list(dict.fromkeys(part for row in spent for part in row.parts))

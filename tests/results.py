@@ -131,11 +131,12 @@ def overhead(**environment: Any) -> Record:
             if more:
                 parts["mHC"] = more * batch / 8
             us = sum(parts.values()) * 1.01
+            details = {"sublayer_us": more * 1.01 * batch / 64} if more else {}
             rows.append(
                 Row(
                     f"3b/training/B{batch}xS4096", name, "step", "training", batch * 4096, 1280, 4,
                     "bfloat16", us=us, p20=us * 0.99, p80=us * 1.01, turns=10, parts=parts,
-                    peak_bytes=30_000_000_000,
+                    peak_bytes=30_000_000_000, error=0.04 if more else None, details=details,
                 )
             )  # fmt: skip
     failed = {"us": None, "p20": None, "p80": None, "parts": {}, "status": "out of memory"}

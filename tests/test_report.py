@@ -136,7 +136,7 @@ def test_steps_say_what_their_overhead_is_of():
     case = "3b/training/B4xS4096"
     text = Page(report.page(overhead(denominator={case: "4 layers, forward and backward"}))).text
     assert f"100% is {case}: 4 layers, forward and backward" in text
-    assert "mhc_tile 50.6 [50.1 to 51.1] +6.6% 30.0" in text
+    assert "mhc_tile 50.6 [50.1 to 51.1] +6.6% 391 30.0 4e-02" in text
     assert "+6.6% overhead of mhc_tile, 3b/training/B4xS4096" in text
     assert "mHC, compiled ran out of memory at 3b/training/B8xS4096" in text
     assert "GB/s" not in text
@@ -145,6 +145,22 @@ def test_steps_say_what_their_overhead_is_of():
     assert "100% is the step of the same model" in Page(report.page(overhead())).text
     steps = record(row(details={"overhead_percent": 25.0}), kind="overhead")
     assert "+25.0%" in Page(report.page(steps)).text
+
+
+def test_what_steps_are_made_of():
+    text = Page(report.page(overhead())).text
+    assert "contender matrix products attention optimizer other mHC" in text
+    assert "mhc_tile 30.50 9.00 4.50 3.00 3.10" in text
+    (axis,) = figures.added(overhead()).axes
+    ends = [line.get_xdata()[0] for line in axis.lines[:-1]]  # the last one is at 0
+    assert ends == pytest.approx([88.0, 6.2, 44.0, 3.1])
+    plain, ours, *_ = overhead().rows
+    less = ours.replace(parts={**ours.parts, "other": plain.parts["other"] - 1e3})
+    (axis,) = figures.added(record(plain, less, kind="overhead")).axes
+    assert axis.lines[0].get_xdata()[0] == pytest.approx(2.1)
+    assert min(bar.get_x() + bar.get_width() for bar in axis.patches) == pytest.approx(-1.0)
+    assert figures.added(record(ours, kind="overhead")) is None
+    assert "Where the time goes" not in Page(report.page(record(row(), kind="overhead"))).text
 
 
 def test_a_comparison_is_shown(result):
@@ -175,7 +191,7 @@ def test_the_shapes_shown_are_those_with_most_rows(result):
 def test_which_pictures_there_are(result):
     names = {name for name in figures.draw(result, compare.compare(result, result))}
     assert names == {"roofline", "tokens", "hidden_size", "changes"}
-    assert set(figures.draw(overhead())) == {"parts"}
+    assert set(figures.draw(overhead())) == {"parts", "added"}
     assert figures.draw(record(row())) == {}
 
 
