@@ -227,8 +227,8 @@ def added(record: Record) -> Figure | None:
     """What a step has more than with plain residuals, by part; None without any plain one."""
     rows, more = [], []
     for case in record.cases:
-        plain, *others = [row for row in record.of(case) if row.parts] or [None]
-        if plain is None or not plain.contender.startswith("residual"):
+        plain, *others = [row for row in record.of(case) if row.parts] or record.of(case)
+        if not plain.parts or not plain.contender.startswith("residual"):
             continue
         for row in others:
             rows.append(row)

@@ -264,8 +264,8 @@ def _overhead(record: Record) -> list[str]:
                 text("" if row.status == "ok" else row.status),
             )
             rows.append((cells, _kind(row, index)))
-    headers = ("case", "contender", "ms a step [p20 to p80]", "overhead")
-    headers += ("us a sublayer", "peak GB", "error", "")
+    headers = ["case", "contender", "ms a step [p20 to p80]", "overhead", "us a sublayer"]
+    headers += ["peak GB", "error", ""]
     return ["<h2>Steps</h2>", *said, "</ul>", table(headers, rows, left=2), *_parts(record)]
 
 
