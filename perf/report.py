@@ -14,6 +14,7 @@ from . import figures, summary
 from .compare import Comparison
 from .markup import document, picture, table, text, words
 from .records import OURS, Record, Row, percent_of_roofline
+from .report_steps import kind, overhead, spread, steps
 
 LARGE = 4096  # tokens from which on a kernel has enough to do to be judged by its bandwidth
 READING = {
@@ -88,7 +89,7 @@ def page(
         f"<h1>{text(title)}</h1><p class='under'>{text(under)}</p>",
         _cards(record, comparison),
         *_faults(record),
-        *_overhead(record),
+        *steps(record),
         *(["<h2>Pictures</h2>", *shown] if shown else []),
         *(_comparison(comparison) if comparison else []),
         "<h2>How to read it</h2>",
@@ -144,20 +145,6 @@ def best_other(rows: Sequence[Row]) -> Row | None:
     """
     others = [row for row in rows if row.contender != OURS and row.status == "ok" and row.us]
     return min(others, key=lambda row: row.us or math.inf, default=None)
-
-
-def overhead(row: Row, steps: Sequence[Row]) -> float | None:
-    """By how much a step is longer than the plain one: by its `details`, else by their times.
-
-    Args:
-        row: of `steps`.
-        steps: of one case; the plain one is that of a contender whose name begins with "residual".
-    """
-    percent = row.details.get("overhead_percent")
-    if isinstance(percent, (int, float)):
-        return percent / 100
-    plain = next((one.us for one in steps if one.contender.startswith("residual")), None)
-    return row.us / plain - 1 if plain and row.us else None
 
 
 def _ours(record: Record) -> list[Row]:
@@ -235,61 +222,6 @@ def _faults(record: Record) -> list[str]:
     ]
 
 
-def _overhead(record: Record) -> list[str]:
-    """A table of steps."""
-    if record.kind != "overhead":
-        return []
-    of_what = record.environment.get("denominator")
-    if not of_what:
-        of_what = "the step of the same model with plain residual connections"
-    words_of = of_what if isinstance(of_what, Mapping) else {"": of_what}
-    said = ["<p>Overhead is what a step takes longer than with plain residuals. 100% is</p><ul>"]
-    said += [
-        f"<li>{text(f'{case}: {what}' if case else what)}</li>" for case, what in words_of.items()
-    ]
-    rows = []
-    for case in record.cases:
-        steps = record.of(case)
-        for index, row in enumerate(steps):
-            over = overhead(row, steps)
-            sublayer = row.details.get("sublayer_us")
-            cells = (
-                text(case if index == 0 else ""),
-                text(row.contender),
-                _spread(row, 1e3),
-                "" if over is None else f"{over:+.1%}",
-                "" if sublayer is None else f"{sublayer:.0f}",
-                "" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.1f}",
-                "" if row.error is None else f"{row.error:.0e}",
-                text("" if row.status == "ok" else row.status),
-            )
-            rows.append((cells, _kind(row, index)))
-    headers = ["case", "contender", "ms a step [p20 to p80]", "overhead", "us a sublayer"]
-    headers += ["peak GB", "error", ""]
-    return ["<h2>Steps</h2>", *said, "</ul>", table(headers, rows, left=2), *_parts(record)]
-
-
-def _parts(record: Record) -> list[str]:
-    """A table of what steps are made of."""
-    spent = [row for row in record.rows if row.parts]
-    names = list(dict.fromkeys(name for row in spent for name in row.parts))
-    if not names:
-        return []
-    rows, seen = [], set[str]()
-    for row in spent:
-        shares = (row.parts.get(name) for name in names)
-        cells = (
-            text("" if row.case in seen else row.case),
-            text(row.contender),
-            *("" if us is None else f"{us / 1e3:.2f}" for us in shares),
-            "",
-        )
-        rows.append((cells, _kind(row, int(row.case in seen))))
-        seen.add(row.case)
-    headers = ("case", "contender", *names, "")
-    return ["<h2>Where the time goes, ms of a step</h2>", table(headers, rows, left=2)]
-
-
 def _ops(record: Record) -> list[str]:
     """A table an op, the contenders of a case one below the other."""
     copy = record.environment.get("copy_bytes_per_s")
@@ -309,7 +241,7 @@ def _ops(record: Record) -> list[str]:
             own = [row for row in record.of(case) if row.op == op and row.status != "absent"]
             ours = next((row for row in own if row.contender == OURS), None)
             for index, row in enumerate(sorted(own, key=lambda row: row.contender != OURS)):
-                rows.append((_cells(row, ours, copy, first=index == 0), _kind(row, index)))
+                rows.append((_cells(row, ours, copy, first=index == 0), kind(row, index)))
         if rows:
             parts += [f"<h3>{text(op)}</h3>", table(headers, rows, left=2)]
     return parts
@@ -322,7 +254,7 @@ def _cells(row: Row, ours: Row | None, copy: float | None, *, first: bool) -> tu
     return (
         text(row.case.removeprefix(f"{row.op}/") if first else ""),
         text(row.contender),
-        _spread(row, 1.0) + ("†" if row.captured is False and row.us else ""),
+        spread(row, 1.0) + ("†" if row.captured is False and row.us else ""),
         _number(speed, ".0f"),
         _number(percent, ".0f"),
         _number(ratio, ".2f"),
@@ -333,20 +265,6 @@ def _cells(row: Row, ours: Row | None, copy: float | None, *, first: bool) -> tu
         _megabytes(row.saved_bytes),
         text("" if row.status == "ok" else row.status),
     )
-
-
-def _kind(row: Row, index: int) -> str:
-    return " ".join(["ours"] * (row.contender == OURS) + ["first"] * (index == 0))
-
-
-def _spread(row: Row, unit: float) -> str:
-    if row.us is None:
-        return "-"
-    digits = 1 if row.us / unit < 1000 else 0
-    shown = f"{row.us / unit:.{digits}f}"
-    if row.p20 is None or row.p80 is None:
-        return shown
-    return f"{shown} [{row.p20 / unit:.{digits}f} to {row.p80 / unit:.{digits}f}]"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -366,8 +284,8 @@ def _comparison(found: Comparison) -> list[str]:
         (
             text(pair.verdict),
             text(pair.case),
-            _spread(pair.base, 1.0) if pair.base else "-",
-            _spread(pair.new, 1.0) if pair.new else "-",
+            spread(pair.base, 1.0) if pair.base else "-",
+            spread(pair.new, 1.0) if pair.new else "-",
             _number(pair.change, "+.1%"),
             _number(pair.allowed, "+.1%"),
             text("; ".join(pair.notes)),
