@@ -18,8 +18,6 @@ grad_phi once. Where launches overlap each begins while the one ahead drains. A 
 inv_rms = 0 and so no gradient through the projection.
 """
 
-from dataclasses import astuple
-
 import tilelang.language as T
 import torch
 from torch import Tensor
@@ -37,6 +35,7 @@ from ._programs import (
     F32,
     architecture,
     dtype_name,
+    knobs_of,
     logits_per_token,
     multiprocessors,
     overlaps,
@@ -141,7 +140,7 @@ def gradients_from_records(
     parts = phi.new_empty(config.groups, logits, n, channels)
     part = "" if grad_x_part is None else ADDED if h_res is None else MIXED
     terms = (grad_layer_input is not None, part)
-    knobs = astuple(config)
+    knobs = knobs_of(config)
     # what a program leaves unread still has its shape
     read = x.view(-1)[: tokens * channels].view(tokens, channels)
     read = read if grad_layer_input is None else grad_layer_input

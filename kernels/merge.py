@@ -23,7 +23,16 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
-from ._programs import F32, ITEM_BYTES, PASS_CONFIGS, architecture, ceil_div, dtype_name, program
+from ._programs import (
+    F32,
+    ITEM_BYTES,
+    PASS_CONFIGS,
+    architecture,
+    ceil_div,
+    dtype_name,
+    knobs_of,
+    program,
+)
 from ._rows import block_threads, is_block, vector_width
 
 # The forward guards its tails itself; a guard added to an index would split 16-byte accesses.
@@ -287,7 +296,7 @@ def forward(
     if tokens:
         dtype = dtype_name(x)
         config = config or default_config(False, tokens, n, channels, dtype)
-        constants = (n, channels, dtype, *dataclasses.astuple(config))
+        constants = (n, channels, dtype, *knobs_of(config))
         kernel = forward_program(architecture(x.device), *constants)
         kernel(x, layer_output, h_post, h_res.view(tokens, n * n), x_next)
     return x_next
@@ -323,7 +332,7 @@ def backward(
     if tokens:
         dtype = dtype_name(x)
         config = config or default_config(True, tokens, n, channels, dtype)
-        constants = (n, channels, dtype, grad_x is not None, *dataclasses.astuple(config))
+        constants = (n, channels, dtype, grad_x is not None, *knobs_of(config))
         kernel = backward_program(architecture(x.device), *constants)
         # what a program leaves alone still has its shape
         unread, unwritten = (h_res, grad_x) if grad_x is not None else (grad_h_res, x)

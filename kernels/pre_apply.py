@@ -20,7 +20,16 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
-from ._programs import F32, ITEM_BYTES, PASS_CONFIGS, architecture, ceil_div, dtype_name, program
+from ._programs import (
+    F32,
+    ITEM_BYTES,
+    PASS_CONFIGS,
+    architecture,
+    ceil_div,
+    dtype_name,
+    knobs_of,
+    program,
+)
 from ._rows import block_threads, is_block, vector_width
 
 # The forward guards its tails itself; a guard added to an index would split 16-byte accesses.
@@ -217,7 +226,7 @@ def forward(x: Tensor, h_pre: Tensor, *, config: ForwardConfig | None = None) ->
     if tokens:
         dtype = dtype_name(x)
         config = config or default_config(False, tokens, n, channels, dtype)
-        constants = (n, channels, dtype, *dataclasses.astuple(config))
+        constants = (n, channels, dtype, *knobs_of(config))
         forward_program(architecture(x.device), *constants)(x, h_pre, layer_input)
     return layer_input
 
@@ -242,7 +251,7 @@ def backward(
     if tokens:
         dtype = dtype_name(x)
         config = config or default_config(True, tokens, n, channels, dtype)
-        constants = (n, channels, dtype, *dataclasses.astuple(config))
+        constants = (n, channels, dtype, *knobs_of(config))
         kernel = backward_program(architecture(x.device), *constants)
         kernel(grad_layer_input, x, h_pre, grad_x, grad_h_pre)
     return grad_x, grad_h_pre

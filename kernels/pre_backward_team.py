@@ -132,6 +132,12 @@ class Config:
 
 
 @lru_cache(maxsize=1024)
+def _launches(config: Config, channels: int, arch: str) -> bool:
+    """`config.launches`, which a launch asks every time."""
+    return config.launches(channels, arch)
+
+
+@lru_cache(maxsize=1024)
 def default_config(channels: int, n: int, multiprocessors: int, arch: str) -> Config | None:
     """The first of `candidates`: members of 256 channels; None where no team can run."""
     return next(candidates(channels, n, multiprocessors, arch), None)
@@ -341,7 +347,7 @@ def launch(
     arch, available = architecture(x.device), count_multiprocessors(x.device)
     assert n == STREAMS
     assert x.dtype == torch.bfloat16
-    if config.members * config.teams > available or not config.launches(channels, arch):
+    if config.members * config.teams > available or not _launches(config, channels, arch):
         raise ValueError(
             f"pre_backward: config must launch for C {channels} on the {available} multiprocessors "
             f"of this {arch} GPU, got {config}"

@@ -108,17 +108,7 @@ class Config:
 
     def longest_skip(self) -> int:
         """Groups between two tokens of an owner warp, at most; the first token counts from -1."""
-        shares, longest = ceil_div(self.group, self.members), 1
-        period = self.members * self.owners  # in groups: then a warp's places repeat
-        for member in range(self.members):
-            for warp in range(self.owners):
-                last = -1
-                for share in range(warp, 2 * period * shares, self.owners):
-                    group, turn = divmod(share, shares)
-                    place = (member - group * self.group) % self.members + turn * self.members
-                    if place < self.group:
-                        longest, last = max(longest, group - last), group
-        return longest
+        return _longest_skip(self.group, self.members, self.owners)
 
     def segment(self, n: int, channels: int) -> Segment:
         """The share of a member."""
@@ -156,6 +146,27 @@ class Config:
             granted = self.project_registers(n, channels)
         shared = segment.shared_bytes(self.depth, 1) + 8 * n * self.group
         return shared <= shared_limit(arch) and threads <= 1024 and needed <= granted
+
+
+@lru_cache(maxsize=1024)
+def _longest_skip(tokens: int, members: int, owners: int) -> int:
+    shares, longest = ceil_div(tokens, members), 1
+    period = members * owners  # in groups: then a warp's places repeat
+    for member in range(members):
+        for warp in range(owners):
+            last = -1
+            for share in range(warp, 2 * period * shares, owners):
+                group, turn = divmod(share, shares)
+                place = (member - group * tokens) % members + turn * members
+                if place < tokens:
+                    longest, last = max(longest, group - last), group
+    return longest
+
+
+@lru_cache(maxsize=1024)
+def _launches(config: Config, n: int, channels: int, arch: str) -> bool:
+    """`config.launches`, which a launch asks every time."""
+    return config.launches(n, channels, arch)
 
 
 @lru_cache(maxsize=1024)
@@ -356,7 +367,7 @@ def launch(
     """
     _, n, channels = x.shape
     arch, available = architecture(x.device), count_multiprocessors(x.device)
-    if config.members * config.teams > available or not config.launches(n, channels, arch):
+    if config.members * config.teams > available or not _launches(config, n, channels, arch):
         raise ValueError(
             f"pre: config must launch for n {n}, C {channels} on the {available} multiprocessors "
             f"of this {arch} GPU, got {config}"

@@ -1,7 +1,10 @@
 """Launches and bytes of every op, counted without a GPU: against the record, and planted growth."""
 
+import collections
 import copy
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +12,11 @@ import torch
 pytest.importorskip("tilelang")
 
 import emulator_programs as programs
+from mhc_tile import _library
 from mhc_tile._library import OPS
 from mhc_tile.kernels import _gate, _static
 from mhc_tile.kernels import merge as merge_kernel
+from mhc_tile.kernels._programs import catalogue
 from mhc_tile.ops import _dispatch
 from mhc_tile.perf import cli, resources, static_gate
 from mhc_tile.perf.__main__ import main
@@ -189,3 +194,28 @@ def test_a_record_that_is_none(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ValueError, match="must hold counts of ops, got"):
         static_gate.read(path)
+
+
+@pytest.mark.parametrize("tokens", static_gate.TOKENS)
+@pytest.mark.parametrize("op", static_gate.names())
+def test_a_call_decides_little_anew(op, tokens):
+    """Python calls of our own files, and from them, in a call like the one before."""
+    name = op.removesuffix(static_gate.PARTED)
+    positional, keywords = static_gate._arguments(name, tokens, parted=op != name)
+    own = tuple(str(Path(module.__file__).parent) for module in (merge_kernel, _library))
+    seen = collections.Counter()
+
+    def note(frame, event, argument):
+        if event in ("call", "c_call") and frame.f_code.co_filename.startswith(own):
+            seen[f"{frame.f_code.co_name} {event}"] += 1
+
+    with catalogue("sm_90a", 132):
+        for _ in range(2):
+            _dispatch.LAUNCHERS[name](*positional, **keywords)
+        before = sys.getprofile()
+        sys.setprofile(note)
+        try:
+            _dispatch.LAUNCHERS[name](*positional, **keywords)
+        finally:
+            sys.setprofile(before)
+    assert 5 < seen.total() < 200, seen.most_common(5)

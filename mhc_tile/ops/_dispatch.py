@@ -173,4 +173,6 @@ def _aligned(value: Any) -> Any:
 
 def flat(value: Tensor, dims: int) -> Tensor:
     """The leading dims as one, in front of the last `dims`: [..., n, C] to [T, n, C]."""
+    if value.dim() == dims + 1:
+        return value
     return value.reshape(-1, *value.shape[value.dim() - dims :])
