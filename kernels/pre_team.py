@@ -150,6 +150,7 @@ class Config:
 
 @lru_cache(maxsize=1024)
 def _longest_skip(tokens: int, members: int, owners: int) -> int:
+    """`Config.longest_skip` for groups of some tokens; it walks through all owner warps."""
     shares, longest = ceil_div(tokens, members), 1
     period = members * owners  # in groups: then a warp's places repeat
     for member in range(members):

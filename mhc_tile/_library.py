@@ -93,11 +93,13 @@ def _known_to_inductor(op: torch._ops.OpOverload, fake: Formula) -> Formula:
 
     @functools.wraps(fake)
     def implementation(*args: Any, **kwargs: Any) -> Any:
-        lowering = sys.modules.get("torch._inductor.lowering")
-        if _WRITES_ARGUMENTS_OUT and lowering and op not in getattr(lowering, "lowerings", (op,)):
-            tag = torch._library.utils.get_layout_constraint_tag(op, with_default=True)
-            constraint = lowering.tag_to_layout_constraint(tag)
-            lowering.make_fallback(op, layout_constraint=constraint, warn=False)
+        if _WRITES_ARGUMENTS_OUT:
+            lowering: Any = sys.modules.get("torch._inductor.lowering")
+            # another thread may still be importing it
+            if hasattr(lowering, "make_fallback") and op not in lowering.lowerings:
+                tag = torch._library.utils.get_layout_constraint_tag(op, with_default=True)
+                constraint = lowering.tag_to_layout_constraint(tag)
+                lowering.make_fallback(op, layout_constraint=constraint, warn=False)
         return fake(*args, **kwargs)
 
     return implementation

@@ -13,7 +13,7 @@ from mhc_tile.autotune._extras import require
 
 from .breakdown import GAPS, LAYERS
 from .compare import Comparison
-from .records import OURS, Record, Row, percent_of_roofline
+from .records import OURS, Record, Row, percent_of_roofline, plain_of
 
 Figure = Any  # matplotlib's, which is imported where it is needed
 Label = tuple[str, str]  # colour and marker
@@ -213,12 +213,8 @@ def parts(record: Record) -> Figure | None:
     rows = [row for row in record.rows if row.parts and row.us]
     if not rows:
         return None
-    figure, axis = _stacked(record, rows, [row.parts for row in rows])
-    for place, row in enumerate(reversed(rows)):
-        whole = (row.us or 0.0) / 1e3
-        axis.plot(whole, place, "|", color="black", markersize=14, markeredgewidth=1.4)
-        filled = sum(row.parts.values()) / 1e3
-        axis.annotate(f" {whole:.1f}", (max(filled, whole), place), va="center")
+    wholes = [row.us or 0.0 for row in rows]
+    figure, axis = _stacked(rows, [row.parts for row in rows], wholes, ".1f")
     axis.set_xlabel("milliseconds of a step; the line is the whole step as measured")
     return figure
 
@@ -227,36 +223,39 @@ def added(record: Record) -> Figure | None:
     """What a step has more than with plain residuals, by part; None without any plain one."""
     rows, more = [], []
     for case in record.cases:
-        plain, *others = [row for row in record.of(case) if row.parts] or record.of(case)
-        if not plain.parts or not plain.contender.startswith("residual"):
+        spent = [row for row in record.of(case) if row.parts]
+        if (plain := plain_of(spent)) is None:
             continue
-        for row in others:
-            rows.append(row)
-            names = dict.fromkeys((*plain.parts, *row.parts))
-            more.append({n: row.parts.get(n, 0.0) - plain.parts.get(n, 0.0) for n in names})
+        for row in spent:
+            if row is not plain:
+                rows.append(row)
+                names = dict.fromkeys((*plain.parts, *row.parts))
+                more.append({n: row.parts.get(n, 0.0) - plain.parts.get(n, 0.0) for n in names})
     if not rows:
         return None
-    figure, axis = _stacked(record, rows, more)
-    for place, own in enumerate(reversed(more)):
-        whole, end = sum(own.values()) / 1e3, sum(us for us in own.values() if us > 0) / 1e3
-        axis.plot(whole, place, "|", color="black", markersize=14, markeredgewidth=1.4)
-        axis.annotate(f" {whole:+.1f}", (max(end, whole), place), va="center")
+    figure, axis = _stacked(rows, more, [sum(own.values()) for own in more], "+.1f")
     axis.axvline(0.0, color="#666666", linewidth=0.8)
     axis.set_xlabel("milliseconds more than with plain residuals; the line is the sum")
     return figure
 
 
 def _stacked(
-    record: Record, rows: Sequence[Row], values: Sequence[Mapping[str, float]]
+    rows: Sequence[Row],
+    values: Sequence[Mapping[str, float]],
+    wholes: Sequence[float],
+    form: str,
 ) -> tuple[Figure, Any]:
-    """A bar of parts, in microseconds, for each row; what is negative goes to the left of 0."""
+    """A bar of parts for each row and a line at its whole, all in microseconds.
+
+    What is negative goes to the left of 0.
+    """
     names = list(dict.fromkeys(name for own in values for name in own))
     colours = {LAYERS: OF_LAYERS, GAPS: IDLE}
     others = [name for name in names if name not in colours]
     colours |= {name: PARTS[index % len(PARTS)] for index, name in enumerate(others)}
     figure, (axis,) = _panels(1, 1, (8.5, 1.3 + 0.42 * len(rows)))
-    for place, own in enumerate(reversed(values)):
-        ends = [0.0, 0.0]
+    for place, (own, us) in enumerate(reversed(list(zip(values, wholes, strict=True)))):
+        ends, whole = [0.0, 0.0], us / 1e3
         for name in names:
             width = own.get(name, 0.0) / 1e3
             axis.barh(
@@ -264,6 +263,8 @@ def _stacked(
                 edgecolor="white", linewidth=0.6, label=name if place == 0 else None,
             )  # fmt: skip
             ends[width < 0] += width
+        axis.plot(whole, place, "|", color="black", markersize=14, markeredgewidth=1.4)
+        axis.annotate(f" {whole:{form}}", (max(ends[0], whole), place), va="center")
     several = len({row.case for row in rows}) > 1
     texts = [f"{r.case}\n{r.contender}" if several else r.contender for r in reversed(rows)]
     axis.set_yticks(range(len(rows)), texts)

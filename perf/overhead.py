@@ -118,7 +118,8 @@ def measure(
     torch._dynamo.reset()
     # what is not compiled must not pass for compiled
     limits: dict[str, Any] = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
-    # Inductor replaces workers that rested for a minute; a run stood still when it next compiled.
+    # Inductor dismisses workers that rest for a minute. A run stood still where it compiled about
+    # then; whether for that reason is not known.
     workers: dict[str, Any] = {"quiesce_async_compile_pool": False}
     with torch._dynamo.config.patch(**limits), torch._inductor.config.patch(**workers):
         _measure(piece, bench, progress, wanted, turns, rows)

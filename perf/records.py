@@ -128,6 +128,15 @@ class Record:
         return list(dict.fromkeys(row.case for row in self.rows))
 
 
+def plain_of(steps: Sequence[Row]) -> Row | None:
+    """The step with plain residuals, the first whose contender says so; None without one.
+
+    Args:
+        steps: of one case of `mhc-tile perf overhead`.
+    """
+    return next((row for row in steps if row.contender.startswith("residual")), None)
+
+
 def percent_of_roofline(row: Row, copy_bytes_per_s: float | None) -> float | None:
     """How much of its time a row's bytes would take at the copy bandwidth, in percent.
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from .markup import table, text
-from .records import OURS, Record, Row
+from .records import OURS, Record, Row, plain_of
 
 
 def steps(record: Record) -> list[str]:
@@ -52,7 +52,7 @@ def _parts(record: Record) -> list[str]:
         return []
     rows, seen = [], set[str]()
     for row in spent:
-        shares = (row.parts.get(name) for name in names)
+        shares = (row.details.get("profiled_us"), *(row.parts.get(name) for name in names))
         cells = (
             text("" if row.case in seen else row.case),
             text(row.contender),
@@ -61,8 +61,8 @@ def _parts(record: Record) -> list[str]:
         )
         rows.append((cells, kind(row, int(row.case in seen))))
         seen.add(row.case)
-    headers = ("case", "contender", *names, "")
-    return ["<h2>Where the time goes, ms of a step</h2>", table(headers, rows, left=2)]
+    headers = ("case", "contender", "step", *names, "")
+    return ["<h2>Where the time goes, ms under the profiler</h2>", table(headers, rows, left=2)]
 
 
 def overhead(row: Row, steps: Sequence[Row]) -> float | None:
@@ -70,13 +70,13 @@ def overhead(row: Row, steps: Sequence[Row]) -> float | None:
 
     Args:
         row: of `steps`.
-        steps: of one case; the plain one is that of a contender whose name begins with "residual".
+        steps: of one case.
     """
     percent = row.details.get("overhead_percent")
     if isinstance(percent, (int, float)):
         return percent / 100
-    plain = next((one.us for one in steps if one.contender.startswith("residual")), None)
-    return row.us / plain - 1 if plain and row.us else None
+    plain = plain_of(steps)
+    return row.us / plain.us - 1 if plain and plain.us and row.us else None
 
 
 def kind(row: Row, index: int) -> str:

@@ -131,7 +131,9 @@ def overhead(**environment: Any) -> Record:
             if more:
                 parts["mHC"] = more * batch / 8
             us = sum(parts.values()) * 1.01
-            details = {"sublayer_us": more * 1.01 * batch / 64} if more else {}
+            details = {"profiled_us": us}
+            if more:
+                details["sublayer_us"] = more * 1.01 * batch / 64
             rows.append(
                 Row(
                     f"3b/training/B{batch}xS4096", name, "step", "training", batch * 4096, 1280, 4,

@@ -7,7 +7,7 @@ pytest.importorskip("tabulate")
 
 import stand_ins
 from mhc_tile import __main__, reference
-from mhc_tile.perf import connections, output, overhead, records, slices
+from mhc_tile.perf import connections, output, overhead, records, slices, tables
 from mhc_tile.perf.__main__ import main
 from mhc_tile.perf.bench import CpuBench
 from mhc_tile.perf.breakdown import Breakdown
@@ -249,6 +249,9 @@ def test_a_breakdown_that_fails_leaves_the_times(monkeypatch):
     assert rows[PLAIN].parts == {"no kernel": 7.0}
     assert rows[PLAIN].details["kernels"] == {"gemm": 3.0}
     assert rows[PLAIN].details["profiled_us"] == 7.5
+    text = tables.overhead("words", list(rows.values()))
+    assert "ms under the profiler    step    no kernel" in text
+    assert f"{PLAIN}      0.01    0.01" in text
 
 
 def test_a_turn_is_steps_in_a_row_under_their_own_load(monkeypatch):

@@ -149,8 +149,8 @@ def test_steps_say_what_their_overhead_is_of():
 
 def test_what_steps_are_made_of():
     text = Page(report.page(overhead())).text
-    assert "contender matrix products attention optimizer other mHC" in text
-    assert "mhc_tile 30.50 9.00 4.50 3.00 3.10" in text
+    assert "contender step matrix products attention optimizer other mHC" in text
+    assert "mhc_tile 50.60 30.50 9.00 4.50 3.00 3.10" in text
     (axis,) = figures.added(overhead()).axes
     ends = [line.get_xdata()[0] for line in axis.lines[:-1]]  # the last one is at 0
     assert ends == pytest.approx([88.0, 6.2, 44.0, 3.1])

@@ -137,7 +137,7 @@ def composed(connections, x: Tensor, replace=lambda h_res: h_res) -> Tensor:
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("hooked", [(), (0,), (1,), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("hooked", [(), (0,), (1,), (2,), (0, 1), (0, 1, 2)], ids=str)
 def test_a_hook_on_a_tap_may_replace_h_res(fused, hooked, compiled):
     connections = blocks(3)
 
