@@ -48,7 +48,7 @@ def test_a_run_end_to_end(tmp_path, capsys):
         assert row.details["overhead_percent"] == pytest.approx(100 * (row.us / plain.us - 1))
         assert row.details["sublayer_us"] == pytest.approx((row.us - plain.us) / 2)
         assert (row.error is None) == row.contender.startswith(("residual", "hc"))
-        assert row.error is None or row.error < 0.03
+        assert row.error is None or row.error < 0.02
     words = (
         "forward and backward of 1 layer of 1m without embedding and head, 1 x 16 tokens, bf16, "
         "plain residuals under torch.compile"
@@ -134,7 +134,7 @@ def test_the_check_bites(monkeypatch, name, wrong, model):
     sublayers = Sublayers(Slice(model, layers=2, batch=1, sequence=16, device="cpu"))
     right = sublayers.contenders()["reference (layers compiled)"]()
     x, _ = sublayers.inputs(OURS)
-    assert sublayers.error("reference", right, x) < 0.03
+    assert sublayers.error("reference", right, x) < 0.02
     monkeypatch.setattr(connections.reference, name, wrong)
     assert sublayers.error("reference", right, x) > overhead.TOLERANCE
 
@@ -151,7 +151,7 @@ def test_peers_that_are_installed_take_part(monkeypatch, package):
     rows = measured(package)
     assert list(rows) == [PLAIN, package]
     assert rows[package].status == "ok"
-    assert rows[package].error < 0.03
+    assert rows[package].error < 0.02
 
 
 def test_one_that_is_wrong_or_fails_is_a_row(monkeypatch):
