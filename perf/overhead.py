@@ -72,22 +72,29 @@ def run(args: argparse.Namespace) -> int:
     environment["denominator"] = {piece.key: piece.denominator for piece in slices}
     path = output.result_path("overhead", environment, args.out)
     progress, parts, lost = output.Progress(), list[dict[str, Row]](), False
+
+    def keep() -> Record:
+        """What is measured so far, in the file too."""
+        record = Record("overhead", environment, [row for part in parts for row in part.values()])
+        records.write(record, path)
+        return record
+
     try:
         for piece in slices:
             parts.append({})
             measure(piece, bench, progress, args.contender, args.turns, parts[-1])
+            keep()  # a process that is killed loses the slice in flight
             output.say(tables.overhead(piece.denominator, list(parts[-1].values())))
     except output.UnusableError as error:
         output.say(f"perf overhead: {error}; what comes after it is not measured")
         lost = True
     finally:  # whatever ends the run, what was measured is kept
-        rows = [row for part in parts for row in part.values()]
-        record = Record("overhead", environment, rows)
-        records.write(record, path)
+        record = keep()
     output.say(f"result: {path}")
     if args.figures:
         output.draw(record, args.figures)
-    return int(lost or any(r.status != "ok" for r in rows if r.contender.startswith(OURS)))
+    ours = (row for row in record.rows if row.contender.startswith(OURS))
+    return int(lost or any(row.status != "ok" for row in ours))
 
 
 def measure(

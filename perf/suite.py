@@ -73,22 +73,28 @@ def run(args: argparse.Namespace) -> int:
     turns = args.turns or (QUICK_TURNS if args.quick else TURNS)
     wanted = functools.partial(_wanted, names=tuple(args.contender))
     progress, parts, lost = output.Progress(), list[dict[str, Row]](), False
+
+    def keep() -> Record:
+        """What is measured so far, in the file too."""
+        record = Record("run", environment, [row for part in parts for row in part.values()])
+        records.write(record, path)
+        return record
+
     try:
         for case in progress.over(chosen, "mhc-tile perf run"):
             progress.say(case.key)
             parts.append({})
             measure(case, bench, wanted, turns, parts[-1])
+            keep()  # a process that is killed loses the case in flight
     except output.UnusableError as error:
         output.say(f"perf run: {error}; the cases after it are not measured")
         lost = True
     finally:  # whatever ends the run, what was measured is kept
-        rows = [row for part in parts for row in part.values()]
-        record = Record("run", environment, rows)
-        records.write(record, path)
+        record = keep()
     output.say(tables.run(record), f"\nresult: {path}")
     if args.figures:
         output.draw(record, args.figures)
-    return int(lost or any(row.status != "ok" for row in rows if row.contender == OURS))
+    return int(lost or any(row.status != "ok" for row in record.rows if row.contender == OURS))
 
 
 def _chosen(args: argparse.Namespace) -> list[Case]:

@@ -223,6 +223,20 @@ def test_an_interrupt_keeps_what_was_measured(monkeypatch, tmp_path, capsys, ste
     assert "interrupted" in capsys.readouterr().err
 
 
+def test_what_is_killed_loses_the_slice_in_flight_alone(monkeypatch, tmp_path):
+    kept, real = [], overhead.Sublayers
+
+    def build(piece):
+        kept.append(records.read(out).cases if out.exists() else [])
+        return real(piece)
+
+    monkeypatch.setattr(overhead, "Sublayers", build)
+    out = tmp_path / "steps.json"
+    few = ["--contender", "residual", "--turns", "1", "--out", str(out)]
+    assert main([*COMMAND, *few, "--model", "1m", "2m-moe"]) == 0
+    assert kept == [[], [PIECE.key]]
+
+
 def test_a_gpu_that_answers_no_more_ends_the_run(monkeypatch, tmp_path, capsys):
     stand_ins.without(monkeypatch, "tile-kernels")
     monkeypatch.setattr(CpuBench, "recover", lambda self: False)

@@ -239,6 +239,19 @@ def test_an_interrupt_keeps_what_was_measured(monkeypatch, tmp_path, capsys, tur
     assert [row.turns for row in rows if row.us] == [9, 9] + [3] * turn
 
 
+def test_what_is_killed_loses_the_case_in_flight_alone(monkeypatch, tmp_path):
+    kept, real = [], CpuBench.timed
+
+    def timed(self, function, sets):
+        kept.append([row.mode for row in records.read(out).rows] if out.exists() else [])
+        return real(self, function, sets)
+
+    monkeypatch.setattr(CpuBench, "timed", timed)
+    out = tmp_path / "run.json"
+    assert main([*QUICK, *FAST, "--op", "merge", "--contender", OURS, "--out", str(out)]) == 0
+    assert kept == [[], ["inference"], ["inference", "forward"]]
+
+
 def test_sigterm_keeps_what_was_measured(monkeypatch, tmp_path, capsys):
     before, real = signal.getsignal(signal.SIGTERM), CpuBench.timed
 
