@@ -37,6 +37,7 @@ from ._rows import block_threads, is_block, vector_width
 
 # The forward guards its tails itself; a guard added to an index would split 16-byte accesses.
 UNGUARDED = {**PASS_CONFIGS, "tl.disable_safe_memory_legalize": True}
+FEW_STEPS = 3  # that a lane may take along the row of one of few tokens, in the backward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +104,11 @@ def default_config(
     bandwidth (H200, 2026-11-22).
 
     Backward: one warp a token, with registers for 16 of them a multiprocessor; few tokens: up to
-    eight warps share a row's latency, so that the dot products add in another order; with
+    four warps share a row's latency, so that the dot products add in another order; with
     batch_invariant they have the configuration of many tokens. 8192 x 2560 (n = 4, bf16, H200,
-    2026-11-22): 145.3 us; 156.2 with 12 warps (161 registers), 152.9 with 20 (95 registers).
+    2026-11-22): 145.3 us; 156.2 with 12 warps (161 registers), 152.9 with 20 (95 registers). Eight
+    warps take 1 to 2 us less for 64 tokens of 4096 and more channels, and 1 to 13 us more for 512
+    of any width above 1280 (H100, 2026-11-27).
     """
     if not backward:
         pieces = channels // vector_width(channels, dtype)
@@ -113,12 +116,13 @@ def default_config(
         blocks = ceil_div(pieces, 512 * vectors)
         return ForwardConfig(block_threads(channels, dtype, vectors, blocks), vectors)
     vector = _backward_vector(n, channels, dtype)
+    warps = 16 if n <= 4 else 8
     if tokens >= 1024 or batch_invariant:
-        return BackwardConfig(32, vector, 16 if n <= 4 else 8)
-    threads = 256
-    while threads > 32 and threads // 2 * vector >= channels:
+        return BackwardConfig(32, vector, warps)
+    threads = 128
+    while threads > 32 and threads // 2 * vector * FEW_STEPS >= channels:
         threads //= 2
-    return BackwardConfig(threads, vector)
+    return BackwardConfig(threads, vector, warps * 32 // threads)
 
 
 def candidates(

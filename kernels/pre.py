@@ -32,7 +32,9 @@ from ._programs import (
 from ._projection import WARP, WARP_ROLE_CONFIGS, sigmoid, sinkhorn_registers
 
 PIECE = WARP * 8  # channels that a warp reads at once
-MANY_ROUNDS = 8  # groups a team, from which on one launch is faster than two (H200, 2026-11-24)
+# Groups a team from which on one launch is faster than two, 1 to 2 at widths from 1280 to 7168
+# (H100, 2026-11-27).
+MANY_ROUNDS = 1.5
 
 
 @dataclass(frozen=True)

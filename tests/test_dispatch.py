@@ -124,7 +124,7 @@ def test_pre_is_one_launch_for_many_tokens_and_two_for_few():
     pytest.importorskip("tilelang")
     pre = importlib.import_module("mhc_tile.kernels.pre")
     target = {"arch": "sm_90a", "multiprocessors": 132}
-    forms = [type(pre.default_config(t, 4, 2560, **target)) for t in (1, 1663, 1664, 8192)]
+    forms = [type(pre.default_config(t, 4, 2560, **target)) for t in (1, 311, 312, 8192)]
     assert forms == [pre.Config, pre.Config, pre.pre_team.Config, pre.pre_team.Config]
     pinned = pre.default_config(1, 4, 2560, **target, batch_invariant=True)
     assert isinstance(pinned, pre.pre_team.Config)

@@ -20,7 +20,7 @@ pytest.importorskip("tilelang")
 
 DEVICE = Device("NVIDIA Test 1", (9, 0), 132, 80 * 2**30, 50 * 10**6, "13.0")
 TARGET = Target("sm_90a", 132)
-COUNTS = (1, 16, 100, 1023, 1024, 1663, 1664, 3000, 8192, 65536)
+COUNTS = (1, 16, 100, 311, 312, 1023, 1024, 3000, 8192, 65536)
 
 
 def problem(kernel: str, tokens: int = 8192, width: int = 2560) -> Problem:

@@ -30,12 +30,12 @@ def set_batch_invariant(enabled: bool) -> None:
     """Choose whether a token's bits are the same in a batch of any size, in every direction.
 
     They never depend on a token's neighbours. Few tokens and many take different kernels in three
-    places, which add or round in another order: `pre` (from 8 groups of 16 tokens on for each of
-    its teams of blocks: 1664 tokens at C = 2560 on an H200), its backward (from 16 groups on) and
-    the backward of `merge` and `pre_apply` (from 1024 tokens on). With this switch the kernels of
-    many tokens serve every number of them: few tokens take longer, many do not. Tuned tables keep
-    to this: they hold one order of sums for few tokens and one for many, and with the switch the
-    latter serves all. Gradients of parameters sum over the tokens and still depend on how many
+    places, which add or round in another order: `pre` (from one and a half groups of 16 tokens a
+    team of blocks on: 312 tokens at C = 2560 on an H200), its backward (from 16 groups a team on)
+    and the backward of `merge` and `pre_apply` (from 1024 tokens on). With this switch the kernels
+    of many tokens serve every number of them: few tokens take longer, many do not. Tuned tables
+    keep to this: they hold one order of sums for few tokens and one for many, and with the switch
+    the latter serves all. Gradients of parameters sum over the tokens and still depend on how many
     there are. The reference, which serves what no kernel takes, knows no switch.
 
     It belongs to the process, holds for every thread, and is read when an op runs: by compiled
