@@ -6,6 +6,7 @@ after another and averages; here candidates take turns with the default, so that
 drifts for all of them, and medians of equal numbers of turns are compared.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ MARGIN = 0.015  # of the slower: differences below are not told apart
 HOPELESS = 1.2  # times the fastest first impression: not measured further
 FIRST_TURNS = 3
 TURNS = 20
+_SPREAD = 1.683  # standard deviations between the 20th and the 80th percentile
+_MEDIAN = 1.253  # standard error of a median by that of a mean
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,18 @@ class Sample:
     low: float
     high: float
     turns: int
+
+    @property
+    def error(self) -> float:
+        """The standard error of the median, its deviation taken from the percentiles.
+
+        A single disturbed turn does not widen it.
+
+        Example:
+            >>> round(Sample(100, 99, 101, 16).error, 2)
+            0.37
+        """
+        return _MEDIAN * (self.high - self.low) / _SPREAD / math.sqrt(max(self.turns, 1))
 
 
 def summarise(times: Sequence[float]) -> Sample:

@@ -18,6 +18,7 @@ from ._programs import (
     architecture,
     ceil_div,
     logits_per_token,
+    macro,
     overlaps,
     program,
 )
@@ -39,7 +40,7 @@ def sums_width(n: int) -> int:
     return ceil_div(logits_per_token(n) + 3, 32) * 32
 
 
-@T.macro
+@macro
 def _residual_logits(matrix, projection, gate, bias, n):
     """logits_res[o, i] = alpha_res * projection[2n + o*n + i] + bias[2n + o*n + i]."""
     for o in T.unroll(n):
@@ -48,7 +49,7 @@ def _residual_logits(matrix, projection, gate, bias, n):
             matrix[o, i] = projection[k] * gate[2] + bias[k]
 
 
-@T.macro
+@macro
 def _maps_back(
     grad_pre, grad_post, grad_res, projection, gate, bias, scale, record, gate_sums, constants
 ):

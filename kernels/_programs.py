@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import tilelang
+import tilelang.language as T
 import torch
 
 from . import _toolchain
@@ -102,6 +103,24 @@ def program(pass_configs: dict[str, Any] | None = None) -> Callable[..., Any]:
         return build
 
     return decorate
+
+
+def macro(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`T.macro`, parsed when a program first uses it.
+
+    Parsing takes 10 to 40 ms, which a process whose kernels are in the cache would spend on macros
+    of programs that it never asks for: a quarter of a second before its first call of `pre`.
+    """
+
+    @functools.cache
+    def parsed() -> Any:
+        return T.macro(function)
+
+    @functools.wraps(function)
+    def use(*args: Any, **kwargs: Any) -> Any:
+        return parsed()(*args, **kwargs)
+
+    return use
 
 
 def architecture(device: torch.device) -> str:

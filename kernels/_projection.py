@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import tilelang.language as T
 
-from ._programs import F32, PASS_CONFIGS, ceil_div
+from ._programs import F32, PASS_CONFIGS, ceil_div, macro
 
 WARP = 32
 STEP = 32  # elements of a token that a warp consumes with one 16-byte read a lane: two k16 steps
@@ -262,19 +262,19 @@ class Segment:
         return project
 
 
-@T.macro
+@macro
 def inverse_rms(scale: T.Ref, elements, norm_eps):
     """From the sum of squares to `1 / sqrt(sum / elements + norm_eps)`; 0 where the sum is 0."""
     scale = T.if_then_else(scale == 0.0, 0.0, T.rsqrt(scale * (1.0 / elements) + norm_eps))
 
 
-@T.macro
+@macro
 def sigmoid(value: T.Ref):
     """Value = 1 / (1 + exp(-value)); 0 far below, where 1 / infinity is 0, and never NaN."""
     value = T.call_extern(F32, "__fdividef", 1.0, 1.0 + T.exp(-value))
 
 
-@T.macro
+@macro
 def sinkhorn_registers(matrix, n, iters, eps):
     """`iters` x (columns, rows) on `matrix[out * n + in]`, logits on entry; a thread, a token."""
     scale = T.alloc_var(F32, 0.0)
@@ -317,7 +317,7 @@ def sinkhorn_registers(matrix, n, iters, eps):
         normalise(matrix, scale, n, n, 1, eps)
 
 
-@T.macro
+@macro
 def column_maximum(matrix, scale: T.Ref, n, i):
     """Scale = max_o M[o, i]."""
     scale = matrix[i]
@@ -325,7 +325,7 @@ def column_maximum(matrix, scale: T.Ref, n, i):
         scale = T.max(scale, matrix[o * n + i])
 
 
-@T.macro
+@macro
 def normalise(matrix, scale: T.Ref, n, line_stride, item_stride, eps):
     """Divide every line (a row: strides n, 1; a column: strides 1, n) by its sum + eps."""
     for line in T.unroll(n):

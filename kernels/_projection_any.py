@@ -25,6 +25,7 @@ from ._programs import (
     ceil_div,
     dtype_name,
     logits_per_token,
+    macro,
     multiprocessors,
     program,
 )
@@ -71,7 +72,7 @@ def takes(x: Tensor) -> bool:
     return x.dtype == torch.float32 or x.shape[-1] % 8 != 0
 
 
-@T.macro
+@macro
 def scatter_sums(values, lane, half):
     """Lane l is left with the sum over the warp of values[l], in values[0].
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import tilelang.language as T
 
-from ._programs import F32
+from ._programs import F32, macro
 
 
 def reciprocal(value: Any) -> Any:
@@ -46,7 +46,7 @@ def round_tf32(value: Any) -> Any:
     return T.reinterpret(bits & T.uint32(0xFFFFE000), F32)
 
 
-@T.macro
+@macro
 def softmax_out(matrix, n):
     """Turn the logits in `matrix` [n, n], registers, into softmax_o(logits)."""
     peak = T.alloc_var(F32)
@@ -64,7 +64,7 @@ def softmax_out(matrix, n):
             matrix[o, i] *= total
 
 
-@T.macro
+@macro
 def sinkhorn_replay(matrix, sums, lane, n, iters, eps):
     """Turn the logits in `matrix` [n, n] into h_res and keep every step's sums.
 
@@ -138,7 +138,7 @@ def sinkhorn_replay(matrix, sums, lane, n, iters, eps):
                 matrix[o, i] *= inverse
 
 
-@T.macro
+@macro
 def sinkhorn_walk_back(matrix, grad, sums, lane, n, iters, eps):
     """Undo `sinkhorn_replay`'s steps: all of them where eps is 0, else all but the first softmax.
 
@@ -200,7 +200,7 @@ def sinkhorn_walk_back(matrix, grad, sums, lane, n, iters, eps):
                 grad[o, i] = grad[o, i] - matrix[o, i] * dot
 
 
-@T.macro
+@macro
 def softmax_out_back(matrix, grad, n):
     """Turn the cotangent of softmax_o(logits) into that of the logits.
 

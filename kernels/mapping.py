@@ -31,6 +31,7 @@ from ._programs import (
     ceil_div,
     dtype_name,
     logits_per_token,
+    macro,
     multiprocessors,
     program,
 )
@@ -220,7 +221,7 @@ def gather_macro(n: int, channels: int, members: int, norm_eps: float) -> Callab
     return gather
 
 
-@T.macro
+@macro
 def logit(value: T.Ref, projection, alpha, bias, r, n):
     """Value = projection * [alpha_pre | alpha_post | alpha_res][r] + bias[r]."""
     value = alpha[2]

@@ -20,8 +20,6 @@ THRESHOLD = 0.05
 DRIFT = 0.016
 DRIFT_US = 0.4
 ERRORS = 3.0  # standard errors of a median that count as noise
-SPREAD = 1.683  # standard deviations between the 20th and the 80th percentile
-MEDIAN = 1.253  # standard error of a median by that of a mean
 # GPUs of one model differ; beyond this a result is one of another GPU, or of a disturbed one.
 MOST_PACE = 0.05
 REPEATS = 2  # more measurements of a suspected case until it is believed
@@ -177,8 +175,8 @@ def gate(
 def noise_us(base: Row, new: Row) -> float:
     """Microseconds by which two medians of the same code may differ.
 
-    `max(DRIFT * us, DRIFT_US) + ERRORS * sqrt(error(base)^2 + error(new)^2)`, where a median's
-    standard error is MEDIAN * deviation / sqrt(turns) and deviation = (p80 - p20) / SPREAD.
+    `max(DRIFT * us, DRIFT_US) + ERRORS * sqrt(error(base)^2 + error(new)^2)`, with the standard
+    errors of the medians (`Sample.error`).
 
     Args:
         base: timed.
@@ -195,10 +193,7 @@ def noise_us(base: Row, new: Row) -> float:
 
 
 def _error(row: Row) -> float:
-    sample = row.sample
-    if sample is None:
-        return 0.0
-    return MEDIAN * (sample.high - sample.low) / SPREAD / math.sqrt(max(sample.turns, 1))
+    return row.sample.error if row.sample else 0.0
 
 
 def _pace(base: Record, new: Record) -> float:

@@ -29,7 +29,7 @@ from .records import OURS, Record, Row
 from .slices import BATCH, LAYERS, PLAIN, SEQUENCE, Slice, Step, Sublayers
 
 MODELS = ("paper-27b", "paper-27b-dense")
-TURNS = 6
+TURNS = 16
 # Relative error of output and gradient: layers in bf16, and experts chosen by rounded affinities.
 TOLERANCE = 0.1
 
@@ -200,6 +200,8 @@ def _time(
             details: dict[str, Any] = {"layers": piece.layers, "denominator": piece.denominator}
             if plain:
                 details["overhead_percent"] = 100 * (sample.us / plain.us - 1)
+                error = math.hypot(sample.error / sample.us, plain.error / plain.us)
+                details["overhead_error"] = 0.0 if name == PLAIN else 100 * error
                 details["sublayer_us"] = (sample.us - plain.us) / (2 * piece.layers)
             rows[name] = rows[name].timed(sample).replace(captured=False, details=details)
     for name, step in steps.items() if bench.device == "cuda" else ():

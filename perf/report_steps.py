@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from .markup import table, text
 from .records import OURS, Record, Row, plain_of
+from .tables import with_error
 
 
 def steps(record: Record) -> list[str]:
@@ -32,7 +33,7 @@ def steps(record: Record) -> list[str]:
                 text(case if index == 0 else ""),
                 text(row.contender),
                 spread(row, 1e3),
-                "" if over is None else f"{over:+.1%}",
+                with_error(None if over is None else 100 * over, row.details.get("overhead_error")),
                 "" if sublayer is None else f"{sublayer:.0f}",
                 "" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.1f}",
                 "" if row.error is None else f"{row.error:.0e}",

@@ -68,7 +68,7 @@ def overhead(denominator: str, rows: Sequence[Row]) -> str:
                 row.contender,
                 f"{row.us / 1000:.2f}",
                 _shown(row.p20, ".2f", 1e-3) + " to " + _shown(row.p80, ".2f", 1e-3),
-                _shown(row.details.get("overhead_percent"), "+.1f") + "%",
+                with_error(*map(row.details.get, ("overhead_percent", "overhead_error"))),
                 _shown(row.details.get("sublayer_us"), ".0f"),
                 _shown(row.peak_bytes, ".2f", 1e-9),
                 _shown(row.error, ".0e"),
@@ -86,6 +86,18 @@ def overhead(denominator: str, rows: Sequence[Row]) -> str:
         heads = ["ms under the profiler", "step", *names]
         text += [tabulate(cells, heads, disable_numparse=True), ""]
     return "\n".join([*text, *_faults(rows)])
+
+
+def with_error(percent: float | None, error: float | None) -> str:
+    """An overhead in percent and its standard error; empty where there is none.
+
+    Example:
+        >>> with_error(5.43, 0.61), with_error(0.0, None)
+        ('+5.4% ± 0.6', '+0.0%')
+    """
+    if percent is None:
+        return ""
+    return f"{percent:+.1f}%" + (f" ± {error:.1f}" if error else "")
 
 
 def _faults(rows: Sequence[Row]) -> list[str]:

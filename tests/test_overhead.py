@@ -1,5 +1,7 @@
 """`mhc-tile perf overhead`: slices joined in every way, their steps, what 100% is."""
 
+import math
+
 import pytest
 import torch
 
@@ -47,6 +49,9 @@ def test_a_run_end_to_end(tmp_path, capsys):
         assert (row.status, row.fault, row.turns, row.tokens) == ("ok", "", 2, 16)
         assert row.details["overhead_percent"] == pytest.approx(100 * (row.us / plain.us - 1))
         assert row.details["sublayer_us"] == pytest.approx((row.us - plain.us) / 2)
+        spreads = [0.0 if row is plain else one.sample.error / one.us for one in (row, plain)]
+        error = 100 * math.hypot(*spreads) * (row is not plain)
+        assert row.details["overhead_error"] == pytest.approx(error)
         assert (row.error is None) == row.contender.startswith(("residual", "hc"))
         assert row.error is None or row.error < 0.02
     words = (

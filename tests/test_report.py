@@ -145,6 +145,8 @@ def test_steps_say_what_their_overhead_is_of():
     assert "100% is the step of the same model" in Page(report.page(overhead())).text
     steps = record(row(details={"overhead_percent": 25.0}), kind="overhead")
     assert "+25.0%" in Page(report.page(steps)).text
+    steps = record(row(details={"overhead_percent": 25.0, "overhead_error": 0.72}), kind="overhead")
+    assert "+25.0% ± 0.7" in Page(report.page(steps)).text
 
 
 def test_what_steps_are_made_of():
