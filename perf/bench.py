@@ -148,10 +148,22 @@ class CudaBench:
                 raise
             except RuntimeError:
                 torch.cuda.synchronize()
+                self._end_capture()
                 return None
             launches = _kernels_of(graph)
             graph.instantiate()
         return graph, launches
+
+    def _end_capture(self) -> None:
+        """Let torch know that nothing is captured any more.
+
+        After a capture that failed, its random generator still believes that one is under way, and
+        refuses to make a number until another capture has ended well.
+        """
+        value = torch.zeros(1, device="cuda")
+        torch.cuda.synchronize()
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream):
+            value.add_(1)
 
     def host_us(
         self, function: Function, values: Sequence[Tensor], launches: int | None = None

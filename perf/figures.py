@@ -140,7 +140,9 @@ def _shares(
 
 
 def scaling(record: Record, along: str) -> Figure | None:
-    """Times by the number of tokens or by the width: a panel an op and a mode; None if too few.
+    """Times by the number of tokens or by the width; None if too few.
+
+    A panel an op and a mode of which there are two sizes or more.
 
     Args:
         record: the result.
@@ -152,7 +154,14 @@ def scaling(record: Record, along: str) -> Figure | None:
     if fixed is None:
         return None
     rows = [row for row in rows if (getattr(row, other), row.streams, row.dtype) == fixed]
-    panels = list(dict.fromkeys((row.op, row.mode) for row in rows))
+    sizes: dict[tuple[str, str], set[int]] = {}
+    for row in rows:
+        sizes.setdefault((row.op, row.mode), set()).add(getattr(row, along))
+    panels = [panel for panel, own in sizes.items() if len(own) > 1]
+    if not panels:
+        return None
+    rows = [row for row in rows if (row.op, row.mode) in panels]
+    ticks = sorted(set.union(*map(sizes.__getitem__, panels)))
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
     size = (0.8 + 2.6 * columns, 1.2 + 2.0 * lines)
@@ -163,6 +172,7 @@ def scaling(record: Record, along: str) -> Figure | None:
         own = [row for row in rows if (row.op, row.mode) == (op, mode)]
         _times(axis, own, along, copy, styles)
         axis.set_title(f"{op}, {mode}")
+        axis.set_xticks(ticks)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     shape = f"{'C' if along == 'tokens' else 'T'} = {fixed[0]}, n = {fixed[1]}, {fixed[2]}"
@@ -198,7 +208,6 @@ def _times(
         axis.plot(sizes, [bounds[s] for s in sizes], color="#666666", linestyle=(0, (4, 3)), lw=0.9)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    axis.set_xticks(sorted({getattr(row, along) for row in rows}))
     axis.xaxis.set_major_formatter(lambda value, _: _short(value))
     axis.yaxis.set_major_locator(
         require("matplotlib.ticker", "perf", "perf").LogLocator(subs=(1.0, 3.0))

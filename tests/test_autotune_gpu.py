@@ -29,6 +29,7 @@ def places(tmp_path, monkeypatch):
     """Journals and tables of this test alone."""
     monkeypatch.setattr(journal, "folder", lambda: tmp_path / "journal")
     monkeypatch.setattr(table, "user_folder", lambda: tmp_path / "tables")
+    monkeypatch.setattr(table, "SHIPPED", tmp_path / "shipped")
     monkeypatch.delenv(table.VARIABLE, raising=False)
     lookup.forget()
     yield tmp_path

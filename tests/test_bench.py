@@ -85,6 +85,7 @@ def test_a_gpu():
         return value.sum().item()
 
     assert device.timed(waits, sets).captured is False
+    assert torch.randn(1, device="cuda").isfinite()  # what had begun a capture has ended it
     assert device.host_us(waits, sets[0]) is None
     assert 0.5 < device.host_us(torch.neg, sets[0]) < 1000
     peak, saved = device.memory(lambda: (sets[0][0].neg().neg(),), None)

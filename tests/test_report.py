@@ -208,6 +208,17 @@ def test_the_roofline_has_a_panel_only_where_ops_can_be_compared():
     assert [axis.get_title() for axis in figures.roofline(one).axes] == ["8192 x 2560, forward"]
 
 
+def test_scaling_has_a_panel_only_where_there_are_sizes_to_compare():
+    def at(tokens, op="sublayer"):
+        return row(case=f"{op}/inference/{tokens}x2560/n4/bfloat16")
+
+    figure = figures.scaling(record(at(64), at(512), at(8192), at(8192, "merge")), "tokens")
+    (panel,) = figure.axes
+    assert panel.get_title() == "sublayer, inference"
+    assert list(panel.get_xticks()) == [64, 512, 8192]
+    assert figures.scaling(record(at(64), at(512, "merge"), at(8192, "pre")), "tokens") is None
+
+
 def test_the_commands(tmp_path, capsys):
     few = record(*[r for r in full().rows if r.op == "merge"])
     records.write(few, tmp_path / "run.json")
