@@ -23,6 +23,7 @@ grad_phi run in bf16 with grad_raw as a pair high + low (x is bf16 already), so 
 count; for fp16, whose range is too small for grad_raw, and fp32 as pairs of tf32.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -108,6 +109,7 @@ def candidates(
         yield _config(tokens, channels, n, multiprocessors, *shape)
 
 
+@functools.lru_cache(maxsize=1024)
 def _config(
     tokens: int,
     channels: int,

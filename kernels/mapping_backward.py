@@ -142,13 +142,11 @@ def gradients_from_records(
     terms = (grad_layer_input is not None, part)
     knobs = knobs_of(config)
     # what a program leaves unread still has its shape
-    read = x.view(-1)[: tokens * channels].view(tokens, channels)
-    read = read if grad_layer_input is None else grad_layer_input
-    tensors = (
-        read,
-        x if grad_x_part is None else grad_x_part,
-        records.view(-1)[: tokens * n * n].view(tokens, n, n) if h_res is None else h_res,
-    )
+    if grad_layer_input is None:
+        grad_layer_input = x.view(-1)[: tokens * channels].view(tokens, channels)
+    if h_res is None:
+        h_res = records.view(-1)[: tokens * n * n].view(tokens, n, n)
+    tensors = (grad_layer_input, x if grad_x_part is None else grad_x_part, h_res)
     add_columns = columns_program(arch, channels, n, dtype_name(x), *terms, overlaps(arch), *knobs)
     add_columns(x, *tensors, records, phi.view(logits, n, channels), grad_x, parts)
     return grad_x, *add_parts(parts, block_sums, phi)

@@ -16,6 +16,7 @@ combined once a token, in one warp a block by shuffles alone. Shared memory woul
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -89,6 +90,7 @@ class BackwardConfig:
             )
 
 
+@functools.lru_cache(maxsize=1024)
 def default_config(
     backward: bool,
     tokens: int,

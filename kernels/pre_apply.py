@@ -13,6 +13,7 @@ by shuffles alone. `pre` fuses this with the mapping; here h_pre comes from else
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,6 +81,7 @@ class BackwardConfig:
             )
 
 
+@functools.lru_cache(maxsize=1024)
 def default_config(
     backward: bool,
     tokens: int,

@@ -9,9 +9,10 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from cases import Shape, call, cotangents, torch_op_arguments
-from mhc_tile import set_batch_invariant
+from cases import SIGNATURES, Shape, call, cotangents, torch_op_arguments
+from mhc_tile import _library, set_batch_invariant
 from mhc_tile._library import OPS
 from mhc_tile.ops import _dispatch
 
@@ -221,3 +222,48 @@ def test_why_no_kernel_runs(monkeypatch, capability, tilelang, n, why):
     monkeypatch.setattr(_dispatch._toolchain, "tilelang_version", lambda: tilelang)
     reason = _dispatch._unfit.__wrapped__(0, n)
     assert reason is None if why is None else re.search(why, reason)
+
+
+class Launched(TorchDispatchMode):
+    """Asks every op's kernels, without a GPU, for what the op has just returned on the CPU."""
+
+    def __init__(self, catalogue):
+        super().__init__()
+        self.catalogue, self.compared = catalogue, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        results = func(*args, **kwargs)
+        name = func._schema.name.partition("::")[2]
+        if func.namespace == "mhc_tile" and name in _dispatch.LAUNCHERS:
+            launch = _library._with_defaults(func, _dispatch.LAUNCHERS[name])
+            with self.catalogue("sm_90a", 132):
+                found = launch(
+                    *map(self.bare, args), **{k: self.bare(v) for k, v in kwargs.items()}
+                )
+            pair = [self.listed(found), self.listed(results)]
+            self.compared.append((name, pair))
+        return results
+
+    def bare(self, value):
+        """Without values, on no device."""
+        return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+    def listed(self, results):
+        results = (results,) if isinstance(results, torch.Tensor) else results
+        return [(value.shape, value.dtype, value.is_contiguous()) for value in results]
+
+
+@pytest.mark.parametrize("tokens", [(), (0,), (5,), (2, 3), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("name", [name for name in SIGNATURES if name != "head"])
+def test_kernels_return_what_the_op_returns(name, tokens):
+    """Shapes, dtypes and strides, forward and backward, whatever the leading dims are."""
+    pytest.importorskip("tilelang")
+    programs = importlib.import_module("mhc_tile.kernels._programs")
+    made = call(name, Shape("leading", tokens=tokens), torch.bfloat16).to(grad=True)
+    with Launched(programs.catalogue) as seen:
+        results = made.run()
+        torch.autograd.grad(results, made.inputs, cotangents(results))
+    assert {op for op, _ in seen.compared} == {name, f"{name}_backward"}
+    for op, (found, expected) in seen.compared:
+        assert found == expected, op

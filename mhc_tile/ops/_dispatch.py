@@ -173,6 +173,14 @@ def _aligned(value: Any) -> Any:
 
 def flat(value: Tensor, dims: int) -> Tensor:
     """The leading dims as one, in front of the last `dims`: [..., n, C] to [T, n, C]."""
-    if value.dim() == dims + 1:
+    count = value.dim() - dims
+    if count == 1:
         return value
-    return value.reshape(-1, *value.shape[value.dim() - dims :])
+    return value.flatten(0, count - 1) if count else value.unsqueeze(0)
+
+
+def leading(value: Tensor, sizes: torch.Size) -> Tensor:
+    """The reverse of `flat`: [T, n, C] to [..., n, C] with these leading dims."""
+    if len(sizes) == 1:
+        return value
+    return value.unflatten(0, sizes) if sizes else value.squeeze(0)

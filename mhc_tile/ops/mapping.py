@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import _checks, gradients, reference
 from .._library import define, derive, rounded
-from ._dispatch import flat, on_cuda, tuned
+from ._dispatch import flat, leading, on_cuda, tuned
 from ._saved import given, keep_projection
 
 
@@ -84,7 +84,8 @@ def _cuda(
         inputs[0].shape,
         lambda config: kernel.forward(*inputs, **constants, config=config),
     )
-    return tuple(value.view((*x.shape[:-2], *value.shape[1:])) for value in results)
+    tokens = x.shape[:-2]
+    return tuple(leading(value, tokens) for value in results)
 
 
 def _fake(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **_: Any) -> tuple[Tensor, ...]:
@@ -127,7 +128,7 @@ def _backward_cuda(
         tensors[3].shape,
         lambda config: kernel.backward(*tensors, **constants, config=config),
     )
-    return grad_x.view(x.shape), *grads
+    return leading(grad_x, x.shape[:-2]), *grads
 
 
 def _backward_fake(*tensors: Tensor, **_: Any) -> tuple[Tensor, ...]:

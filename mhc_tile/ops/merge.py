@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import _checks, gradients, reference
 from .._library import define, derive, rounded
-from ._dispatch import backward_config, flat, on_cuda, tuned
+from ._dispatch import backward_config, flat, leading, on_cuda, tuned
 
 
 def merge(x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def merge_kernel(x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor)
     x_next = tuned(
         "merge", x, inputs[0].shape, lambda config: kernel.forward(*inputs, config=config)
     )
-    return x_next.view(x.shape)
+    return leading(x_next, x.shape[:-2])
 
 
 def _fake(x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def merge_backward_kernel(
     name = "merge_backward_maps" if h_res is None else "merge_backward"
     grads = tuned(name, x, tensors[0].shape, launch)
     grads = grads[1:] if h_res is None else grads
-    return tuple(value.view((*tokens, *value.shape[1:])) for value in grads)
+    return tuple(leading(value, tokens) for value in grads)
 
 
 def _maps_kernel(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import _checks, gradients, reference
 from .._library import define, derive, rounded
-from ._dispatch import backward_config, flat, on_cuda, tuned
+from ._dispatch import backward_config, flat, leading, on_cuda, tuned
 
 
 def pre_apply(x: Tensor, h_pre: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def _cuda(x: Tensor, h_pre: Tensor) -> Tensor:
     layer_input = tuned(
         "pre_apply", x, inputs[0].shape, lambda config: kernel.forward(*inputs, config=config)
     )
-    return layer_input.view(*x.shape[:-2], x.shape[-1])
+    return leading(layer_input, x.shape[:-2])
 
 
 def _fake(x: Tensor, h_pre: Tensor) -> Tensor:
@@ -67,7 +67,8 @@ def _backward_cuda(grad_layer_input: Tensor, x: Tensor, h_pre: Tensor) -> tuple[
         return kernel.backward(*tensors, config=config or backward_config(kernel, x))
 
     grads = tuned("pre_apply_backward", x, tensors[1].shape, launch)
-    return grads[0].view(x.shape), grads[1].view(h_pre.shape)
+    tokens = x.shape[:-2]
+    return leading(grads[0], tokens), leading(grads[1], tokens)
 
 
 def _backward_fake(grad_layer_input: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import _checks, gradients, reference
 from .._library import define, derive
-from ._dispatch import flat, on_cuda, tuned
+from ._dispatch import flat, leading, on_cuda, tuned
 
 
 def sinkhorn(logits: Tensor, *, iters: int = 20, eps: float = 0.0) -> Tensor:
@@ -57,7 +57,7 @@ def _cuda(logits: Tensor, *, iters: int, eps: float) -> Tensor:
         sizes,
         lambda config: kernel.forward(tokens, iters=iters, eps=eps, config=config),
     )
-    return h_res.view(logits.shape)
+    return leading(h_res, logits.shape[:-2])
 
 
 def _fake(logits: Tensor, **_: Any) -> Tensor:
@@ -84,7 +84,7 @@ def _backward_cuda(grad_h_res: Tensor, logits: Tensor, *, iters: int, eps: float
         sizes,
         lambda config: kernel.backward(*tensors, iters=iters, eps=eps, config=config),
     )
-    return grad_logits.view(logits.shape)
+    return leading(grad_logits, logits.shape[:-2])
 
 
 def _backward_fake(grad_h_res: Tensor, logits: Tensor, **_: Any) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _checks, gradients, reference
 from .._library import define, derive, rounded
-from ._dispatch import flat, on_cuda, tuned
+from ._dispatch import flat, leading, on_cuda, tuned
 from ._saved import given, keep_projection
 
 MODES = ("sum", "mean")
@@ -105,7 +105,7 @@ def _expand_cuda(hidden: Tensor, num_streams: int) -> Tensor:
     x = tuned(
         "expand", hidden, sizes, lambda config: kernel.expand(tokens, num_streams, config=config)
     )
-    return x.view(*hidden.shape[:-1], num_streams, hidden.shape[-1])
+    return leading(x, hidden.shape[:-1])
 
 
 def _collapse_cuda(x: Tensor, mode: str) -> Tensor:
@@ -118,7 +118,7 @@ def _collapse_cuda(x: Tensor, mode: str) -> Tensor:
         tokens.shape,
         lambda config: kernel.collapse(tokens, mean=mode == "mean", config=config),
     )
-    return hidden.view(*x.shape[:-2], x.shape[-1])
+    return leading(hidden, x.shape[:-2])
 
 
 def _expand_backward_cuda(grad_x: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ def _collapse_backward_cuda(grad_hidden: Tensor, num_streams: int, mode: str) ->
             tokens, num_streams, mean=mode == "mean", config=config
         ),
     )
-    return grad_x.view(*grad_hidden.shape[:-1], num_streams, grad_hidden.shape[-1])
+    return leading(grad_x, grad_hidden.shape[:-1])
 
 
 def _of_streams(x: Tensor, *_: Any) -> tuple[Tensor, int]:
