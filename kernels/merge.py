@@ -38,7 +38,9 @@ from ._rows import block_threads, is_block, vector_width
 
 # The forward guards its tails itself; a guard added to an index would split 16-byte accesses.
 UNGUARDED = {**PASS_CONFIGS, "tl.disable_safe_memory_legalize": True}
-FEW_STEPS = 3  # that a lane may take along the row of one of few tokens, in the backward
+# The backward of few tokens has fewer than 128 threads a token where a lane then takes at most so
+# many steps along the row.
+FEW_STEPS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +107,12 @@ def default_config(
     Forward: one block a token where it fits. Every choice of `candidates` was within 4% of copy
     bandwidth (H200, 2026-11-22).
 
-    Backward: one warp a token, with registers for 16 of them a multiprocessor; few tokens: up to
-    four warps share a row's latency, so that the dot products add in another order; with
-    batch_invariant they have the configuration of many tokens. 8192 x 2560 (n = 4, bf16, H200,
-    2026-11-22): 145.3 us; 156.2 with 12 warps (161 registers), 152.9 with 20 (95 registers). Eight
-    warps take 1 to 2 us less for 64 tokens of 4096 and more channels, and 1 to 13 us more for 512
-    of any width above 1280 (H100, 2026-11-27).
+    Backward: one warp a token, with registers for 16 of them a multiprocessor, 8 for n = 8; few
+    tokens: up to four warps share a row's latency, so that the dot products add in another order;
+    with batch_invariant they have the configuration of many tokens. 8192 x 2560 (n = 4, bf16, H200,
+    2026-11-22): 145.3 us; 156.2 with 12 warps (161 registers), 152.9 with 20 (95 registers). For
+    64 x 4096 eight warps take 9.3 us and four 10.6, for 512 x 4096 30.5 and 26.1 (n = 4, bf16,
+    H100, 2026-11-27).
     """
     if not backward:
         pieces = channels // vector_width(channels, dtype)
@@ -132,8 +134,9 @@ def candidates(
 ) -> Iterator[ForwardConfig | BackwardConfig]:
     """Configurations worth measuring.
 
-    Not among them: a backward without a bound on its registers. It is up to 5% faster for few
-    tokens and 17% slower for 512 (H100, 2026-11-27), between two numbers of tokens that are tuned.
+    Not among them for n = 4: a backward without a bound on its registers, which is 3 to 5% faster
+    for up to 256 tokens and 17% slower for 512 (C = 2560, bf16, H100, 2026-11-27), which lie
+    between two numbers of tokens that are tuned.
     """
     if not backward:
         pieces = channels // vector_width(channels, dtype)
@@ -146,7 +149,7 @@ def candidates(
     vector = _backward_vector(n, channels, dtype)
     for threads in (32, 64, 128, 256):
         if threads == 32 or threads * vector <= 2 * channels:
-            for warps in (16, 20) if n <= 4 else (8, 16):
+            for warps in (16, 20) if n == 4 else (threads // 32, 16, 20):
                 if warps * 32 % threads == 0:
                     yield BackwardConfig(threads, vector, warps * 32 // threads)
 

@@ -175,6 +175,8 @@ def scaling(record: Record, along: str) -> Figure | None:
         axis.set_xticks(ticks)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
+    for axis in axes[max(0, len(panels) - columns) : len(panels)]:  # with no panel below
+        axis.tick_params(axis="x", labelbottom=True)
     shape = f"{'C' if along == 'tokens' else 'T'} = {fixed[0]}, n = {fixed[1]}, {fixed[2]}"
     figure.supxlabel(f"{'tokens T' if along == 'tokens' else 'width C'}   ({shape})")
     figure.supylabel("microseconds a call")

@@ -200,7 +200,7 @@ def _time(
             details: dict[str, Any] = {"layers": piece.layers, "denominator": piece.denominator}
             if plain:
                 details["overhead_percent"] = 100 * (sample.us / plain.us - 1)
-                error = math.hypot(sample.error / sample.us, plain.error / plain.us)
+                error = math.hypot(sample.error, plain.error * sample.us / plain.us) / plain.us
                 details["overhead_error"] = 0.0 if name == PLAIN else 100 * error
                 details["sublayer_us"] = (sample.us - plain.us) / (2 * piece.layers)
             rows[name] = rows[name].timed(sample).replace(captured=False, details=details)

@@ -134,6 +134,40 @@ def test_pre_is_one_launch_for_many_tokens_and_two_for_few():
     )
 
 
+@pytest.mark.parametrize(
+    ("channels", "n", "dtype", "threads"),
+    [
+        (512, 4, "bfloat16", 32), (1280, 4, "bfloat16", 64), (1536, 2, "bfloat16", 64),
+        (1920, 4, "bfloat16", 128), (7168, 4, "bfloat16", 128),
+        (768, 4, "float32", 64), (1280, 4, "float32", 128), (1280, 8, "bfloat16", 128),
+    ],
+)  # fmt: skip
+def test_warps_share_a_row_of_few_tokens_in_the_backward_of_merge(channels, n, dtype, threads):
+    pytest.importorskip("tilelang")
+    kernel = importlib.import_module("mhc_tile.kernels.merge")
+    few = kernel.default_config(True, 1023, n, channels, dtype)
+    many = kernel.default_config(True, 1024, n, channels, dtype)
+    assert (few.threads, many.threads) == (threads, 32)
+    warps = 8 if n == 8 else 16  # a multiprocessor, for few and for many
+    assert few.threads // 32 * few.min_blocks == many.min_blocks == warps
+    pinned = kernel.default_config(True, 1, n, channels, dtype, batch_invariant=True)
+    assert pinned == many
+
+
+def test_kernels_parse_no_macro_before_a_program_uses_it():
+    pytest.importorskip("tilelang")
+    code = """
+import importlib
+import tilelang.language as T
+import mhc_tile
+def refuse(function): raise AssertionError(function)
+T.macro = refuse
+for name in ("pre", "pre_backward", "mapping_backward", "merge", "pre_apply", "streams"):
+    importlib.import_module(f"mhc_tile.kernels.{name}")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 def test_the_backward_of_pre_is_one_pass_for_many_tokens_and_two_for_few():
     pytest.importorskip("tilelang")
     kernel = importlib.import_module("mhc_tile.kernels.pre_backward")
@@ -257,7 +291,7 @@ class Launched(TorchDispatchMode):
 @pytest.mark.parametrize("tokens", [(), (0,), (5,), (2, 3), (2, 0, 3)], ids=str)
 @pytest.mark.parametrize("name", [name for name in SIGNATURES if name != "head"])
 def test_kernels_return_what_the_op_returns(name, tokens):
-    """Shapes, dtypes and strides, forward and backward, whatever the leading dims are."""
+    """Shapes and dtypes, contiguous, forward and backward, whatever the leading dims are."""
     pytest.importorskip("tilelang")
     programs = importlib.import_module("mhc_tile.kernels._programs")
     made = call(name, Shape("leading", tokens=tokens), torch.bfloat16).to(grad=True)

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from mhc_tile.autotune import lookup, table
+from mhc_tile.autotune import lookup, registry, table
+from mhc_tile.autotune.configs import decode
 from mhc_tile.autotune.device import Device
-from mhc_tile.autotune.problems import bucket
+from mhc_tile.autotune.problems import Problem, bucket
 from mhc_tile.autotune.table import Entry, Family, Key, Table
 
 DEVICE = Device("NVIDIA Test 1", (9, 0), 132, 80 * 2**30, 50 * 10**6, "13.0")
@@ -233,3 +234,22 @@ def test_two_writers_lose_nothing(tmp_path):
     assert [process.returncode for process in pair] == [0, 0]
     found = {key[1]: us for key, us in entries(table.read(path, DEVICE)).items()}
     assert found == {width: width for width in (*range(1, 61), *range(101, 161))}
+
+
+@pytest.mark.parametrize("path", sorted(table.SHIPPED.glob("*.json")), ids=lambda path: path.stem)
+def test_a_shipped_table_runs_what_it_says(path):
+    """Every entry is found as it stands: what it was measured with is offered, in its regime."""
+    shipped = table.read(path)
+    device = Device(shipped.gpu, (9, 0), shipped.multiprocessors, 0, 0, "13.0")
+    pytest.importorskip("tilelang")
+    tables = lookup.Tables(device, shipped.families)
+    target = registry.Target("sm_90a", shipped.multiprocessors)
+    for known, family in shipped.families.items():
+        for tokens, measured in family.entries.items():
+            asked = Problem(known.kernel, known.n, known.channels, known.dtype, tokens)
+            decision = lookup.decide(tables, asked, arch="sm_90a")
+            own = registry.default(asked, target)
+            assert (decision.why, decision.family) == ("exact", known), asked
+            assert (decision.config or own) == decode(measured.config), asked
+            assert not measured.default or own == decode(measured.config), asked
+    assert not tables.faults
