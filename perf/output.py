@@ -11,7 +11,7 @@ import torch
 from mhc_tile.autotune._extras import require
 
 from .bench import Bench
-from .records import Record, Row, slug
+from .records import Record, Row, slug, write
 
 
 def result_path(kind: str, environment: Mapping[str, Any], wanted: Path | None) -> Path:
@@ -28,6 +28,25 @@ def result_path(kind: str, environment: Mapping[str, Any], wanted: Path | None) 
     path = wanted or Path(f"{kind}-{slug(environment.get('gpu'))}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def keep(
+    kind: str, environment: Mapping[str, Any], parts: Iterable[Mapping[str, Row]], path: Path
+) -> Record:
+    """Write what is measured so far.
+
+    Args:
+        kind: of the result.
+        environment: of the result.
+        parts: rows by contender, of each case.
+        path: of the file.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    record = Record(kind, environment, [row for part in parts for row in part.values()])
+    write(record, path)
+    return record
 
 
 def draw(record: Record, folder: Path) -> None:

@@ -25,7 +25,7 @@ from mhc_tile.models import CONFIGS
 from . import output, records, tables
 from .bench import Bench, bench_of
 from .breakdown import breakdown, steps_under_load
-from .records import OURS, Record, Row
+from .records import OURS, Row
 from .slices import BATCH, LAYERS, PLAIN, SEQUENCE, Slice, Step, Sublayers
 
 MODELS = ("paper-27b", "paper-27b-dense")
@@ -72,24 +72,18 @@ def run(args: argparse.Namespace) -> int:
     environment["denominator"] = {piece.key: piece.denominator for piece in slices}
     path = output.result_path("overhead", environment, args.out)
     progress, parts, lost = output.Progress(), list[dict[str, Row]](), False
-
-    def keep() -> Record:
-        """What is measured so far, in the file too."""
-        record = Record("overhead", environment, [row for part in parts for row in part.values()])
-        records.write(record, path)
-        return record
-
     try:
         for piece in slices:
             parts.append({})
             measure(piece, bench, progress, args.contender, args.turns, parts[-1])
-            keep()  # a process that is killed loses the slice in flight
+            # a process that is killed loses the slice in flight
+            output.keep("overhead", environment, parts, path)
             output.say(tables.overhead(piece.denominator, list(parts[-1].values())))
     except output.UnusableError as error:
         output.say(f"perf overhead: {error}; what comes after it is not measured")
         lost = True
     finally:  # whatever ends the run, what was measured is kept
-        record = keep()
+        record = output.keep("overhead", environment, parts, path)
     output.say(f"result: {path}")
     if args.figures:
         output.draw(record, args.figures)

@@ -73,24 +73,18 @@ def run(args: argparse.Namespace) -> int:
     turns = args.turns or (QUICK_TURNS if args.quick else TURNS)
     wanted = functools.partial(_wanted, names=tuple(args.contender))
     progress, parts, lost = output.Progress(), list[dict[str, Row]](), False
-
-    def keep() -> Record:
-        """What is measured so far, in the file too."""
-        record = Record("run", environment, [row for part in parts for row in part.values()])
-        records.write(record, path)
-        return record
-
     try:
         for case in progress.over(chosen, "mhc-tile perf run"):
             progress.say(case.key)
             parts.append({})
             measure(case, bench, wanted, turns, parts[-1])
-            keep()  # a process that is killed loses the case in flight
+            # a process that is killed loses the case in flight
+            output.keep("run", environment, parts, path)
     except output.UnusableError as error:
         output.say(f"perf run: {error}; the cases after it are not measured")
         lost = True
     finally:  # whatever ends the run, what was measured is kept
-        record = keep()
+        record = output.keep("run", environment, parts, path)
     output.say(tables.run(record), f"\nresult: {path}")
     if args.figures:
         output.draw(record, args.figures)
