@@ -162,6 +162,7 @@ def _measure(
                 row = row.replace(status="wrong", fault=fault, error=known)
             else:
                 step()  # compiles
+                step.free()  # else the next one's gradients would seem to cost nothing
                 peak, _ = bench.memory(lambda step=step: step() or (), None)
                 row, steps[name] = row.replace(peak_bytes=peak), step
         except Exception as error:

@@ -48,6 +48,23 @@ def test_an_overhead_has_the_error_of_a_ratio(monkeypatch):
     assert details["overhead_error"] == pytest.approx(100 * math.hypot(0.00372, 0.00744), rel=0.01)
 
 
+def test_the_peak_holds_the_gradients(monkeypatch):
+    steps, before = [], []
+    monkeypatch.setattr(overhead, "Step", lambda *args: steps.append(Step(*args)) or steps[-1])
+
+    class Bench(CpuBench):
+        def memory(self, forward, backward):
+            leaves = (steps[-1].x, *steps[-1].model.parameters())
+            before.extend(leaf.grad for leaf in leaves)
+            forward()
+            assert all(leaf.grad is not None for leaf in leaves)
+            return 1, None
+
+    assert measured("residual (l", bench=Bench())[PLAIN].peak_bytes == 1
+    assert len(before) > 2
+    assert before == [None] * len(before)
+
+
 def test_a_run_end_to_end(tmp_path, capsys):
     path = tmp_path / "steps.json"
     assert __main__.main(["perf", *COMMAND, "--out", str(path)]) == 0
