@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import (
+    _toolchain,
     mapping,
     mapping_backward,
     merge,
@@ -14,8 +15,6 @@ from . import (
     streams,
 )
 from ._programs import Catalogue, catalogue, logits_per_token
-
-MULTIPROCESSORS = {"sm_80": 108, "sm_89": 142, "sm_90a": 132, "sm_100a": 148, "sm_120a": 170}
 
 
 def launch_all(tokens: int, n: int, channels: int, dtype: torch.dtype, device: str) -> None:
@@ -52,6 +51,6 @@ def programs(
     arch: str, tokens: int, n: int = 4, channels: int = 2560, dtype: torch.dtype = torch.bfloat16
 ) -> Catalogue:
     """The programs that `launch_all` needs on an architecture, without such a GPU."""
-    with catalogue(arch, MULTIPROCESSORS[arch]) as asked:
+    with catalogue(arch, _toolchain.MULTIPROCESSORS[arch]) as asked:
         launch_all(tokens, n, channels, dtype, "meta")
     return asked

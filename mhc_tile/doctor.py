@@ -104,7 +104,8 @@ def _tables() -> Iterator[Finding]:
         else:
             yield Finding(item, "ok", f"{entries} entries in {files}")
         for fault in tables.faults:
-            yield Finding(item, "note", fault, "mhc-tile autotune writes a new one")
+            remedy = "mend it or move it away; mhc-tile autotune --preset paper makes a new one"
+            yield Finding(item, "note", fault, remedy)
 
 
 def _compiler() -> Iterator[Finding]:
@@ -131,7 +132,7 @@ def _compiler() -> Iterator[Finding]:
 
 def _cache(folder: Path) -> Finding:
     parent = next(path for path in (folder, *folder.parents) if path.exists())
-    if not os.access(parent, os.W_OK):
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
         remedy = "set TILELANG_CACHE_DIR to a writable folder, else kernels compile in each process"
         return Finding("kernel cache", "missing", f"{folder} is not writable", remedy)
     kernels = sum(1 for _ in folder.glob("*/*/kernels/*")) if folder.is_dir() else 0

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mhc_tile._library import OPS
 from mhc_tile.autotune.problems import Problem
 from mhc_tile.autotune.registry import KERNELS
-from mhc_tile.kernels import _gate, _shipped, _static
+from mhc_tile.kernels import _gate, _static, _toolchain
 from mhc_tile.kernels._programs import catalogue
 from mhc_tile.ops import _dispatch
 from mhc_tile.ops.merge import merge_backward_maps
@@ -90,7 +90,7 @@ def count(op: str, arch: str, tokens: int) -> Counts:
     pinned = _dispatch.BATCH_INVARIANT
     _dispatch.set_batch_invariant(False)
     try:
-        with catalogue(arch, _shipped.MULTIPROCESSORS[arch]) as asked, _TorchKernels() as own:
+        with catalogue(arch, _toolchain.MULTIPROCESSORS[arch]) as asked, _TorchKernels() as own:
             _dispatch.LAUNCHERS[name](*positional, **keywords)
     finally:
         _dispatch.set_batch_invariant(pinned)

@@ -1,10 +1,11 @@
 """Run every kernel once, forward and backward, for compute-sanitizer.
 
-    compute-sanitizer --tool memcheck python tests/sanitize.py
+    compute-sanitizer --tool memcheck python tests/sanitize.py [op ..]
 
-`make sanitize` does so with memcheck, racecheck and initcheck. Two sizes, one of them ragged; `pre`
-in both of its forms. The allocator's cache is off, so that every tensor has bounds of its own, and
-inputs come from the CPU, so that what runs on the GPU is ours.
+`make sanitize` does so for all ops with memcheck, racecheck and initcheck. Two sizes, one of them
+ragged; `pre` in both of its forms, and its backward with and without merge's share of grad_x. The
+allocator's cache is off, so that every tensor has bounds of its own, and inputs come from the CPU,
+so that what runs on the GPU is ours.
 """
 
 import os
@@ -57,17 +58,24 @@ def calls(v: dict[str, Tensor]) -> dict[str, Callable[[], Any]]:
         "merge": lambda: mhc_tile.merge(v["x"], v["hidden"], v["h_post"], v["h_res"]),
         "mapping": lambda: mhc_tile.mapping(v["x"], *parameters, **constants),
         "pre": lambda: mhc_tile.pre(v["x"], *parameters, **constants),
+        "boundary": lambda: mhc_tile.boundary(
+            v["x"], v["hidden"], v["h_post"], v["h_res"], *parameters, **constants
+        ),
+        "sublayer": lambda: mhc_tile.sublayer(v["x"], torch.neg, *parameters, **constants),
     }
 
 
-def main() -> int:
-    """Run all of them."""
+def main(ops: list[str]) -> int:
+    """Run these ops; all of them if none is named."""
     for tokens, width in SIZES:
         for many in (False, True):
             mhc_tile.set_batch_invariant(many)
             values = inputs(tokens, width)
-            for name, function in calls(values).items():
-                results = function()
+            functions = calls(values)
+            if unknown := set(ops) - set(functions):
+                sys.exit(f"sanitize: ops must be of {sorted(functions)}, got {sorted(unknown)}")
+            for name in ops or functions:
+                results = functions[name]()
                 results = results if isinstance(results, tuple) else (results,)
                 grads = [torch.randn(r.shape).to(r.dtype).cuda() for r in results]
                 torch.autograd.backward(results, grads)
@@ -77,4 +85,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

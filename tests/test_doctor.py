@@ -1,5 +1,6 @@
 """`mhc-tile doctor`, the toolchain and the device it reports."""
 
+import os
 import re
 import subprocess
 import sys
@@ -24,6 +25,43 @@ def test_the_command_prints_a_line_per_item():
     for item in ("mhc_tile", "python", "torch", "GPU", "TileLang", "nvcc", "kernel cache"):
         assert re.search(rf"(ok|note|missing)\s+{item}\b", result.stdout), item
     assert result.stdout.splitlines()[-1].startswith("doctor: ")
+
+
+WITHOUT = """
+import sys
+for name in {absent}:
+    sys.modules[name] = None  # importing it raises
+from mhc_tile.__main__ import main
+{code}
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "raise SystemExit(main(['doctor']) not in (0, 1))",
+        "main(['--version'])",
+        "main(['demo', '--help'])",
+        "main(['train', '--help'])",
+        "main(['autotune', '--help'])",
+        "main(['perf', 'run', '--help'])",
+        "import torch, mhc_tile; mhc_tile.expand(torch.ones(2, 8), 4)",
+    ],
+)
+def test_nothing_but_kernels_and_tuning_needs_tilelang_or_what_tuning_needs(code):
+    absent = ("tilelang", "tvm", "platformdirs", "tqdm", "tabulate", "matplotlib")
+    command = [sys.executable, "-c", WITHOUT.format(absent=absent, code=code)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_kernel_cache_that_cannot_be_written_is_found(tmp_path):
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, "-m", "mhc_tile", "doctor"]
+    environment = {**os.environ, "TILELANG_CACHE_DIR": str(tmp_path / "file" / "cache")}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 1, result.stderr
+    assert re.search(r"missing +kernel cache +.* is not writable", result.stdout)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
