@@ -21,13 +21,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m mhc_tile.autotune", description="Fit the kernels to this GPU."
     )
     cli.add_arguments(parser)
+    args = parser.parse_args(argv)
     try:
-        return cli.run(parser.parse_args(argv))
+        return cli.run(args)
     except (ValueError, OSError, MissingExtraError) as error:
         sys.stderr.write(f"autotune: {str(error).removeprefix('autotune: ')}\n")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("\nautotune: interrupted; the same command goes on from here\n")
+        same = "the same command without --force" if args.force else "the same command"
+        sys.stderr.write(f"\nautotune: interrupted; {same} goes on from here\n")
         return 130
 
 

@@ -1,19 +1,24 @@
 """The command `mhc-tile autotune`: its arguments, and the phases they ask for."""
 
 import argparse
+import contextlib
 import os
+import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..kernels import _shipped, _static, _toolchain
+from filelock import FileLock, Timeout
+
+from ..kernels import _static, _toolchain
 from . import compiling, journal, report, table, tuner
 from ._extras import require
-from .device import Device, describe, driver_version
+from .device import Device, describe, driver_version, identity
 from .measuring import Measurer
 from .problems import DTYPES, PRESETS, TOKENS, Problem, Shape, problems
 from .registry import KERNELS, Target
+from .worker import WorkerDied, WorkerHung
 
 SECONDS = 60.0  # for one candidate: the inputs, its launches, its graph
 _BANDWIDTH = f"{__package__}.bench:copy_bandwidth"
@@ -59,7 +64,12 @@ def run(args: argparse.Namespace) -> int:
     for module in ("tqdm", "tabulate", "matplotlib.figure"):
         require(module, "autotune")
     shapes = _shapes(args)
+    if _toolchain.tilelang_version() is None:
+        needed = f"pip install tilelang=={_toolchain.REQUIRED_TILELANG}"
+        raise ValueError(f"autotune: TileLang must be installed, got none; {needed}")
     device, target = _target(args)
+    if device is not None and not (args.dry_run or args.compile_only or args.measure_only):
+        table.check(_path(args, device), device)
     wanted = problems(shapes, args.kernel or KERNELS)
     folder = journal.folder()
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,14 +81,17 @@ def run(args: argparse.Namespace) -> int:
     if build and (why := _static.available()):
         raise ValueError(f"autotune: a compiler must be here, got none: {why}")
     count = tuner.compile_plans(plans, processes=args.jobs, progress=_bar, log=log, build=build)
+    failed = [plan for plan in plans if plan.failed]
     if args.dry_run:
         _say(report.listing(plans, target.arch))
-        return 0
+        return 1 if failed else 0
     options = [option for plan in plans for option in plan.options if option.pruned]
     cache = _toolchain.kernel_cache()
     _say(f"{count} programs for {target.arch} in {cache}; {len(options)} candidates pruned")
     if args.compile_only:
-        return 0
+        for plan in failed:
+            _say(f"failed: {plan.failed}")
+        return 1 if failed else 0
     return _measure(args, _device(device), target, plans, log)
 
 
@@ -86,11 +99,13 @@ def _target(args: argparse.Namespace) -> tuple[Device | None, Target]:
     if args.arch:
         if not (args.compile_only or args.dry_run):
             raise ValueError("autotune: --arch must come with --compile-only or --dry-run")
-        known = _shipped.MULTIPROCESSORS.get(args.arch)
+        if not re.fullmatch(r"sm_\d+[a-z]?", args.arch):
+            raise ValueError(f"autotune: --arch must be such as sm_90a, got {args.arch}")
+        known = _toolchain.MULTIPROCESSORS.get(args.arch)
         if not (number := args.multiprocessors or known):
             raise ValueError(
                 f"autotune: --multiprocessors must be given for this --arch, got {args.arch}; "
-                f"known are {', '.join(_shipped.MULTIPROCESSORS)}"
+                f"known are {', '.join(_toolchain.MULTIPROCESSORS)}"
             )
         return None, Target(args.arch, number)
     if args.multiprocessors:
@@ -116,7 +131,7 @@ def _shapes(args: argparse.Namespace) -> Sequence[Shape]:
     for name in ("streams", "dtype"):
         if args.preset and getattr(args, name):
             raise ValueError(f"autotune: --{name} must come with --hidden, got --preset")
-    for name in ("hidden", "tokens", "jobs", "budget", "timeout"):
+    for name in ("hidden", "tokens", "multiprocessors", "jobs", "budget", "timeout"):
         values = getattr(args, name)
         values = values if isinstance(values, list) else [values]
         if any(value is not None and value <= 0 for value in values):
@@ -144,19 +159,22 @@ def _measure(
     log: Path,
 ) -> int:
     kept = journal.Journal(journal.path_of(device), compiling.fingerprint())
-    driver = driver_version()
 
     def after(members: list[tuner.Plan]) -> None:
         if not args.measure_only:
-            done = [plan.problem for plan in members]
-            table.update(_path(args, device), device, _families(kept, done, target, driver))
+            _update(args, device, target, [plan.problem for plan in members], kept)
 
-    with Measurer(seconds=args.timeout, log=log) as measurer:
-        kept.note_bandwidth(measurer.ask(_BANDWIDTH))
+    with _alone(device), Measurer(seconds=args.timeout, log=log) as measurer:
+        kept.refresh()  # what another tuner has measured while this one waited
+        try:
+            kept.note_bandwidth(measurer.ask(_BANDWIDTH))
+        except (WorkerDied, WorkerHung) as error:
+            _say(f"a large copy could not be timed ({error}; {log}): no percent of the floor")
         outcome = tuner.measure_plans(
             plans,
             kept,
             measurer,
+            driver=driver_version(),
             budget=args.budget and args.budget * 60,
             force=args.force,
             progress=_bar,
@@ -165,27 +183,55 @@ def _measure(
     _rejected(plans, kept)
     for failure in outcome.failed:
         _say(f"failed: {failure}")
+    if outcome.failed:
+        _say(f"what the processes said is in {log}")
     if outcome.left:
         _say(f"{len(outcome.left)} problems are beyond the budget; the same command goes on there")
     if args.measure_only:
         _say(f"measured; journal: {kept.path}")
     else:
-        _close(args, device, target, [plan.problem for plan in plans], kept, driver)
+        _close(args, device, target, [plan.problem for plan in plans], kept)
     return 1 if outcome.failed else 0
 
 
 def _write(args: argparse.Namespace, device: Device, target: Target, wanted: list[Problem]) -> int:
     kept = journal.Journal(journal.path_of(device), compiling.fingerprint())
-    driver = driver_version()
-    table.update(_path(args, device), device, _families(kept, wanted, target, driver))
-    _close(args, device, target, wanted, kept, driver)
+    _update(args, device, target, wanted, kept)
+    _close(args, device, target, wanted, kept)
     return 0
 
 
-def _families(
-    kept: journal.Journal, wanted: Iterable[Problem], target: Target, driver: str
-) -> list[table.Family]:
-    return tuner.families(kept, wanted, target, driver=driver)
+@contextlib.contextmanager
+def _alone(device: Device) -> Iterator[None]:
+    """Measure on this GPU while no other tuner does; a killed one lets go."""
+    lock = FileLock(journal.folder() / f"{device.slug}{identity()}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        _say("another tuner measures on this GPU: waiting until it has ended")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _update(
+    args: argparse.Namespace,
+    device: Device,
+    target: Target,
+    wanted: Sequence[Problem],
+    kept: journal.Journal,
+) -> None:
+    """Merge what is measured into the table, another tuner's outcomes of the same shapes too."""
+
+    def families() -> Iterator[table.Family]:  # begins when the table is locked
+        kept.refresh()
+        yield from tuner.families(kept, wanted, target)
+
+    path = _path(args, device)
+    if aside := table.update(path, device, families()).aside:
+        _say(f"{path} could not be read: it is kept as {aside}")
 
 
 def _close(
@@ -194,10 +240,9 @@ def _close(
     target: Target,
     wanted: list[Problem],
     kept: journal.Journal,
-    driver: str,
 ) -> None:
     """Print and draw the entries that were asked for, and say where everything is."""
-    found = report.rows(_families(kept, wanted, target, driver), kept.bandwidth)
+    found = report.rows(tuner.families(kept, wanted, target), kept.bandwidth)
     path = _path(args, device)
     if not found:
         _say(f"nothing is measured yet; journal: {kept.path}")
@@ -206,6 +251,8 @@ def _close(
     picture = kept.path.with_suffix(".png")
     report.draw(found, picture, f"{device.name}: tuned configurations against the default")
     _say(f"\ntable: {path}\npicture: {picture}\njournal: {kept.path}")
+    if path.resolve() not in [source.resolve() for source in table.sources(device)]:
+        _say(f"ops do not read this table by themselves: {table.VARIABLE}={path} has them do so")
 
 
 def _path(args: argparse.Namespace, device: Device) -> Path:

@@ -21,7 +21,7 @@ from typing import Any
 from ..kernels import _toolchain
 from ..kernels._static import Resources
 from . import cubin, worker
-from .table import replace
+from .table import write
 
 SECONDS = 300.0  # for one program; the slowest take 10 on one core
 _LIBRARY = "executable.so"  # of a kernel in TileLang's cache, with its cubin
@@ -195,7 +195,7 @@ def build(job: Job) -> tuple[Resources, ...]:
     place = folder.relative_to(_toolchain.kernel_cache())
     record = {"program": str(job), "kernel": str(place), "takes": [asdict(t) for t in taken]}
     job.path.parent.mkdir(parents=True, exist_ok=True)
-    replace(job.path, json.dumps(record, indent=1))
+    write(job.path, json.dumps(record, indent=1))
     return taken
 
 

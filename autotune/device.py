@@ -46,6 +46,13 @@ class Device:
         )
 
 
+def identity() -> str:
+    """What tells the first GPU from others of its model; empty where there is none."""
+    if not torch.cuda.is_available():
+        return ""
+    return str(getattr(torch.cuda.get_device_properties(0), "uuid", ""))
+
+
 def describe(index: int = 0) -> Device:
     """Describe one CUDA device.
 

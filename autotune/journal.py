@@ -5,14 +5,13 @@ write, so several tuners may share a file. Lines of other kernel sources or anot
 passed over.
 """
 
+import datetime
 import json
 import os
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import platformdirs
 
 from .device import Device
 from .measuring import Outcome
@@ -22,6 +21,8 @@ from .timing import Sample
 
 def folder() -> Path:
     """Where journals, logs and reports are."""
+    import platformdirs
+
     return platformdirs.user_cache_path("mhc_tile", appauthor=False) / "autotune"
 
 
@@ -50,15 +51,25 @@ class Journal:
         self.path = path
         self._code = code
         self._outcomes: dict[Problem, dict[str, Outcome]] = defaultdict(dict)
-        self._complete: set[Problem] = set()
+        self._complete: dict[Problem, tuple[str, str]] = {}
+        self._seen = 0  # bytes
         self.bandwidth = 0.0
         path.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_bytes() if path.exists() else b""
-        for line in text.splitlines():
-            self._read(line)
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         if text and not text.endswith(b"\n"):  # the writer of the last line was killed
             os.write(self._file, b"\n")
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read what has been appended since, by this process or another."""
+        with open(self.path, "rb") as file:
+            file.seek(self._seen)
+            text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        self._seen += len(whole)
+        for line in whole.splitlines():
+            self._read(line)
 
     def outcomes(self, problem: Problem) -> dict[str, Outcome]:
         """What is known of a problem, by `name_of` the configuration."""
@@ -72,13 +83,18 @@ class Journal:
         """Those that were measured to the end."""
         return sorted(self._complete)
 
+    def measured(self, problem: Problem) -> tuple[str, str]:
+        """When a complete problem was measured, YYYY-MM-DD, and with which driver."""
+        return self._complete[problem]
+
     def add(self, problem: Problem, config: dict[str, Any], outcome: Outcome) -> None:
         """Keep an outcome; a later one replaces an earlier one."""
         self._append({"config": config, "outcome": asdict(outcome)}, problem)
 
-    def finish(self, problem: Problem) -> None:
-        """Note that a problem is measured to the end."""
-        self._append({"complete": True}, problem)
+    def finish(self, problem: Problem, driver: str = "") -> None:
+        """Note that a problem is measured to the end, today, with this version of the driver."""
+        date = datetime.date.today().isoformat()
+        self._append({"complete": True, "date": date, "driver": driver}, problem)
 
     def forget(self, problem: Problem) -> None:
         """Note that what came before is not to be used."""
@@ -92,9 +108,8 @@ class Journal:
         self._write({"code": self._code, "problem": asdict(problem), **values})
 
     def _write(self, values: dict[str, Any]) -> None:
-        line = json.dumps(values).encode()
-        os.write(self._file, line + b"\n")  # a killed process's writes reach the file
-        self._read(line)
+        os.write(self._file, json.dumps(values).encode() + b"\n")  # reaches the file whole
+        self.refresh()
 
     def _read(self, line: bytes) -> None:
         try:
@@ -111,9 +126,10 @@ class Journal:
                 outcome = Outcome(**fields, sample=Sample(**sample) if sample else None)
                 self._outcomes[problem][name_of(values["config"])] = outcome
             elif values["complete"]:
-                self._complete.add(problem)
+                measured = str(values.get("date", "unknown")), str(values.get("driver", "unknown"))
+                self._complete[problem] = measured
             else:
-                self._complete.discard(problem)
+                self._complete.pop(problem, None)
                 self._outcomes.pop(problem, None)
         except (ValueError, KeyError, TypeError):
             return  # the torn line of a writer that was killed

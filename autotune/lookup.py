@@ -38,7 +38,8 @@ class Decision:
     Attributes:
         problem: the kernel and the shape.
         config: launch knobs; None for the launcher's own default.
-        why: "exact" (an entry of this shape), "nearest" (of a neighbour), or "default".
+        why: "exact" (an entry of this shape), "nearest" (of a neighbour), "default", or "reference"
+            where no kernel runs.
         detail: which entry, or why there is none.
         source: the table's file; empty for the default.
         family: the entry's family, if there is one.
@@ -54,7 +55,8 @@ class Decision:
     def __str__(self) -> str:
         """One line for a person."""
         source = f" in {self.source}" if self.source else ""
-        return f"{self.problem}: {self.config or 'default'} ({self.why}: {self.detail}{source})"
+        runs = "no kernel" if self.why == "reference" else self.config or "default"
+        return f"{self.problem}: {runs} ({self.why}: {self.detail}{source})"
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,11 @@ class Tables:
     @property
     def other_tilelang(self) -> list[str]:
         """Versions of TileLang, other than the installed one, that families were measured with."""
-        versions = {family.tilelang for family in self.families.values()}
+        versions = {
+            entry.tilelang or family.tilelang
+            for family in self.families.values()
+            for entry in family.entries.values()
+        }
         return sorted(versions - {_toolchain.tilelang_version()})
 
 
@@ -114,6 +120,8 @@ def load(device: Device) -> Tables:
         device: the GPU.
     """
     found = Tables(device)
+    if why := table.misnamed():
+        found.faults.append(f"{why}; it is bypassed")
     for path in table.sources(device):
         if not path.is_file():
             continue
@@ -123,7 +131,9 @@ def load(device: Device) -> Tables:
             found.faults.append(f"{error}; it is bypassed")
             continue
         found.files.append(path)
-        found.families = {**families, **found.families}
+        for key, family in families.items():
+            known = found.families.get(key)
+            found.families[key] = family.updated(known) if known else family
     return found
 
 
@@ -166,9 +176,13 @@ def _plan(tables: Tables, problem: Problem, regime: str, own: Any, target: Any) 
     except ValueError as error:
         tables.ban(family.key, problem.channels, str(error))
         return _plan(tables, problem, regime, own, target)
+    entry = family.entries[tokens]
     exact = family.key.channels == problem.channels and tokens == problem.tokens
     detail = f"{tokens} x {family.key.channels}" if family.key.channels else f"{tokens} tokens"
-    return Plan(config, "exact" if exact else "nearest", detail, family.source, family.key)
+    if exact and config not in (None, decode(entry.config)):
+        exact, detail = False, f"{detail}, adapted to what the kernel offers"
+    source = entry.source or family.source
+    return Plan(config, "exact" if exact else "nearest", detail, source, family.key)
 
 
 def _closest(tables: Tables, problem: Problem, regime: str) -> table.Family | None:
@@ -329,9 +343,9 @@ def of_device(index: int) -> Tables:
     if not tables.families and not table.is_off():
         _report(
             [
-                f"no tuned configurations for {tables.device.name}: defaults run. `mhc-tile "
-                f"autotune --preset paper` on this machine makes a table; {table.VARIABLE}="
-                f"{table.OFF} silences this"
+                f"no tuned configurations for {tables.device.name}: defaults run. On this machine "
+                "`mhc-tile autotune --preset paper` makes a table, or with --hidden, --streams and "
+                f"--dtype that of a model; {table.VARIABLE}={table.OFF} silences this"
             ]
         )
     return tables

@@ -7,6 +7,7 @@ died, and goes on with the next candidate.
 """
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -92,6 +93,13 @@ class Trying:
 
 
 @dataclass(frozen=True)
+class Broken:
+    """The default fails, which ends the problem; why, for a person."""
+
+    why: str
+
+
+@dataclass(frozen=True)
 class Found:
     """What a worker found out about a candidate; a later one replaces an earlier one."""
 
@@ -121,7 +129,9 @@ def resolve(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def measure(task: Task, open_bench: Callable[[Problem], Bench]) -> Iterator[Trying | Found]:
+def measure(
+    task: Task, open_bench: Callable[[Problem], Bench]
+) -> Iterator[Trying | Broken | Found]:
     """Check and time the candidates of a problem.
 
     Args:
@@ -129,16 +139,21 @@ def measure(task: Task, open_bench: Callable[[Problem], Bench]) -> Iterator[Tryi
         open_bench: a `Bench` for a problem.
 
     Yields:
-        `Trying` before whatever may fail, `Found` for each candidate, again for each finalist.
+        `Trying` before whatever may fail, `Found` for each candidate, again for each finalist;
+        `Broken` before the default's error.
 
     Raises:
         RuntimeError: The default fails, or an error after which nothing runs: the process must end.
     """
     yield Trying(0)
-    bench = open_bench(task.problem)
-    expected = _repeated(bench, task.candidates[0].config)
-    timers = {0: bench.timer(task.candidates[0].config)}
-    default = impression(timers[0])
+    try:
+        bench = open_bench(task.problem)
+        expected = _repeated(bench, task.candidates[0].config)
+        timers = {0: bench.timer(task.candidates[0].config)}
+        default = impression(timers[0])
+    except Exception as error:
+        yield Broken(_brief(error))
+        raise
     outcomes = {0: Outcome("slow", ratio=1.0), **task.known}
     yield Found(0, outcomes[0])
     for index, candidate in enumerate(task.candidates):
@@ -157,9 +172,7 @@ def measure(task: Task, open_bench: Callable[[Problem], Bench]) -> Iterator[Tryi
                     timers[index] = timer
                 outcomes[index] = Outcome("slow", why, ratio)
         except Exception as error:
-            first_line = str(error).partition("\n")[0][:200]  # empty for a bare assert
-            why = f"crashed: {type(error).__name__}: {first_line}"
-            outcomes[index] = Outcome("rejected", why)
+            outcomes[index] = Outcome("rejected", f"crashed: {_brief(error)}")
             yield Found(index, outcomes[index])
             if not bench.healthy():
                 raise
@@ -170,9 +183,27 @@ def measure(task: Task, open_bench: Callable[[Problem], Bench]) -> Iterator[Tryi
         if index not in timers:
             yield Trying(index)
             timers[index] = bench.timer(task.candidates[index].config)
-    samples = interleaved([timers[index] for index in finalists])
+    running = 0
+
+    def turn(index: int) -> float:
+        nonlocal running
+        running = index
+        return timers[index]()
+
+    try:
+        samples = interleaved([functools.partial(turn, index) for index in finalists])
+    except Exception as error:  # it worked at first sight: the others are timed in a new process
+        why = _brief(error)
+        yield Found(running, Outcome("rejected", f"crashed: {why}")) if running else Broken(why)
+        raise
     for index, sample in zip(finalists, samples, strict=True):
         yield Found(index, Outcome("measured", ratio=outcomes[index].ratio, sample=sample))
+
+
+def _brief(error: Exception) -> str:
+    """An error's type and first line, which is empty for a bare assert."""
+    first_line = str(error).partition("\n")[0][:200]
+    return f"{type(error).__name__}: {first_line}"
 
 
 def _repeated(bench: Bench, config: Any) -> Any:
@@ -269,23 +300,30 @@ class Measurer:
         restarts = 0
         while True:
             trying: int | None = None
+            broken, rejected = "", False
             try:
                 task = Task(problem, candidates, outcomes, parameter_grads)
                 for message in self._messages(task):
                     if isinstance(message, Trying):
                         trying = message.index
                         continue
-                    trying = None
+                    if isinstance(message, Broken):
+                        broken = message.why
+                        continue
+                    trying, rejected = None, message.outcome.status == "rejected"
                     outcomes[message.index] = message.outcome
                     keep(message.index, message.outcome)
                 return outcomes
             except (WorkerDied, WorkerHung) as error:
-                if trying == 0:
-                    raise RuntimeError(f"{problem}: the default must run, got {error}") from error
+                if broken or trying == 0:
+                    why = broken or error
+                    raise RuntimeError(f"{problem}: the default must run, got {why}") from error
                 if trying is not None:
                     kind = "hung" if isinstance(error, WorkerHung) else "crashed"
                     outcomes[trying] = Outcome("rejected", f"{kind}: {error}")
                     keep(trying, outcomes[trying])
+                    continue
+                if rejected:  # what broke the process is known and is not tried again
                     continue
                 restarts += 1
                 if restarts > RESTARTS:

@@ -37,13 +37,15 @@ def listing(plans: Sequence[Plan], arch: str) -> str:
             continue
         rows = [_row(plan, option, arch) for option in plan.options]
         parts.append(tabulate(rows, headers, disable_numparse=True, colalign=align))
-        parts.append(f"{len(plan.candidates)} of {len(plan.options)} to measure\n")
+        count = 0 if plan.failed else len(plan.candidates)
+        parts.append(f"{count} of {len(plan.options)} to measure\n")
     return "\n".join(parts)
 
 
 def _row(plan: Plan, option: Option, arch: str) -> tuple[str, ...]:
-    verdict = f"pruned: {option.pruned}" if option.pruned else ""
-    verdict = "default" if option is plan.options[0] else verdict
+    verdict = "default" if option is plan.options[0] else ""
+    if option.pruned:
+        verdict = f"{verdict} pruned: {option.pruned}".strip()
     if not option.takes:
         return short(option.config), "", "", "", verdict
     shares = [share for t in option.takes if (share := occupancy(t, arch)) is not None]

@@ -81,8 +81,14 @@ def _has(timed: Iterable[Timed], order: Any) -> bool:
 
 
 def _pick(timed: Sequence[Timed], order: Any) -> Choice:
-    """The first of an order that the best of it does not beat; the default comes first."""
+    """The first of an order that the best of it does not beat; the default comes first.
+
+    In the default's order only what beats the default itself stands beside it: what scatters too
+    much to be beaten is no gain.
+    """
     same = [one for one in timed if one.order == order]
+    if order == timed[0].order:
+        same = [timed[0], *(one for one in same[1:] if faster(one.sample, timed[0].sample))]
     best = min(same, key=lambda one: one.sample.us)
     chosen = next(one for one in same if one is best or not faster(best.sample, one.sample))
     own = timed[0]

@@ -9,16 +9,16 @@ Writing takes a lock, merges with what is there, and replaces the file in one st
 leaves the old table, and of two writers neither loses what it wrote.
 """
 
+import contextlib
+import itertools
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import platformdirs
-from filelock import FileLock
 
 from .device import Device
 
@@ -60,12 +60,16 @@ class Entry:
         default: whether this is the kernel's default, because nothing was faster.
         us: microseconds of a call.
         default_us: the same with the default, measured beside it.
+        tilelang: the version that generated the code, where it is not the family's.
+        source: the file that it was read from, where it is not the family's.
     """
 
     config: dict[str, Any]
     default: bool
     us: float
     default_us: float
+    tilelang: str = ""
+    source: str = ""
 
 
 @dataclass
@@ -76,8 +80,8 @@ class Family:
         key: what they are for.
         order: how a token's sums are formed, the same for all of them; a text.
         tilelang: the version that generated the code.
-        driver: the GPU driver's version.
-        date: of the measurement, YYYY-MM-DD.
+        driver: the GPU driver's version, of the newest entry.
+        date: of the newest entry's measurement, YYYY-MM-DD.
         entries: by number of tokens.
         source: the file that it was read from.
     """
@@ -94,10 +98,15 @@ class Family:
         """This family with a newer one's entries; the newer one alone if its order is another."""
         if self.order != newer.order:
             return newer
-        entries = {**self.entries, **newer.entries}
-        return Family(
-            newer.key, newer.order, newer.tilelang, newer.driver, newer.date, entries, newer.source
-        )
+        kept = {}
+        for tokens, entry in self.entries.items():
+            tilelang, source = entry.tilelang or self.tilelang, entry.source or self.source
+            kept[tokens] = replace(
+                entry,
+                tilelang="" if tilelang == newer.tilelang else tilelang,
+                source="" if source == newer.source else source,
+            )
+        return replace(newer, entries={**kept, **newer.entries})
 
 
 @dataclass
@@ -108,11 +117,13 @@ class Table:
         gpu: the vendor's name of the model.
         multiprocessors: how many it has; a model's name alone does not tell.
         families: by key.
+        aside: where `update` has put a file that it could not read.
     """
 
     gpu: str
     multiprocessors: int
     families: dict[Key, Family] = field(default_factory=dict)
+    aside: Path | None = None
 
     def add(self, families: Iterable[Family]) -> None:
         """Merge newer families into this table."""
@@ -123,6 +134,8 @@ class Table:
 
 def user_folder() -> Path:
     """Where a user's own tables are."""
+    import platformdirs
+
     return platformdirs.user_data_path("mhc_tile", appauthor=False) / "tables"
 
 
@@ -134,6 +147,16 @@ def user_path(device: Device) -> Path:
 def is_off() -> bool:
     """Whether tables are switched off by MHC_TILE_TABLES=off."""
     return os.environ.get(VARIABLE, "").lower() == OFF
+
+
+def misnamed() -> str:
+    """Why MHC_TILE_TABLES names nothing that is there; empty if it does, or is not set."""
+    given = os.environ.get(VARIABLE)
+    if not given or is_off() or Path(given).expanduser().exists():
+        return ""
+    return (
+        f"{VARIABLE}: must be a table, a folder of tables or {OFF}, got {given}: nothing is there"
+    )
 
 
 def sources(device: Device) -> list[Path]:
@@ -148,7 +171,8 @@ def sources(device: Device) -> list[Path]:
     found = [user_folder() / name, SHIPPED / name]
     if given := os.environ.get(VARIABLE):
         path = Path(given).expanduser()
-        found.insert(0, path if path.suffix == ".json" else path / name)
+        is_file = path.suffix == ".json" or path.is_file()
+        found.insert(0, path if is_file else path / name)
     return found
 
 
@@ -175,7 +199,7 @@ def read(path: Path, device: Device | None = None) -> Table:
         for item in values["families"]:
             family = _family(item, str(path))
             table.families[family.key] = family
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise UnreadableError(f"{path}: must be a whole table, got {error!r}") from error
     own = (table.gpu, table.multiprocessors)
     if device is not None and own != (device.name, device.multiprocessors):
@@ -194,9 +218,12 @@ def _family(item: dict[str, Any], source: str) -> Family:
     for tokens, entry in item["tokens"].items():
         config = dict(entry["config"])
         numbers = float(entry["us"]), float(entry["default_us"])
-        entries[int(tokens)] = Entry(config, bool(entry["default"]), *numbers)
-    if not entries or min(entries) < 1:
-        raise ValueError(f"entries of {key} at no number of tokens")
+        if not all(math.isfinite(number) for number in numbers):
+            raise ValueError(f"entries of {key} with times {numbers}")
+        tilelang = str(entry.get("tilelang", ""))
+        entries[int(tokens)] = Entry(config, bool(entry["default"]), *numbers, tilelang)
+    if not entries or min(entries) < 1 or key.n < 1 or key.channels < 0:
+        raise ValueError(f"entries of {key} at {sorted(entries)} tokens")
     order, tilelang, driver, date = (
         str(item[name]) for name in ("order", "tilelang", "driver", "date")
     )
@@ -211,7 +238,7 @@ def render(table: Table) -> str:
         head |= {"regime": key.regime, "order": family.order, "tilelang": family.tilelang}
         head |= {"driver": family.driver, "date": family.date}
         entries = ",\n".join(
-            f"   {json.dumps(str(tokens))}: {json.dumps(asdict(entry))}"
+            f"   {json.dumps(str(tokens))}: {json.dumps(_values(entry))}"
             for tokens, entry in sorted(family.entries.items())
         )
         families.append(f'  {json.dumps(head)[:-1]}, "tokens": {{\n{entries}\n  }}}}')
@@ -220,15 +247,44 @@ def render(table: Table) -> str:
     return f'{{\n "schema": {SCHEMA},\n{own} "families": [\n{body}\n ]\n}}\n'
 
 
+def _values(entry: Entry) -> dict[str, Any]:
+    """What the file has of an entry."""
+    values = asdict(entry)
+    del values["source"]
+    if not entry.tilelang:
+        del values["tilelang"]
+    return values
+
+
+def check(path: Path, device: Device) -> None:
+    """Fail if `update` would, before anything is measured.
+
+    Args:
+        path: of the table.
+        device: the GPU that is to be measured.
+
+    Raises:
+        TableError: The file has a newer schema or is for another GPU.
+        OSError: It cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+    if path.exists():
+        with contextlib.suppress(UnreadableError):
+            read(path, device)
+
+
 def update(path: Path, device: Device, families: Iterable[Family]) -> Table:
     """Merge families into a file, under its lock and in one step.
 
-    A file that cannot be read is kept beside the new one as `<name>.unreadable`.
+    A file that cannot be read is kept beside the new one as `<name>.unreadable`, or `.unreadable.1`
+    and so on.
 
     Args:
         path: the file; it and its folder need not exist.
         device: the GPU that was measured.
-        families: what was measured.
+        families: what was measured; iterated under the lock.
 
     Returns:
         What the file now holds.
@@ -237,6 +293,8 @@ def update(path: Path, device: Device, families: Iterable[Family]) -> Table:
         TableError: The file has a newer schema or is for another GPU: it is left alone.
         OSError: It cannot be written.
     """
+    from filelock import FileLock
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         table = Table(device.name, device.multiprocessors)
@@ -244,13 +302,15 @@ def update(path: Path, device: Device, families: Iterable[Family]) -> Table:
             try:
                 table = read(path, device)
             except UnreadableError:
-                os.replace(path, f"{path}.unreadable")
+                names = (f"{path}.unreadable{f'.{i}' if i else ''}" for i in itertools.count())
+                table.aside = next(place for name in names if not (place := Path(name)).exists())
+                os.replace(path, table.aside)
         table.add(families)
-        replace(path, render(table))
+        write(path, render(table))
     return table
 
 
-def replace(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
     """Write a file in one step: a reader, or a crash, sees the old text or the new."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

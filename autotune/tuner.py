@@ -6,7 +6,6 @@ in every process where sizes are dynamic, knows no GPU's name and does not check
 written in place, so selection, checking and persistence are here.
 """
 
-import datetime
 import itertools
 import time
 from collections import defaultdict
@@ -62,16 +61,18 @@ class Plan:
         options: what could run.
         bytes: that a call must move.
         idle: why there is nothing to tune; empty if there is.
+        failed: why nothing can be measured; empty if it can.
     """
 
     problem: Problem
     options: list[Option]
     bytes: int
     idle: str = ""
+    failed: str = ""
 
     @property
     def candidates(self) -> list[Option]:
-        """Options that are not pruned; the default is always among them, the first."""
+        """Options that are not pruned; the default is the first, unless all has failed."""
         return [option for option in self.options if not option.pruned]
 
 
@@ -87,18 +88,18 @@ def plan(problem: Problem, target: Target) -> Plan:
     idle = kernel.untunable(problem) or ""
     if not idle and len(configs) == 1:
         idle = "the kernel offers one configuration"
-    options = []
+    options, failed = [], ""
     for config in configs:
         option = Option(config, kernel.order(config))
         try:
             programs = registry.programs(problem, config, target)
             option.jobs = tuple(dict.fromkeys(Job.of(*item, target.arch) for item in programs))
         except (ValueError, RuntimeError) as error:
-            if config is configs[0]:
-                raise
             option.pruned = f"refused: {error}"
+            if config is configs[0]:
+                failed = f"{problem}: the default must launch, got {error}"
         options.append(option)
-    return Plan(problem, options, kernel.traffic(kernel.load(), problem), idle)
+    return Plan(problem, options, kernel.traffic(kernel.load(), problem), idle, failed)
 
 
 def compile_plans(
@@ -111,6 +112,8 @@ def compile_plans(
 ) -> int:
     """Compile every option's programs; prune what does not compile, spills or cannot launch.
 
+    A plan whose default does not compile has failed; the others go on.
+
     Args:
         plans: changed in place.
         processes: how many compile at a time.
@@ -120,23 +123,21 @@ def compile_plans(
 
     Returns:
         How many programs there are.
-
-    Raises:
-        RuntimeError: A default does not compile.
     """
-    options = [option for plan in plans if not plan.idle for option in plan.candidates]
+    active = [plan for plan in plans if not (plan.idle or plan.failed)]
+    options = [option for plan in active for option in plan.candidates]
     jobs = list(dict.fromkeys(job for option in options for job in option.jobs))
     done = compiling.compile_all(jobs, processes=processes, log=log, build=build)
     results = dict(progress(done, len(jobs), "compile"))
-    for plan in plans:
-        for option in [] if plan.idle else plan.candidates:
+    for plan in active:
+        for option in plan.candidates:
             found = [results[job] for job in option.jobs]
             failed = [text for text in found if isinstance(text, str)]
             option.takes = tuple(t for takes in found if not isinstance(takes, str) for t in takes)
             wrong = failed or compiling.faults(option.takes, option.jobs[0].arch)
             if failed and option is plan.options[0]:
-                raise RuntimeError(f"{plan.problem}: the default must compile, got {failed[0]}")
-            if wrong and option is not plan.options[0]:
+                plan.failed = f"{plan.problem}: the default must compile, got {failed[0]}"
+            if failed or (wrong and option is not plan.options[0]):
                 option.pruned = f"{'does not compile: ' if failed else ''}{wrong[0]}"
     return len(jobs)
 
@@ -159,6 +160,7 @@ def measure_plans(
     journal: Journal,
     measurer: Measurer,
     *,
+    driver: str = "",
     budget: float | None = None,
     force: bool = False,
     progress: Progress = silent,
@@ -170,6 +172,7 @@ def measure_plans(
         plans: compiled; the numbers of tokens of a shape in a row.
         journal: gets every outcome.
         measurer: runs the candidates.
+        driver: the version of the GPU's driver, for the journal.
         budget: seconds after which no problem is begun; None for no limit.
         force: measure again what the journal knows.
         progress: wraps the problems.
@@ -190,7 +193,10 @@ def measure_plans(
         for plan in group:
             problem = plan.problem
             members.append(plan)
-            if journal.complete(problem) and not force:
+            if plan.failed:
+                report.failed.append(plan.failed)
+                continue
+            if not force and _known(plan, journal):
                 continue
             if budget is not None and time.monotonic() - begin > budget:
                 report.left.append(problem)
@@ -199,10 +205,18 @@ def measure_plans(
                 journal.forget(problem)
             try:
                 _measure(plan, journal, measurer)
+                journal.finish(problem, driver)
             except RuntimeError as error:
                 report.failed.append(str(error))
         after(members)
     return report
+
+
+def _known(plan: Plan, journal: Journal) -> bool:
+    """Whether a plan was measured to the end, with every candidate that it has now."""
+    outcomes = journal.outcomes(plan.problem)
+    names = (name_of(encode(option.config)) for option in plan.candidates)
+    return journal.complete(plan.problem) and all(name in outcomes for name in names)
 
 
 def _measure(plan: Plan, journal: Journal, measurer: Measurer) -> None:
@@ -221,19 +235,15 @@ def _measure(plan: Plan, journal: Journal, measurer: Measurer) -> None:
     candidates = tuple(Candidate(option.config, option.order) for option in options)
     grads = KERNELS[plan.problem.kernel].parameter_grads
     measurer.measure(plan.problem, candidates, known, keep, grads)
-    journal.finish(plan.problem)
 
 
-def families(
-    journal: Journal, shapes: Iterable[Problem], target: Target, *, driver: str
-) -> list[table.Family]:
+def families(journal: Journal, shapes: Iterable[Problem], target: Target) -> list[table.Family]:
     """The families of kernels and shapes, from everything that the journal knows of them.
 
     Args:
         journal: with the outcomes.
         shapes: problems, whose numbers of tokens do not matter.
         target: the GPU that was measured.
-        driver: its driver's version.
     """
     wanted = {problem.at(1) for problem in shapes}
     timed: dict[table.Key, dict[int, list[Timed]]] = defaultdict(dict)
@@ -251,12 +261,13 @@ def families(
             key = table.Key(problem.kernel, problem.n, problem.channels, problem.dtype, regime)
             timed[key][problem.tokens] = samples
     version = _toolchain.tilelang_version() or "unknown"
-    date = datetime.date.today().isoformat()
     found = []
     for key, by_tokens in timed.items():
         if choices := select(by_tokens):
             order = repr(next(iter(choices.values())).order)
             entries = {tokens: _entry(choice) for tokens, choice in choices.items()}
+            whole = Problem(key.kernel, key.n, key.channels, key.dtype, 1)
+            date, driver = max(journal.measured(whole.at(tokens)) for tokens in choices)
             found.append(table.Family(key, order, version, driver, date, entries))
     return found
 

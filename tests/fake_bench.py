@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mhc_tile.autotune.problems import Problem
+from mhc_tile.autotune.timing import FIRST_TURNS
 
 
 def name(config: Any) -> str:
@@ -26,6 +27,11 @@ def name(config: Any) -> str:
 def bandwidth() -> float:
     """Bytes per second."""
     return 4e12
+
+
+def no_bandwidth() -> float:
+    """A GPU whose memory is full."""
+    raise RuntimeError("out of memory")
 
 
 def echo() -> Callable[[str], Iterator[str]]:
@@ -85,7 +91,19 @@ class FakeBench:
     def timer(self, config: Any) -> Callable[[], float]:
         """The planted time."""
         planted = self._planted.get(name(config), 10.0)
+        if planted == "tires":
+            return self._tiring()
         return lambda: planted if isinstance(planted, float) else 10.0
+
+    def _tiring(self) -> Callable[[], float]:
+        turns = iter([9.0] * (FIRST_TURNS + 1))
+
+        def turn() -> float:
+            for us in turns:
+                return us
+            raise RuntimeError("unspecified launch failure")
+
+        return turn
 
     def healthy(self) -> bool:
         """Whether no configuration has broken it."""

@@ -6,9 +6,12 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 pytest.importorskip("tilelang")
 
@@ -18,7 +21,7 @@ from mhc_tile.autotune import _extras, cli, compiling, cubin, journal, measuring
 from mhc_tile.autotune.problems import PRESETS, TOKENS, Problem, Shape, problems
 from mhc_tile.autotune.registry import KERNELS, Target
 from mhc_tile.autotune.resources import occupancy
-from mhc_tile.kernels import _static, streams
+from mhc_tile.kernels import _static, _toolchain, streams
 from mhc_tile.kernels._static import Resources
 from test_table import DEVICE
 
@@ -175,6 +178,7 @@ def test_problems_are_listed_once_with_their_tokens_in_a_row():
         (("--hidden", "0", "--dry-run"), "--hidden must be above 0, got [0]"),
         (("--hidden", "64", "--tokens", "96", "--dry-run"), "--tokens must be powers of two"),
         ((*SMALL, "--budget", "0", "--dry-run"), "--budget must be above 0, got [0.0]"),
+        ((*SMALL, "--multiprocessors", "-4", "--dry-run"), "--multiprocessors must be above 0"),
         (SMALL, "--arch must come with --compile-only or --dry-run"),
     ],
 )
@@ -187,6 +191,17 @@ def test_an_unknown_architecture_needs_its_multiprocessors(capsys):
     assert "--multiprocessors must be given for this --arch, got sm_86" in why
     why = fails(capsys, *SMALL, "--compile-only", "--multiprocessors", "84")
     assert "--multiprocessors must come with --arch" in why
+
+
+def test_an_architecture_that_is_none_is_refused(capsys):
+    why = fails(capsys, *SMALL, "--dry-run", "--arch", "hopper", "--multiprocessors", "132")
+    assert "--arch must be such as sm_90a, got hopper" in why
+
+
+def test_without_tilelang_it_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setattr(_toolchain, "tilelang_version", lambda: None)
+    why = fails(capsys, *SMALL, "--dry-run", "--arch", "sm_90a")
+    assert "TileLang must be installed, got none; pip install tilelang==" in why
 
 
 def test_without_a_gpu_it_says_what_works(capsys, monkeypatch):
@@ -229,6 +244,7 @@ def fake_gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("FAKE_BENCH_LOG", str(tmp_path / "runs.log"))
     monkeypatch.setattr(cli, "describe", lambda: DEVICE)
     monkeypatch.setattr(cli, "driver_version", lambda: "580.1")
+    monkeypatch.setattr(cli, "identity", lambda: "")
     monkeypatch.setattr(cli, "_BANDWIDTH", "fake_bench:bandwidth")
     monkeypatch.setattr(
         cli, "Measurer", functools.partial(measuring.Measurer, bench="fake_bench:FakeBench")
@@ -282,12 +298,77 @@ def test_what_fails_is_the_exit_code(places, fake_gpu, capsys, monkeypatch):
     assert "sinkhorn" in said
 
 
+REAL_COMPILE_ALL = compiling.compile_all
+
+
 def test_measure_only_compiles_nothing(places, fake_gpu, capsys, monkeypatch):
-    monkeypatch.undo()
-    monkeypatch.setenv("TILELANG_CACHE_DIR", str(places / "cache"))
-    plans = [cli.tuner.plan(Problem("expand", 4, 64, "bfloat16", 64), Target("sm_90a", 132))]
-    with pytest.raises(RuntimeError, match="the default must compile, got it is not compiled yet"):
-        cli.tuner.compile_plans(plans, processes=1, build=False)
+    monkeypatch.setattr(compiling, "compile_all", REAL_COMPILE_ALL)
+    assert __main__.main(["autotune", *TUNE, "--measure-only"]) == 1
+    said = capsys.readouterr().out
+    why = "the default must compile, got it is not compiled yet"
+    assert f"failed: merge 64 x 2560, n 4, bfloat16: {why}" in said
+    assert not list((places / "cache").rglob("executable.so"))
+
+
+def test_a_default_that_does_not_compile_costs_its_own_problems_alone(
+    places, fake_gpu, capsys, monkeypatch
+):
+    fake = compiling.compile_all
+
+    def compile_all(jobs, **_):
+        for job, taken in fake(jobs):
+            yield job, "RuntimeError: nvcc is unhappy" if "merge" in job.module else taken
+
+    monkeypatch.setattr(compiling, "compile_all", compile_all)
+    assert __main__.main(["autotune", *TUNE]) == 1
+    said = capsys.readouterr().out
+    assert "failed: merge 4096 x 2560, n 4, bfloat16: the default must compile, got Runtime" in said
+    (key,) = table.read(places / "tables" / "nvidia_test_1.json", DEVICE).families
+    assert key.kernel == "sinkhorn"
+    assert __main__.main(["autotune", *TUNE[:4], "--arch", "sm_90a", "--compile-only"]) == 1
+    assert "failed: merge" in capsys.readouterr().out
+    assert __main__.main(["autotune", *TUNE[:4], "--arch", "sm_90a", "--dry-run"]) == 1
+    said = capsys.readouterr().out
+    assert "default pruned: does not compile: RuntimeError: nvcc is unhappy" in said
+    assert "0 of 5 to measure" in said
+
+
+def test_without_a_copy_bandwidth_there_are_no_percents(places, fake_gpu, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_BANDWIDTH", "fake_bench:no_bandwidth")
+    said = run(capsys, *TUNE, "--timeout", "3")
+    assert "a large copy could not be timed (the process ended with code 1; " in said
+    assert "2 of 4 differ from the default" in said
+
+
+def test_a_second_tuner_waits_for_the_first(places, fake_gpu, capsys):
+    journal.folder().mkdir(parents=True)
+    locked = threading.Event()
+
+    def other_tuner() -> None:
+        with FileLock(journal.folder() / "nvidia_test_1.lock"):
+            locked.set()
+            time.sleep(1.0)
+
+    threading.Thread(target=other_tuner).start()
+    locked.wait()
+    said = run(capsys, *TUNE, "--timeout", "3")
+    assert said.index("another tuner measures on this GPU: waiting") < said.index("rejected")
+
+
+def test_a_table_that_cannot_be_written_ends_the_run_before_it_begins(places, fake_gpu, capsys):
+    path = places / "newer.json"
+    path.write_text('{"schema": 2}')
+    assert "schema must be 1, got 2" in fails(capsys, *TUNE, "--output", str(path))
+    assert not (places / "runs.log").exists()
+
+
+def test_what_happens_to_the_table_is_said(places, fake_gpu, capsys):
+    path = places / "here.json"
+    path.write_text("{ broken")
+    said = run(capsys, *TUNE, "--timeout", "3", "--output", str(path))
+    assert f"{path} could not be read: it is kept as {path}.unreadable" in said
+    assert f"MHC_TILE_TABLES={path} has them do so" in said
+    assert "has them do so" not in run(capsys, *TUNE)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -72,6 +72,14 @@ def test_exact_then_nearest_then_default():
     assert ask(Tables(DEVICE), "merge", 64).detail.startswith("no table has")
 
 
+def test_an_entry_that_is_not_offered_any_more_is_adapted_and_says_so():
+    tables = tables_of(merge={4096: entry(merge_config(1024, 1))})
+    decision = ask(tables, "merge", 4096)
+    assert decision.config != merge_config(1024, 1)
+    assert decision.why == "nearest"
+    assert decision.detail == "4096 x 2560, adapted to what the kernel offers"
+
+
 def test_a_neighbouring_width_gets_the_candidate_of_its_own_that_is_most_alike():
     tables = tables_of(merge={4096: entry(merge_config(160, 2))})
     decision = ask(tables, "merge", 4096, 2816)

@@ -18,6 +18,7 @@ from mhc_tile.autotune.configs import decode
 from mhc_tile.autotune.device import Device
 from mhc_tile.autotune.problems import Problem, bucket
 from mhc_tile.autotune.table import Entry, Family, Key, Table
+from mhc_tile.autotune.timing import MARGIN
 
 DEVICE = Device("NVIDIA Test 1", (9, 0), 132, 80 * 2**30, 50 * 10**6, "13.0")
 
@@ -86,6 +87,10 @@ def test_entries_of_one_order_of_sums_are_merged_and_those_of_another_replaced(t
             ' "tilelang": "", "driver": "", "date": "", "tokens": {}}]}',
             "must be a whole table, got ValueError",
         ),
+        (
+            '{"schema": 1, "gpu": "x", "multiprocessors": Infinity, "families": []}',
+            "must be a whole table, got OverflowError",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_used_is_reported_by_name_and_bypassed(
@@ -112,11 +117,34 @@ def test_a_writer_keeps_a_broken_file_aside_and_leaves_anothers_alone(tmp_path):
     table.update(path, DEVICE, [family()])
     assert set(table.read(path).families) == {family().key}
     assert (tmp_path / "table.json.unreadable").read_text() == "{ broken"
+    path.write_text("broken again")
+    table.check(path, DEVICE)
+    assert table.update(path, DEVICE, []).aside == tmp_path / "table.json.unreadable.1"
+    assert (tmp_path / "table.json.unreadable").read_text() == "{ broken"
     for text in ('{"schema": 2}', table.render(Table("NVIDIA Other", 1))):
         path.write_text(text)
-        with pytest.raises(table.TableError):
-            table.update(path, DEVICE, [family()])
+        for write in (table.check, lambda *where: table.update(*where, [family()])):
+            with pytest.raises(table.TableError):
+                write(path, DEVICE)
         assert path.read_text() == text
+
+
+def test_a_place_that_cannot_be_written_is_known_before(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        table.check(tmp_path / "file" / "table.json", DEVICE)
+
+
+@pytest.mark.parametrize("wrong", [{"C": -5}, {"n": 0}, {"us": float("nan")}])
+def test_numbers_that_no_table_has(tmp_path, wrong):
+    path = tmp_path / "table.json"
+    table.update(path, DEVICE, [family()])
+    values = json.loads(path.read_text())
+    for place in (values["families"][0], values["families"][0]["tokens"]["64"]):
+        place.update({name: value for name, value in wrong.items() if name in place})
+    path.write_text(json.dumps(values))
+    with pytest.raises(table.TableError, match="must be a whole table, got ValueError"):
+        table.read(path, DEVICE)
 
 
 @pytest.fixture
@@ -148,6 +176,30 @@ def test_the_variable_counts_most_then_the_users_then_the_shipped(places, monkey
     assert times() == {"merge": 3, "pre": 3}
 
 
+def test_entries_of_one_order_complete_each_other_wherever_they_are(places):
+    """A user who tunes one number of tokens keeps what is shipped for the others."""
+    name = f"{DEVICE.slug}.json"
+    (places["given"] / name).unlink()
+    table.update(places["shipped"] / name, DEVICE, [family(us=7, at=1), family(us=7, at=64)])
+    asked = Problem("merge", 4, 2560, "bfloat16", 1)
+    decision = lookup.decide(lookup.load(DEVICE), asked, arch="sm_90a")
+    assert (decision.why, decision.source) == ("exact", str(places["shipped"] / name))
+    decision = lookup.decide(lookup.load(DEVICE), asked.at(64), arch="sm_90a")
+    assert (decision.why, decision.source) == ("exact", str(places["user"] / name))
+    table.update(places["user"] / name, DEVICE, [family(order="('other',)", at=64)])
+    assert set(lookup.load(DEVICE).families[family().key].entries) == {64}
+
+
+def test_a_variable_that_names_nothing_is_a_fault(places, monkeypatch):
+    monkeypatch.setenv(table.VARIABLE, str(places["given"] / "no such"))
+    (fault,) = lookup.load(DEVICE).faults
+    assert fault.startswith("MHC_TILE_TABLES: must be a table, a folder of tables or off, got ")
+    plain = places["given"] / "table"  # a file, whatever its name
+    plain.write_bytes((places["given"] / f"{DEVICE.slug}.json").read_bytes())
+    monkeypatch.setenv(table.VARIABLE, str(plain))
+    assert times()["merge"] == 1
+
+
 def test_tables_can_be_switched_off(places, monkeypatch):
     monkeypatch.setenv(table.VARIABLE, "off")
     assert table.is_off()
@@ -162,6 +214,11 @@ def test_a_table_of_another_tilelang_is_used_and_named(places):
     tables = lookup.load(DEVICE)
     assert "0.1.14" in tables.other_tilelang
     assert tables.families[family().key].entries[64].us == 1
+    table.update(path, DEVICE, [family(at=256)])
+    values = json.loads(path.read_text())["families"][0]
+    assert values["tilelang"] == "0.1.15"
+    assert [entry.get("tilelang") for entry in values["tokens"].values()] == ["0.1.14", None]
+    assert "0.1.14" in lookup.load(DEVICE).other_tilelang
 
 
 def test_buckets_are_powers_of_two_at_or_below():
@@ -252,4 +309,7 @@ def test_a_shipped_table_runs_what_it_says(path):
             assert (decision.why, decision.family) == ("exact", known), asked
             assert (decision.config or own) == decode(measured.config), asked
             assert not measured.default or own == decode(measured.config), asked
+            same_order = family.order == repr(registry.KERNELS[known.kernel].order(own))
+            if not measured.default and same_order:
+                assert measured.us < measured.default_us * (1 - MARGIN), asked
     assert not tables.faults

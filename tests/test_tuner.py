@@ -19,7 +19,6 @@ from mhc_tile.autotune.journal import Journal, name_of
 from mhc_tile.autotune.measuring import Candidate, Measurer, Outcome
 from mhc_tile.autotune.problems import Problem, Shape, problems
 from mhc_tile.autotune.registry import Target
-from mhc_tile.autotune.selection import Timed, select
 from mhc_tile.autotune.timing import Sample
 from mhc_tile.kernels._static import Resources
 from mhc_tile.kernels.merge import BackwardConfig, ForwardConfig
@@ -113,9 +112,33 @@ def test_what_hangs_crashes_or_dies_ends_a_candidate_and_not_the_run(monkeypatch
     assert all(runs.count(f"{threads},1") == 1 for threads in (64, 96, 128, 160, 192, 224))
 
 
-@pytest.mark.parametrize("does", ["hangs", "dies", "races"])
-def test_a_default_that_fails_is_an_error_that_names_the_problem(monkeypatch, tmp_path, does):
-    with pytest.raises(RuntimeError, match="merge 64 x 2560, n 4, bfloat16: the default must run"):
+def test_however_many_break_the_gpu_the_others_are_measured(monkeypatch, tmp_path):
+    broken = {f"t{threads}": "breaks the GPU" for threads in (64, 96, 128, 160)}
+    options = candidates(32, 64, 96, 128, 160, 192)
+    outcomes, _ = measured(monkeypatch, tmp_path, options, t192=8.0, **broken)
+    assert [outcomes[i].status for i in range(1, 5)] == ["rejected"] * 4
+    assert outcomes[5].sample.us == 8.0
+
+
+def test_what_fails_among_the_finalists_is_rejected_and_the_others_are_timed(monkeypatch, tmp_path):
+    outcomes, kept = measured(monkeypatch, tmp_path, candidates(32, 64, 96), t64="tires", t96=9.0)
+    assert outcomes[1].why == "crashed: RuntimeError: unspecified launch failure"
+    assert outcomes[2].sample.us == 9.0
+    assert kept.count(1) == 2  # slow at first, then rejected
+
+
+@pytest.mark.parametrize(
+    ("does", "why"),
+    [
+        ("hangs", "got no answer for 3 s"),
+        ("dies", "got the process died of SIGSEGV"),
+        ("races", "got RuntimeError: measure: the default must be deterministic: result 0"),
+        ("crashes", "got RuntimeError: an illegal memory access"),
+    ],
+)
+def test_a_default_that_fails_is_an_error_that_names_the_problem(monkeypatch, tmp_path, does, why):
+    said = f"merge 64 x 2560, n 4, bfloat16: the default must run, {why}"
+    with pytest.raises(RuntimeError, match=said):
         measured(monkeypatch, tmp_path, candidates(32, 64), seconds=3.0, t32=does)
 
 
@@ -128,56 +151,6 @@ def test_known_outcomes_are_not_measured_again(monkeypatch, tmp_path):
     assert outcomes[1] == known[1]
     assert outcomes[2].sample == Sample(9.0, 9.0, 9.0, 20)
     assert 1 not in kept
-
-
-# Choosing
-
-
-def timed(config: object, us: float, order: object = "own", spread: float = 0.1) -> Timed:
-    return Timed(config, order, Sample(us, us - spread, us + spread, 20))
-
-
-def test_the_default_stays_unless_beaten_beyond_the_noise():
-    close = {64: [timed("default", 100), timed("a", 99), timed("b", 100.5)]}
-    assert select(close)[64].config == "default"
-    assert select(close)[64].default
-    scattered = {64: [timed("default", 100), timed("a", 90, spread=20)]}
-    assert select(scattered)[64].default
-    beaten = select({64: [timed("default", 100), timed("a", 99), timed("b", 95)]})[64]
-    assert (beaten.config, beaten.default, beaten.us, beaten.default_us) == ("b", False, 95, 100)
-
-
-def test_of_candidates_that_are_alike_the_first_is_chosen_whatever_the_noise():
-    for a, b in ((90.0, 90.4), (90.4, 90.0)):
-        family = {64: [timed("default", 100), timed("a", a), timed("b", b), timed("c", 95)]}
-        assert select(family)[64].config == "a"
-
-
-def test_all_tokens_of_a_family_keep_one_order_of_sums():
-    """The other order is faster at 64 tokens, slower at 4096, if by noise: neither uses it."""
-    family = {
-        64: [timed("default", 100), timed("a", 97), timed("b", 70, "other")],
-        4096: [timed("default", 100), timed("a", 97), timed("b", 100.2, "other")],
-    }
-    choices = select(family)
-    assert {t: c.config for t, c in choices.items()} == {64: "a", 4096: "a"}
-    family[4096][2] = timed("b", 100, "other")
-    choices = select(family)
-    assert {t: c.config for t, c in choices.items()} == {64: "b", 4096: "b"}
-    assert {c.order for c in choices.values()} == {"other"}
-    del family[4096][2]  # nowhere measured at 4096
-    assert {c.config for c in select(family).values()} == {"a"}
-
-
-def test_another_order_of_sums_must_be_worth_more_than_noise():
-    family = {64: [timed("default", 100), timed("a", 90), timed("b", 89.5, "other")]}
-    assert select(family)[64].config == "a"
-    family[64][2] = timed("b", 85, "other")
-    assert select(family)[64].config == "b"
-
-
-def test_defaults_of_several_orders_are_no_family():
-    assert select({64: [timed("default", 1)], 4096: [timed("default", 1, "other")]}) == {}
 
 
 # Plans and pruning
@@ -219,8 +192,8 @@ def test_what_spills_cannot_launch_or_does_not_compile_is_pruned(monkeypatch):
 def test_the_default_is_measured_whatever_it_takes_but_must_compile(monkeypatch):
     plan = compiled_as(monkeypatch, t160_2=(Resources("k", 64, 0, 0, 48, 0, 0, 128),))
     assert plan.candidates[0] is plan.options[0]
-    with pytest.raises(RuntimeError, match="the default must compile, got no"):
-        compiled_as(monkeypatch, t160_2="no")
+    plan = compiled_as(monkeypatch, t160_2="no")
+    assert plan.failed == "merge 64 x 2560, n 4, bfloat16: the default must compile, got no"
 
 
 def test_what_a_launcher_refuses_is_pruned(monkeypatch):
@@ -261,6 +234,19 @@ def test_a_journal_remembers_what_was_written_but_not_of_other_code(tmp_path):
     assert not Journal(tmp_path / "j.jsonl", "code").outcomes(PROBLEM)
 
 
+def test_a_journal_sees_what_another_tuner_appends(tmp_path):
+    one, other = (Journal(tmp_path / "j.jsonl", "code") for _ in range(2))
+    one.add(PROBLEM, encode(ForwardConfig(32)), Outcome("slow"))
+    other.add(PROBLEM, encode(ForwardConfig(64)), Outcome("slow"))
+    other.finish(PROBLEM, "580.1")
+    one.refresh()
+    assert one.complete(PROBLEM)
+    assert len(one.outcomes(PROBLEM)) == len(other.outcomes(PROBLEM)) == 2
+    date, driver = one.measured(PROBLEM)
+    assert driver == "580.1"
+    assert len(date) == len("YYYY-MM-DD")
+
+
 def test_a_torn_line_costs_no_other(tmp_path):
     path = tmp_path / "j.jsonl"
     journal = Journal(path, "code")
@@ -286,7 +272,7 @@ def run(journal_path: Path, table_path: Path, **options) -> tuner.Report:
     with Measurer(seconds=30.0, bench=FAKE) as measurer:
         report = tuner.measure_plans(plans, journal, measurer, **options)
     wanted = [plan.problem for plan in plans]
-    table.update(table_path, DEVICE, tuner.families(journal, wanted, TARGET, driver="580"))
+    table.update(table_path, DEVICE, tuner.families(journal, wanted, TARGET))
     return report
 
 
@@ -320,6 +306,24 @@ def test_a_second_run_measures_nothing_and_force_everything(fake):
     run(fake / "j", fake / "t.json", force=True)
     assert len(runs(fake)) == 2 * before
     assert (fake / "t.json").read_bytes() == text
+
+
+def test_a_candidate_that_did_not_compile_then_is_measured_now(fake, monkeypatch):
+    real = tuner.plan
+
+    def without_one(problem: Problem, target: Target) -> tuner.Plan:
+        plan = real(problem, target)
+        next(o for o in plan.options if name(o.config) == "320,1").pruned = "no time to compile"
+        return plan
+
+    monkeypatch.setattr(tuner, "plan", without_one)
+    run(fake / "j", fake / "t.json")
+    assert "320,1" not in runs(fake)
+    monkeypatch.undo()
+    monkeypatch.setenv("FAKE_BENCH", json.dumps(TIMES))
+    run(fake / "j", fake / "t.json")
+    (family,) = table.read(fake / "t.json").families.values()
+    assert family.entries[64].config["threads"] == 320
 
 
 def test_a_budget_begins_nothing_more_and_the_next_run_goes_on(fake):
@@ -357,7 +361,7 @@ def test_killed_at_three_points_and_resumed_it_is_the_same_table(fake):
                 os.kill(process.pid, signal.SIGKILL)
                 break
             time.sleep(0.002)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
     run(journal, fake / "t.json")
     assert (fake / "t.json").read_bytes() == (fake / "whole.json").read_bytes()
     # after each kill nothing is run again but the default and the candidate in flight

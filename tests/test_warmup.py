@@ -7,7 +7,7 @@ import mhc_tile
 from mhc_tile import MHCConfig
 from mhc_tile.autotune import lookup
 from mhc_tile.autotune.registry import KERNELS
-from mhc_tile.ops import _warmup
+from mhc_tile.ops import _dispatch, _warmup
 
 
 @pytest.mark.parametrize("n", [1, 4])
@@ -32,6 +32,7 @@ def test_on_a_cpu_there_is_nothing_to_do(monkeypatch):
     ("wrong", "why"),
     [
         ({"hidden_size": 0}, "hidden_size must be finite and at least 1, got 0"),
+        ({"tokens": []}, r"tokens must be a number or some numbers, got \[\]"),
         ({"tokens": [8, 0]}, "tokens must be finite and at least 1, got 0"),
         ({"dtype": torch.float64}, "dtype must be one of .*got torch.float64"),
     ],
@@ -52,8 +53,19 @@ def test_every_kernel_is_asked_for_at_every_number_of_tokens(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(lookup, "explain", asked.append)
+    monkeypatch.setattr(_dispatch, "_unfit", lambda *_: None)
     mhc_tile.kernels_info(MHCConfig.paper(), 64, tokens=(8, 16), device=1)
     assert [key[0] for key in asked] == [*KERNELS, *KERNELS]
     assert asked[0] == ("merge", 4, 64, torch.bfloat16, 8, 1, False)
     sinkhorn = next(key for key in asked if key[0] == "sinkhorn")
     assert sinkhorn == ("sinkhorn", 4, 0, torch.float32, 8, 1, False)
+
+
+def test_where_no_kernel_runs_the_reference_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_dispatch, "_unfit", lambda device, n: f"kernels take no n of {n}")
+    found = mhc_tile.kernels_info(MHCConfig.paper(num_streams=3), 64, tokens=8, device=0)
+    assert len(found) == len(KERNELS)
+    assert str(found[0]) == (
+        "merge 8 x 64, n 3, bfloat16: no kernel (reference: kernels take no n of 3)"
+    )

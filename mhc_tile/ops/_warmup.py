@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _checks
 from .._library import OPS
 from ..autotune import lookup
+from ..autotune.problems import Problem
 from ..autotune.registry import KERNELS
 from ..config import MHCConfig
 from . import _dispatch
@@ -87,8 +88,9 @@ def kernels_info(
 
     Returns:
         For each number of tokens and each kernel a decision; `print(decision)` says it in a line.
-        `why` is "exact" (a table's entry for this shape), "nearest" (adapted from a neighbour's) or
-        "default"; `detail` names the entry, `source` the table's file.
+        `why` is "exact" (a table's entry for this shape), "nearest" (adapted from a neighbour's),
+        "default", or "reference" where no kernel takes this GPU or n; `detail` names the entry or
+        says why, `source` is the table's file.
 
     Raises:
         ValueError: A size or the dtype is off; the message names it.
@@ -103,6 +105,13 @@ def kernels_info(
     if not torch.cuda.is_available():
         raise RuntimeError("kernels_info: torch must see a CUDA device, got none")
     index = torch.cuda.current_device() if device is None else device
+    if why := _dispatch._unfit(index, config.num_streams):
+        n, kind = config.num_streams, str(dtype).removeprefix("torch.")
+        return [
+            lookup.Decision(Problem(name, n, hidden_size, kind, count), None, "reference", why)
+            for count in counts
+            for name in KERNELS
+        ]
     return [
         lookup.explain(
             (
@@ -124,6 +133,8 @@ def _counts(
     op: str, hidden_size: int, tokens: int | Sequence[int], dtype: torch.dtype
 ) -> list[int]:
     counts = [tokens] if isinstance(tokens, int) else list(tokens)
+    if not counts:
+        raise ValueError(f"{op}: tokens must be a number or some numbers, got {tokens!r}")
     _checks.at_least(op, 1, hidden_size=hidden_size)
     for count in counts:
         _checks.at_least(op, 1, tokens=count)
