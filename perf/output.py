@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,28 @@ def check_positive(command: str, **values: int | None) -> None:
     for name, value in values.items():
         if value is not None and value < 1:
             raise ValueError(f"{command}: --{name} must be at least 1, got {value}")
+
+
+def check_names(command: str, asked: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse the name of a contender that there is not, instead of measuring nothing.
+
+    Args:
+        command: for the message.
+        asked: beginnings of names.
+        known: all of them, whatever is installed; a version may follow.
+
+    Raises:
+        ValueError: No known name begins like one that is asked for.
+
+    Example:
+        >>> check_names("perf run", ["ours"], ["mhc_tile", "reference (eager)"])
+        Traceback (most recent call last):
+        ValueError: perf run: --contender must begin one of mhc_tile, reference (eager), got ours
+    """
+    for name in asked:
+        if not any(one.startswith(name) or name.startswith(f"{one} ") for one in known):
+            all_ = ", ".join(known)
+            raise ValueError(f"{command}: --contender must begin one of {all_}, got {name}")
 
 
 def one_line(error: BaseException) -> str:

@@ -26,7 +26,7 @@ from . import output, records, tables
 from .bench import Bench, bench_of
 from .breakdown import breakdown, steps_under_load
 from .records import OURS, Row
-from .slices import BATCH, LAYERS, PLAIN, SEQUENCE, Slice, Step, Sublayers
+from .slices import BATCH, LAYERS, NAMES, PLAIN, SEQUENCE, Slice, Step, Sublayers
 
 MODELS = ("paper-27b", "paper-27b-dense")
 TURNS = 16
@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     """
     numbers = {name: getattr(args, name) for name in ("layers", "batch", "sequence", "turns")}
     output.check_positive("perf overhead", **numbers)
+    output.check_names("perf overhead", args.contender, NAMES)
     bench = bench_of(args.device)
     for package in ("tabulate", *(["matplotlib"] if args.figures else [])):
         require(package, "mhc-tile perf overhead", "perf")  # before minutes are spent

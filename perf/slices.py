@@ -21,6 +21,12 @@ from .records import OURS
 PLAIN = "residual (compiled)"
 LAYERS, BATCH, SEQUENCE = 4, 2, 4096
 PEERS = ("tile-kernels", "liger-kernel")
+NAMES = (
+    PLAIN, "residual (layers compiled)", OURS, f"{OURS} (layers compiled)",
+    "hc (sublayers compiled)", "hc (layers compiled)",
+    "reference (sublayers compiled)", "reference (layers compiled)", *PEERS,
+)  # fmt: skip
+"""All contenders; peers take part where they are installed."""
 
 
 def compiled(module: nn.Module) -> nn.Module:

@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         KeyboardInterrupt: After Ctrl-C, with what was measured in the file.
     """
     output.check_positive("perf run", turns=args.turns)
+    output.check_names("perf run", args.contender, (OURS, EAGER, COMPILED, *ADAPTERS))
     bench = bench_of(args.device)
     chosen = _chosen(args)
     for package in ("tabulate", "tqdm", *(["matplotlib"] if args.figures else [])):

@@ -16,7 +16,7 @@ from mhc_tile.perf.bench import CpuBench
 from mhc_tile.perf.breakdown import Breakdown
 from mhc_tile.perf.overhead import measure
 from mhc_tile.perf.records import OURS
-from mhc_tile.perf.slices import PLAIN, Slice, Step, Sublayers
+from mhc_tile.perf.slices import NAMES, PLAIN, Slice, Step, Sublayers
 
 TINY = ["--device", "cpu", "--model", "1m", "--layers", "1", "--batch", "1", "--sequence", "16"]
 REAL = reference.merge
@@ -110,6 +110,15 @@ def test_names_and_words():
     assert trained.denominator.startswith("forward, backward and AdamW of 2 layers of 1m")
 
 
+def test_a_contender_that_there_is_not_is_named_before_anything_is_measured(tmp_path, capsys):
+    out = tmp_path / "steps.json"
+    assert main([*COMMAND, "--contender", "mhc", "ours", "--out", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert "perf overhead: --contender must begin one of residual (compiled), " in said
+    assert said.endswith("liger-kernel, got ours\n")
+    assert not out.exists()
+
+
 def test_a_slice_of_a_mixture_has_experts_in_every_layer():
     config = Slice("paper-27b", layers=3).config
     assert (config.num_layers, config.moe.leading_dense_layers) == (3, 0)
@@ -121,6 +130,7 @@ def test_all_ways_share_their_weights():
     sublayers = Sublayers(PIECE)
     own = {id(p) for layer in sublayers.layers for p in layer.parameters()}
     ours = {id(p) for c in sublayers.ours for p in (c.phi, c.alpha, c.bias)}
+    assert list(sublayers.contenders()) == [n for n in NAMES if n in KINDS or records.version(n)]
     for name, build in sublayers.contenders().items():
         found = {id(parameter) for parameter in build().parameters()}
         assert own <= found, name

@@ -288,6 +288,7 @@ def test_a_gpu_that_answers_no_more_ends_the_run(monkeypatch, tmp_path, capsys):
     [
         (["--device", "tpu"], "--device must be cuda or cpu, got tpu"),
         (["--turns", "0"], "perf run: --turns must be at least 1, got 0"),
+        (["--contender", OURS, "ligre"], "--contender must begin one of mhc_tile, reference (eag"),
         (["--tokens", "3"], "--op, --mode, --tokens and --hidden must leave a case, got none"),
     ],
 )
