@@ -42,9 +42,10 @@ def test_the_future_does_not_reach_the_past(residual, config):
     before = tokens()
     after = before.clone()
     after[:, 7] = (after[:, 7] + 1) % 256
-    logits, changed = model(before), model(after)
-    assert torch.equal(logits[:, :7], changed[:, :7])
-    assert (logits[:, 7:] - changed[:, 7:]).abs().amax(dim=(0, 2)).min() > 1e-6
+    moved = (model(before) - model(after)).abs().amax(dim=(0, 2))
+    # another token may choose other experts: a BLAS rounds a product by how many rows there are
+    assert moved[:7].max() <= (1e-15 if config is EXPERTS else 0.0)
+    assert moved[7:].min() > 1e-6
 
 
 @pytest.mark.parametrize("residual", RESIDUALS)
