@@ -228,7 +228,13 @@ def _baseline(path: Path | None, gpu: str | None) -> "Record":
             f"perf gate: a baseline must be at {path}, got none; on a commit that is to be the "
             f"measure, `mhc-tile perf run --out {path}` makes it"
         )
-    return records.read(path)
+    base = records.read(path)
+    if left := base.environment.get("cases_left"):
+        raise ValueError(
+            f"perf gate: {path} must be of a run that ended, got one with {left} cases left; "
+            "measure it again"
+        )
+    return base
 
 
 def _gpu_here() -> str:
@@ -254,6 +260,11 @@ def _say(found: "Comparison", args: argparse.Namespace, *, complete: bool) -> in
     from . import summary
 
     failed = bool(found.faults(complete=complete))
+    if not (failed or found.judged):
+        raise ValueError(
+            "perf compare: results must have a case of mhc_tile in common, got none among "
+            f"{len(found.base.rows)} and {len(found.new.rows)} rows"
+        )
     asked = {"markdown": args.markdown, "json": args.json}
     write = {"markdown": summary.markdown, "json": summary.as_json}
     for name, target in asked.items():

@@ -93,6 +93,12 @@ class Comparison:
         return self.of("regression", "failing", *(("missing",) if complete else ()))
 
     @property
+    def judged(self) -> set[str]:
+        """Our cases that both results have."""
+        pairs = (pair for pair in self.pairs if pair.ours)
+        return {pair.case for pair in pairs if pair.verdict not in ("missing", "new")}
+
+    @property
     def mean_change(self) -> float | None:
         """Geometric mean of our times over the base's, less 1; None if nothing was timed."""
         changes = [p.change for p in self.pairs if p.ours and p.change is not None]

@@ -33,7 +33,7 @@ def result_path(kind: str, environment: Mapping[str, Any], wanted: Path | None) 
 def keep(
     kind: str, environment: Mapping[str, Any], parts: Iterable[Mapping[str, Row]], path: Path
 ) -> Record:
-    """Write what is measured so far.
+    """Write what is measured so far; nothing yet does not replace a file.
 
     Args:
         kind: of the result.
@@ -45,7 +45,8 @@ def keep(
         OSError: It cannot be written.
     """
     record = Record(kind, environment, [row for part in parts for row in part.values()])
-    write(record, path)
+    if record.rows or not path.exists():
+        write(record, path)
     return record
 
 

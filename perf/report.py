@@ -154,7 +154,7 @@ def _ours(record: Record) -> list[Row]:
 def _cards(record: Record, comparison: Comparison | None) -> str:
     """The numbers that matter most."""
     own = _ours(record)
-    good = [row for row in own if row.status == "ok"]
+    good = [row for row in own if row.status == "ok" and row.us is not None]
     cards = [
         (
             f"{len(good)} of {len(own)}",

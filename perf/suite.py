@@ -74,13 +74,16 @@ def run(args: argparse.Namespace) -> int:
     turns = args.turns or (QUICK_TURNS if args.quick else TURNS)
     wanted = functools.partial(_wanted, names=tuple(args.contender))
     progress, parts, lost = output.Progress(), list[dict[str, Row]](), False
+    environment["cases_left"] = len(chosen)
     try:
         for case in progress.over(chosen, "mhc-tile perf run"):
             progress.say(case.key)
             parts.append({})
             measure(case, bench, wanted, turns, parts[-1])
+            environment["cases_left"] = len(chosen) - len(parts)
             # a process that is killed loses the case in flight
             output.keep("run", environment, parts, path)
+        del environment["cases_left"]  # it has ended
     except output.UnusableError as error:
         output.say(f"perf run: {error}; the cases after it are not measured")
         lost = True

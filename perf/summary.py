@@ -22,7 +22,9 @@ def headline(found: Comparison, *, complete: bool = False) -> str:
         found: the comparison.
         complete: whether cases that were not measured count.
     """
-    count = len({pair.case for pair in found.pairs if pair.ours})
+    ours = [pair for pair in found.pairs if pair.ours]
+    shown = found.judged | {pair.case for pair in ours if complete and pair.verdict == "missing"}
+    count, left = len(shown), len({pair.case for pair in ours} - shown)
     parts = []
     for verdict in ("regression", "failing", "missing"):
         number = len(found.of(verdict))
@@ -30,7 +32,8 @@ def headline(found: Comparison, *, complete: bool = False) -> str:
             plural = "s" if verdict == "regression" and number > 1 else ""
             parts.append(f"{number} {verdict}{plural}")
     text = f"{', '.join(parts)} of" if parts else "no regression in"
-    return f"{text} {count} case{'s' * (count != 1)}"
+    rest = f"; {left} in one of them only" if left else ""
+    return f"{text} {count} case{'s' * (count != 1)}{rest}"
 
 
 def lines(found: Comparison) -> list[str]:

@@ -12,6 +12,7 @@ import pytest
 from mhc_tile import __main__
 from mhc_tile.perf import cli, compare, records, suite, summary
 from mhc_tile.perf.__main__ import main
+from mhc_tile.perf.operations import cases
 from results import ENVIRONMENT, process, record, row, true_times
 
 OTHER = "merge/forward/64x7168/n4/bfloat16"
@@ -289,8 +290,34 @@ def test_gate_reads_the_baseline_of_the_model(files, baselines, capsys):
     records.write(record(row(90), row(case=OTHER)), path)
     capsys.readouterr()
     assert main(["gate", good]) == 3
-    assert "1 missing of 2 cases" in capsys.readouterr().out
+    assert "1 missing of 2 cases\n" in capsys.readouterr().out
+    assert main(["compare", str(path), good]) == 0
+    assert "no regression in 1 case; 1 in one of them only\n" in capsys.readouterr().out
+    records.write(record(row(90), cases_left=3), path)
+    assert main(["gate", good]) == 1
+    assert "must be of a run that ended, got one with 3 cases left" in capsys.readouterr().err
+    records.write(record(row(90)), path)
     assert main(["gate", slow, "--baseline", slow]) == 0
+
+
+def test_results_without_a_case_in_common_are_refused(files, baselines, capsys):
+    one, other, none = files(one=record(row()), other=record(row(case=OTHER)), none=record())
+    gate = ["gate", one, "--baseline", none]
+    for command in (["compare", one, other], ["compare", one, none], ["compare", none, one], gate):
+        assert main([*command, "--force"]) == 1
+        assert "must have a case of mhc_tile in common, got none" in capsys.readouterr().err
+    assert main(["gate", other, "--baseline", one, "--force"]) == 3
+    assert "1 missing of 1 case; 1 in one of them only\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted((Path(cli.__file__).parent / "baselines").glob("*.json")))
+def test_a_baseline_that_is_included_is_one(path):
+    base = records.read(path)
+    assert base.kind == "run"
+    assert cli.baseline_path(base.environment["gpu"]).name == path.name
+    assert "cases_left" not in base.environment
+    own = {one.case for one in base.rows if one.contender == records.OURS and one.us}
+    assert own == {case.key for case in cases()}
 
 
 def test_gate_refuses_a_result_of_another_commit(files, baselines, capsys):
