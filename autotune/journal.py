@@ -55,11 +55,10 @@ class Journal:
         self._seen = 0  # bytes
         self.bandwidth = 0.0
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = path.read_bytes() if path.exists() else b""
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        if text and not text.endswith(b"\n"):  # the writer of the last line was killed
-            os.write(self._file, b"\n")
         self.refresh()
+        if os.fstat(self._file).st_size > self._seen:  # the writer of the last line was killed
+            os.write(self._file, b"\n")
 
     def refresh(self) -> None:
         """Read what has been appended since, by this process or another."""

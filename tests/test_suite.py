@@ -234,9 +234,25 @@ def test_an_interrupt_keeps_what_was_measured(monkeypatch, tmp_path, capsys, tur
     few = ["--op", "merge", "--contender", OURS, "--turns", "9", "--out", str(out)]
     assert main([*QUICK, *few]) == 130
     assert "interrupted" in capsys.readouterr().err
+    assert records.read(out).environment["cases_left"] == 1
     rows = records.read(out).rows
     assert [row.mode for row in rows if row.us] == ["inference", "forward"] + ["training"] * turn
     assert [row.turns for row in rows if row.us] == [9, 9] + [3] * turn
+
+
+def test_what_ends_before_its_first_case_replaces_nothing(monkeypatch, tmp_path):
+    out = tmp_path / "run.json"
+    few = ["--op", "merge", "--mode", "forward", "--contender", OURS, "--out", str(out)]
+    assert main([*QUICK, *few]) == 0
+    whole = out.read_bytes()
+    assert "cases_left" not in records.read(out).environment
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(suite, "measure", interrupted)
+    assert main([*QUICK, *few]) == 130
+    assert out.read_bytes() == whole
 
 
 def test_what_is_killed_loses_the_case_in_flight_alone(monkeypatch, tmp_path):
