@@ -4,10 +4,11 @@ On a GPU a call runs once on every one of several input sets, larger together th
 one CUDA graph; where that cannot be captured it is launched call by call, and said so.
 """
 
+import contextlib
 import ctypes
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,6 +222,21 @@ class CudaBench:
 
 
 Bench = CpuBench | CudaBench
+
+
+@contextlib.contextmanager
+def tf32_products() -> Iterator[None]:
+    """Let PyTorch multiply fp32 matrices in tf32, for a while.
+
+    A compiled function looks at the setting when it is called, its backward when that is compiled
+    and when it runs.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def bench_of(device: str) -> Bench:

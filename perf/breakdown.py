@@ -7,19 +7,25 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Parts by the names of kernels, the first that fits. `pre` is mapping, Sinkhorn and pre-apply in
-# one or two kernels; its backward likewise. Inductor names its kernels after what they feed, so
-# that a name such as "triton_..._pre_backward_..." is a layer's.
+# Parts by the names of kernels, the first that fits: ours, then tile-kernels' and liger-kernel's.
+# Our `pre` is mapping, Sinkhorn and pre-apply in one or two kernels; its backward likewise. What
+# PyTorch computes of a connection is among "matrix products" and "other kernels", beside the
+# layers' own: it is what those are more than with plain residuals.
 KERNELS = {
-    "pre, forward": r"mhc_pre_team|mhc_pre_finish|mhc_project",
+    "pre, forward": r"mhc_pre_team|mhc_pre_finish|mhc_project|mhc_pre_big_fuse",
     "pre, backward": r"mhc_pre_backward|pre_backward|mapping_backward",
-    "merge, forward": r"merge_forward",
-    "merge, backward": r"merge_backward",
-    "mapping, forward": r"mhc_mapping",
-    "pre_apply, forward": r"pre_apply_forward",
-    "pre_apply, backward": r"pre_apply_backward",
-    "sinkhorn": r"sinkhorn",
+    "merge, forward": r"merge_forward|mhc_post_(res_)?fwd",
+    "merge, backward": r"merge_backward|mhc_post_(res_)?bwd",
+    "sinkhorn, backward": r"sinkhorn_(backward|bwd)",
+    "sinkhorn, forward": r"sinkhorn",
+    "mapping, backward": r"mhc_(pre_norm_fn|pre_split_mixes|fn_normw_merge|mm_norm)_bwd",
+    "mapping, forward": r"mhc_mapping|mhc_(pre_norm_fn|pre_split_mixes|fn_normw_merge|mm_norm)_fwd",
+    "pre_apply, backward": r"pre_apply_backward|mhc_pre_(apply_mix_)?bwd",
+    "pre_apply, forward": r"pre_apply_forward|mhc_pre_(apply_mix_)?fwd",
+    "matrix products": r"gemm|nvjet|xmma|cublas|gemv",
+    "attention": r"flash|fmha|sdpa|attention",
 }
+PRODUCTS = "matrix products"
 LAYERS = "other kernels"
 GAPS = "no kernel"
 LOAD_US = 300_000.0  # of steps before those that are measured, and again of those that are timed
@@ -33,11 +39,11 @@ def part_of(kernel: str) -> str:
 
     Example:
         >>> part_of("merge_backward_kernel"), part_of("nvjet_tst_128x256")
-        ('merge, backward', 'other kernels')
+        ('merge, backward', 'matrix products')
         >>> part_of("triton_per_fused_rms_norm_pre_backward_view_1")
         'other kernels'
     """
-    if kernel.startswith("triton_"):
+    if kernel.startswith("triton_"):  # Inductor names them after what they feed: a layer's
         return LAYERS
     return next((part for part, name in KERNELS.items() if re.search(name, kernel)), LAYERS)
 
@@ -65,7 +71,7 @@ def split(spans: Iterable[tuple[str, float, float]], steps: int) -> dict[str, fl
         steps: how many. What no kernel fills between the first and the last is under `GAPS`.
 
     Example:
-        >>> split([("merge_forward", 0, 2), ("gemm", 2, 7), ("merge_forward", 8, 10)], 2)
+        >>> split([("merge_forward", 0, 2), ("copy", 2, 7), ("merge_forward", 8, 10)], 2)
         {'merge, forward': 2.0, 'other kernels': 2.5, 'no kernel': 0.5}
     """
     found = list(spans)

@@ -1,7 +1,7 @@
 """The commands of `mhc-tile perf`: their arguments, and what they run.
 
 Each command has a function in `COMMANDS` that declares it and sets `perform`, a function from the
-parsed arguments to an exit code. Nothing heavy is imported before a command runs.
+parsed arguments to an exit code. TileLang and matplotlib are imported by who needs them alone.
 """
 
 import argparse
@@ -180,11 +180,32 @@ def _gate(args: argparse.Namespace) -> int:
         _check_commit(new, args)
         base = _baseline(args.baseline, new.environment.get("gpu"))
         return _say(compare.compare(base, new, **options), args, complete=True)
-    base = _baseline(args.baseline, _gpu_here())
-    found = compare.gate(base, _measure, **options)
+    gpu = _gpu_here()
+    base = _baseline(args.baseline, gpu)
+    nothing = records.Record("run", {"gpu": gpu}, [])
+    compare.check_comparable(base, nothing, force=args.force)
+    _check_output(args)
+    left = [args.out]  # what looks slower is measured again, and does not replace the rest
+    found = compare.gate(
+        base, lambda wanted: _measure(wanted, left.pop() if left else None), **options
+    )
     if args.out:
         records.write(found.new, args.out)
     return _say(found, args, complete=True)
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    """Fail for what would fail after minutes of measuring."""
+    from mhc_tile.autotune._extras import require
+
+    from . import output
+
+    for package in ("tabulate", "tqdm"):
+        require(package, "mhc-tile perf gate", "perf")
+    for name in ("out", "markdown", "json"):
+        path = getattr(args, name)
+        if path and path != "-":
+            output.check_file("perf gate", name, Path(path))
 
 
 def _gate_static(args: argparse.Namespace) -> int:
@@ -207,9 +228,9 @@ def _gate_static(args: argparse.Namespace) -> int:
 
 def _check_commit(new: "Record", args: argparse.Namespace) -> None:
     """A result of another commit says nothing of this checkout."""
-    from . import records
+    from .environment import commit
 
-    measured, here = new.environment.get("commit"), records.environment(None, "cpu")["commit"]
+    measured, here = new.environment.get("commit"), commit()
     if here and measured != here and not args.force:
         raise ValueError(
             f"perf gate: {args.result} must be of this checkout's commit {here}, got {measured}; "
@@ -249,11 +270,11 @@ def _gpu_here() -> str:
         ) from error
 
 
-def _measure(base: "Record") -> "Record":
+def _measure(base: "Record", path: Path | None) -> "Record":
     """The cases of a baseline, now."""
     import importlib
 
-    return importlib.import_module(".suite", __package__).measure_for_gate(base)
+    return importlib.import_module(".suite", __package__).measure_for_gate(base, path)
 
 
 def _say(found: "Comparison", args: argparse.Namespace, *, complete: bool) -> int:
@@ -292,7 +313,10 @@ def _report_page(args: argparse.Namespace) -> int:
 
 
 def _percent(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a number of percent, got {text}") from error
     if not 0 <= value < 1000:
         raise argparse.ArgumentTypeError(f"must be from 0 to 1000 percent, got {text}")
     return value

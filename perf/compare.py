@@ -8,7 +8,7 @@ processes, which no number of turns shows. Only rows of mhc_tile decide; peers a
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,18 +133,36 @@ def compare(
     if not threshold >= 0:
         raise ValueError(f"perf compare: threshold must be at least 0, got {threshold}")
     pace = _pace(base, new)
-    wrong = _disagreements(base, new, pace)
-    if wrong and not force:
-        raise ValueError(
-            f"perf compare: results must agree in {', '.join(MUST_AGREE)}, got "
-            f"{'; '.join(wrong)}; --force compares them all the same"
-        )
+    wrong = check_comparable(base, new, force=force)
     rows = _by_key(base.rows), _by_key(new.rows)
     pairs = tuple(
         _judge(key, rows[0].get(key), rows[1].get(key), threshold, pace)
         for key in dict.fromkeys([*rows[0], *rows[1]])
     )
     return Comparison(base, new, threshold, pace, pairs, (*wrong, *_differences(base, new)))
+
+
+def check_comparable(base: Record, new: Record, *, force: bool = False) -> list[str]:
+    """Refuse results whose times cannot be compared.
+
+    Args:
+        base: the older result.
+        new: the newer result; one without rows if it is yet to be measured.
+        force: whether to accept them all the same.
+
+    Returns:
+        Why they should not be compared, "<key>: <base's> -> <new's>"; empty if they can be.
+
+    Raises:
+        ValueError: They should not, and `force` is not set.
+    """
+    wrong = _disagreements(base, new, _pace(base, new))
+    if wrong and not force:
+        raise ValueError(
+            f"perf compare: results must agree in {', '.join(MUST_AGREE)}, got "
+            f"{'; '.join(wrong)}; --force compares them all the same"
+        )
+    return wrong
 
 
 def gate(
@@ -169,7 +187,7 @@ def gate(
     for _ in range(REPEATS):
         found = compare(base, new, threshold=threshold, force=force)
         suspects = {pair.case for pair in found.of("regression")}
-        if not suspects:
+        if not suspects or new.environment.get("cases_left"):  # the GPU answers no more
             return found
         again = measure(
             dataclasses.replace(base, rows=[r for r in base.rows if r.case in suspects])
@@ -221,13 +239,24 @@ def _disagreements(base: Record, new: Record, pace: float) -> list[str]:
 
 
 def _differences(base: Record, new: Record) -> list[str]:
-    """What else is different where they were measured; neither when nor by which command."""
-    kept = ("commit", "mhc_tile", "driver", "python", "torch", "cuda")
-    pairs = [(key, base.environment.get(key), new.environment.get(key)) for key in kept]
-    packages = [record.environment.get("packages") or {} for record in (base, new)]
-    names = dict.fromkeys([*packages[0], *packages[1]])
-    pairs += [(name, packages[0].get(name), packages[1].get(name)) for name in names]
-    return [f"{key}: {old or 'none'} -> {now or 'none'}" for key, old, now in pairs if old != now]
+    """What else is different where they were measured, of what both results say."""
+    old, now = _compared(base.environment), _compared(new.environment)
+    return [
+        f"{name}: {old[name] or 'none'} -> {now[name] or 'none'}"
+        for name in old
+        if name in now and old[name] != now[name]
+    ]
+
+
+def _compared(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an environment is compared; neither when nor by which command."""
+    kept = ("commit", "mhc_tile", "driver", "python", "torch", "cuda", "float32_matmul_precision")
+    found = {key: environment[key] for key in kept if key in environment}
+    for key in ("settings", "packages"):
+        found |= environment.get(key) or {}
+    if "tables" in environment:
+        found["tables"] = ", ".join(map(str, environment["tables"] or []))
+    return found
 
 
 def _by_key(rows: Iterable[Row]) -> dict[tuple[str, str], Row]:

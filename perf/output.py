@@ -1,6 +1,7 @@
 """What the measuring commands share: where a result goes, progress, errors in one line."""
 
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,15 +24,35 @@ def result_path(kind: str, environment: Mapping[str, Any], wanted: Path | None) 
         wanted: the path that was asked for, if any.
 
     Raises:
-        OSError: The folder cannot be made.
+        ValueError: It is a folder.
+        OSError: It cannot be written.
     """
     path = wanted or Path(f"{kind}-{slug(environment.get('gpu'))}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_file("perf", "out", path)
     return path
 
 
+def check_file(command: str, option: str, path: Path) -> None:
+    """Fail if a file could not be written, before minutes are spent; its folder is made.
+
+    Args:
+        command: for the message.
+        option: that names the file.
+        path: of the file.
+
+    Raises:
+        ValueError: It is a folder.
+        OSError: It cannot be written.
+    """
+    if path.is_dir():
+        raise ValueError(f"{command}: --{option} must be a file, got the folder {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
 def keep(
-    kind: str, environment: Mapping[str, Any], parts: Iterable[Mapping[str, Row]], path: Path
+    kind: str, environment: Mapping[str, Any], parts: Iterable[Mapping[str, Row]], path: Path | None
 ) -> Record:
     """Write what is measured so far; nothing yet does not replace a file.
 
@@ -39,13 +60,14 @@ def keep(
         kind: of the result.
         environment: of the result.
         parts: rows by contender, of each case.
-        path: of the file.
+        path: of the file; None writes nothing.
 
     Raises:
         OSError: It cannot be written.
     """
-    record = Record(kind, environment, [row for part in parts for row in part.values()])
-    if record.rows or not path.exists():
+    rows = [row for part in parts for row in part.values()]
+    record = Record(kind, dict(environment), rows)
+    if path and (rows or not path.exists()):
         write(record, path)
     return record
 

@@ -8,6 +8,8 @@ takes longer than with plain residuals under torch.compile.
 """
 
 import argparse
+import dataclasses
+import gc
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -22,11 +24,11 @@ from mhc_tile.autotune._extras import require
 from mhc_tile.autotune.timing import rounds
 from mhc_tile.models import CONFIGS
 
-from . import output, records, tables
+from . import environment, output, tables
 from .bench import Bench, bench_of
 from .breakdown import breakdown, steps_under_load
 from .records import OURS, Row
-from .slices import BATCH, LAYERS, NAMES, PLAIN, SEQUENCE, Slice, Step, Sublayers
+from .slices import BATCH, LAYERS, NAMES, PLAIN, SEQUENCE, TF32, Slice, Step, Sublayers
 
 MODELS = ("paper-27b", "paper-27b-dense")
 TURNS = 16
@@ -38,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `mhc-tile perf overhead`."""
     add = parser.add_argument
     add("--model", nargs="+", choices=tuple(CONFIGS), default=list(MODELS), help="which slices")
-    add("--layers", type=int, default=LAYERS, help=f"of each slice (default: {LAYERS})")
+    layers = f"of each slice (default: {LAYERS}, or fewer if that is what fits)"
+    add("--layers", type=int, metavar="N", help=layers)
     add("--batch", type=int, default=BATCH, help=f"sequences (default: {BATCH})")
     add("--sequence", type=int, default=SEQUENCE, help=f"tokens of each (default: {SEQUENCE})")
     add("--optimizer", action="store_true", help="with a step of AdamW")
@@ -67,24 +70,31 @@ def run(args: argparse.Namespace) -> int:
     bench = bench_of(args.device)
     for package in ("tabulate", *(["matplotlib"] if args.figures else [])):
         require(package, "mhc-tile perf overhead", "perf")  # before minutes are spent
-    shape = (args.layers, args.batch, args.sequence, args.optimizer, args.device)
+    shape = (args.layers or LAYERS, args.batch, args.sequence, args.optimizer, args.device)
     slices = [Slice(model, *shape) for model in dict.fromkeys(args.model)]
-    environment = records.environment(bench.bandwidth(), args.device)
-    environment["denominator"] = {piece.key: piece.denominator for piece in slices}
-    path = output.result_path("overhead", environment, args.out)
+    where = environment.environment(bench.bandwidth(), args.device)
+    where["denominator"] = {}
+    path = output.result_path("overhead", where, args.out)
     progress, parts, lost = output.Progress(), list[dict[str, Row]](), False
     try:
         for piece in slices:
             parts.append({})
-            measure(piece, bench, progress, args.contender, args.turns, parts[-1])
+            while True:
+                where["denominator"][piece.key] = piece.denominator
+                options = (progress, args.contender, args.turns, parts[-1])
+                if measure(piece, bench, *options, must_fit=not args.layers):
+                    break
+                del where["denominator"][piece.key]
+                piece = dataclasses.replace(piece, layers=piece.layers // 2)
+                progress.say(f"memory is out: {piece.key} instead")
             # a process that is killed loses the slice in flight
-            output.keep("overhead", environment, parts, path)
+            output.keep("overhead", where, parts, path)
             output.say(tables.overhead(piece.denominator, list(parts[-1].values())))
     except output.UnusableError as error:
         output.say(f"perf overhead: {error}; what comes after it is not measured")
         lost = True
     finally:  # whatever ends the run, what was measured is kept
-        record = output.keep("overhead", environment, parts, path)
+        record = output.keep("overhead", where, parts, path)
     output.say(f"result: {path}")
     if args.figures:
         output.draw(record, args.figures)
@@ -99,6 +109,8 @@ def measure(
     wanted: Sequence[str] = (),
     turns: int = TURNS,
     rows: dict[str, Row] | None = None,
+    *,
+    must_fit: bool = False,
 ) -> dict[str, Row]:
     """One slice: every contender's step.
 
@@ -109,9 +121,10 @@ def measure(
         wanted: beginnings of contenders' names; all if empty. Plain residuals always take part.
         turns: of each.
         rows: what is measured is put in here as it comes, for who is interrupted.
+        must_fit: whether to stop, of several layers, where a contender runs out of memory.
 
     Returns:
-        A row for each by name, the plain one first.
+        A row for each by name, the plain one first; none if it stopped.
 
     Raises:
         UnusableError: A contender left the GPU so that nothing works on it any more.
@@ -124,7 +137,12 @@ def measure(
     # then; whether for that reason is not known.
     workers: dict[str, Any] = {"quiesce_async_compile_pool": False}
     with torch._dynamo.config.patch(**limits), torch._inductor.config.patch(**workers):
-        _measure(piece, bench, progress, wanted, turns, rows)
+        try:
+            _measure(piece, bench, progress, wanted, turns, rows, must_fit and piece.layers > 1)
+        except _FullError:
+            rows.clear()
+    gc.collect()  # else a slice leaves its memory to the next one
+    bench.recover()
     return rows
 
 
@@ -135,14 +153,16 @@ def _measure(
     wanted: Sequence[str],
     turns: int,
     rows: dict[str, Row],
+    must_fit: bool,
 ) -> None:
     steps: dict[str, Step] = {}
     progress.say(f"{piece.key}: layers")
     try:
         sublayers = Sublayers(piece)
     except torch.OutOfMemoryError as error:
+        if must_fit:
+            raise _FullError from error
         rows[OURS] = _row(piece, OURS).replace(**output.fault_of(error))
-        bench.recover()
         return
     shared = _optimizer(piece, (p for layer in sublayers.layers for p in layer.parameters()))
     for name, build in sublayers.contenders().items():
@@ -153,7 +173,8 @@ def _measure(
         try:
             model = build()
             own = _optimizer(piece, _own(model, sublayers.layers))
-            step = Step(model, *sublayers.inputs(name), [*shared, *own])
+            tf32 = name.endswith(TF32)
+            step = Step(model, *sublayers.inputs(name), [*shared, *own], tf32=tf32)
             row = row.replace(error=sublayers.error(name, model, step.x))
             if row.error is not None and not row.error < TOLERANCE:
                 fault = (
@@ -171,10 +192,16 @@ def _measure(
         if step:
             step.free()
         rows[name] = row
+        if row.status == "out of memory" and must_fit:
+            raise _FullError
         if row.status != "ok":
             output.recover(bench, row)
     progress.say(f"{piece.key}: {turns} turns of {len(steps)}")
     _time(piece, rows, steps, bench, turns)
+
+
+class _FullError(Exception):
+    """A slice of several layers does not fit."""
 
 
 def _time(

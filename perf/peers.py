@@ -4,6 +4,7 @@ Each takes our tensors and brings them into its own layout once, outside what is
 returns is brought back for the check. Where an op of ours has no counterpart, there is no adapter.
 """
 
+import contextlib
 import importlib
 import sys
 from collections.abc import Callable
@@ -14,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operations import Results
-from .records import version
+from .bench import tf32_products
+from .environment import version
+from .operations import MODES, Results
 
 STREAMS = 4
 ITERS = 20
@@ -38,6 +40,8 @@ class Contender:
         cotangents: cotangents of our results in its layout.
         gradients: gradients of its tensors in our layout.
         note: how it differs from the op by construction; empty if it should compute the same.
+        tf32: whether PyTorch multiplies fp32 in tf32 meanwhile.
+        modes: in which it can be called.
     """
 
     name: str
@@ -47,6 +51,12 @@ class Contender:
     cotangents: Callable[..., list[Tensor]] = _same
     gradients: Callable[..., list[Tensor]] = _same
     note: str = ""
+    tf32: bool = False
+    modes: tuple[str, ...] = MODES
+
+    def setting(self) -> contextlib.AbstractContextManager[None]:
+        """What it is called under, forward and backward."""
+        return tf32_products() if self.tf32 else contextlib.nullcontext()
 
     def results(self, *tensors: Tensor) -> Results:
         """What it returns, as a tuple."""
@@ -56,6 +66,8 @@ class Contender:
 
 def tile_kernels(op: str) -> Contender | None:
     """DeepSeek's TileKernels; without a graph of gradients its `pre` is one fused kernel.
+
+    Its `pre` has no backward of its own: that adds to what the backward of its `merge` leaves.
 
     Args:
         op: a key of `operations.OPERATIONS`.
@@ -107,7 +119,9 @@ def tile_kernels(op: str) -> Contender | None:
     name = _named("tile-kernels")
     return {
         "sublayer": Contender(name, sublayer, take, first, batched, gradients),
-        "pre": Contender(name, pre, take, pre_results, pre_cotangents, gradients),
+        "pre": Contender(
+            name, pre, take, pre_results, pre_cotangents, gradients, modes=("inference", "forward")
+        ),
         "merge": Contender(name, merge, merge_take, first, batched, merge_gradients),
     }.get(op)
 

@@ -6,30 +6,21 @@ schema's number: a file of another schema is refused by name.
 """
 
 import dataclasses
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
-import subprocess
-import sys
-import tempfile
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
-import torch
-
-import mhc_tile
-from mhc_tile.autotune.device import Device, describe, driver_version
+from mhc_tile.autotune import table
+from mhc_tile.autotune.device import Device
 from mhc_tile.autotune.timing import Sample
 
 SCHEMA = 1
 KINDS = ("run", "overhead")
 OURS = "mhc_tile"
 STATUSES = ("ok", "wrong", "failed", "out of memory", "absent")
-PACKAGES = ("triton", "tilelang", "tile-kernels", "liger-kernel", "hyper-connections")
 
 
 @dataclass(frozen=True)
@@ -109,8 +100,8 @@ class Record:
 
     Attributes:
         kind: one of `KINDS`.
-        environment: of `environment()`; "gpu", "commit", "copy_bytes_per_s" and "date" are always
-            there (null where there is none).
+        environment: of `environment.environment()`; "gpu", "commit", "copy_bytes_per_s" and "date"
+            are always there (null where there is none).
         rows: in the order of measuring.
     """
 
@@ -155,30 +146,6 @@ def percent_of_roofline(row: Row, copy_bytes_per_s: float | None) -> float | Non
     return 100 * row.bytes / copy_bytes_per_s * 1e6 / row.us
 
 
-def environment(copy_bytes_per_s: float | None, device: str = "cuda") -> dict[str, Any]:
-    """Where and with what a run is made.
-
-    Args:
-        copy_bytes_per_s: bytes read and written a second by a large copy, of this run.
-        device: "cuda" or "cpu".
-    """
-    gpu = describe(torch.cuda.current_device()) if device == "cuda" else None
-    return {
-        "gpu": gpu.name if gpu else None,
-        "device": str(gpu) if gpu else f"CPU, {platform.machine()}, {os.cpu_count()} cores",
-        "driver": driver_version() if gpu else None,
-        "copy_bytes_per_s": copy_bytes_per_s,
-        "mhc_tile": mhc_tile.__version__,
-        "commit": _commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "packages": {name: version(name) for name in PACKAGES},
-        "command": ["mhc-tile", *sys.argv[1:]],
-    }
-
-
 def slug(gpu: str | None) -> str:
     """A GPU's model as part of a file name; "cpu" for none.
 
@@ -190,14 +157,6 @@ def slug(gpu: str | None) -> str:
         ('nvidia_h200', 'cpu')
     """
     return Device(gpu, (0, 0), 0, 0, 0, "").slug if gpu else "cpu"
-
-
-def version(package: str) -> str | None:
-    """An installed package's version; None if it is absent."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def write(record: Record, path: Path) -> None:
@@ -212,10 +171,7 @@ def write(record: Record, path: Path) -> None:
     """
     text = json.dumps({"schema": SCHEMA, **dataclasses.asdict(record)}, indent=1) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", delete=False) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    table.write(path, text)
 
 
 def read(path: Path) -> Record:
@@ -250,23 +206,60 @@ def read(path: Path) -> Record:
     if data.get("kind") not in KINDS:
         raise ValueError(f"perf: {path} must be of kind {KINDS}, got {data.get('kind')!r}")
     try:
-        rows = [Row(**row) for row in data["rows"]]
-        return Record(data["kind"], dict(data["environment"]), rows)
+        rows = [_checked(Row(**row)) for row in data["rows"]]
+        return Record(data["kind"], _checked_environment(dict(data["environment"])), rows)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"perf: {path} must hold rows of schema {SCHEMA}, got {error}") from error
 
 
-def _commit() -> str | None:
-    """The checkout's commit, with "+" behind it if files differ from it; None outside of one."""
-    root = Path(__file__).resolve().parent.parent
+def _checked(row: Row) -> Row:
+    """A row whose values are of their fields' types.
 
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(root), *words]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-        return result.stdout.strip()
+    Raises:
+        ValueError: One is not.
+    """
+    for one in dataclasses.fields(Row):
+        value = getattr(row, one.name)
+        if not _is(value, one.type):
+            raise ValueError(f"{one.name} {value!r} in the row of {row.contender}, {row.case}")
+    if row.status not in STATUSES:
+        raise ValueError(f"status {row.status!r} in the row of {row.contender}, {row.case}")
+    return row
 
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value of a file may be a field's; an integer may be a float, a bool is neither."""
+    if get_origin(kind) in (Mapping, dict):
+        content = get_args(kind)[1]
+        return isinstance(value, dict) and all(_is(v, content) for v in value.values())
+    kinds = get_args(kind) or (kind,)
+    if Any in kinds or (value is None and type(None) in kinds):
+        return True
+    if isinstance(value, bool):
+        return bool in kinds
+    if isinstance(value, int):
+        return int in kinds or float in kinds
+    if isinstance(value, float):
+        return float in kinds and math.isfinite(value)
+    return isinstance(value, str) and str in kinds
+
+
+_ENVIRONMENT = {
+    "gpu": str | None,
+    "copy_bytes_per_s": float | None,
+    "cases_left": int | None,
+    "packages": dict[str, Any],
+    "settings": dict[str, Any],
+}
+
+
+def _checked_environment(values: dict[str, Any]) -> dict[str, Any]:
+    """An environment in which what programs read is of its type.
+
+    Raises:
+        ValueError: Something is not.
+    """
+    for name, kind in _ENVIRONMENT.items():
+        if name in values and not _is(values[name], kind):
+            raise ValueError(f"environment {name} {values[name]!r}")
+    return values

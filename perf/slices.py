@@ -3,9 +3,11 @@
 Axes: B batch, S sequence, n streams, C hidden size.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from typing import Any, cast
 
 import torch
@@ -14,19 +16,24 @@ from torch import Tensor, nn
 from mhc_tile import HyperConnectedStack, HyperConnection, ManifoldHyperConnection, Residual
 from mhc_tile.models import CONFIGS, Decoder, ModelConfig, model_config
 
-from . import records
+from .bench import tf32_products
 from .connections import PeerConnection, ReferenceConnection
+from .environment import version
 from .records import OURS
 
 PLAIN = "residual (compiled)"
 LAYERS, BATCH, SEQUENCE = 4, 2, 4096
 PEERS = ("tile-kernels", "liger-kernel")
+TF32 = ", tf32)"  # the end of the name of who multiplies fp32 in tf32
+WAYS = ("compiled, tf32", "sublayers compiled, tf32", "sublayers compiled", "layers compiled")
 NAMES = (
     PLAIN, "residual (layers compiled)", OURS, f"{OURS} (layers compiled)",
-    "hc (sublayers compiled)", "hc (layers compiled)",
-    "reference (sublayers compiled)", "reference (layers compiled)", *PEERS,
+    *(f"{kind} ({way})" for kind in ("hc", "reference") for way in WAYS), *PEERS,
 )  # fmt: skip
-"""All contenders; peers take part where they are installed."""
+"""All contenders; peers take part where they are installed, tf32 on CUDA alone."""
+
+
+Connect = Callable[[int, nn.Module], nn.Module]  # from a sublayer's index and its layer
 
 
 def compiled(module: nn.Module) -> nn.Module:
@@ -113,12 +120,23 @@ class Sublayers:
         """How to build each, by name; those with plain residuals first."""
         layers = functools.cache(lambda: [compiled(layer) for layer in self.layers])
 
-        def joined(connect: Callable[[int, nn.Module], nn.Module]) -> Callable[[], nn.Module]:
-            return lambda: nn.Sequential(*(connect(i, f) for i, f in enumerate(layers())))
+        def joined(connect: Connect) -> Callable[[], nn.Module]:
+            return lambda: nn.Sequential(*starmap(connect, enumerate(layers())))
 
         def hyper(index: int, layer: nn.Module) -> nn.Module:
             device = self.ours[0].phi.device
             return HyperConnection(layer, self.width, layer_index=index, device=device)
+
+        def reference(index: int, layer: nn.Module) -> nn.Module:
+            return ReferenceConnection(self.around(index, layer))
+
+        def whole(connect: Connect) -> Callable[[], nn.Module]:
+            return lambda: compiled(nn.Sequential(*starmap(connect, enumerate(self.layers))))
+
+        def apart(connect: Connect) -> Callable[[], nn.Module]:
+            return lambda: nn.Sequential(
+                *(compiled(connect(i, layer)) for i, layer in enumerate(self.layers))
+            )
 
         def by(package: str) -> Callable[[], nn.Module]:
             return joined(lambda i, f: PeerConnection(self.around(i, f), package))
@@ -130,18 +148,14 @@ class Sublayers:
             f"{OURS} (layers compiled)": lambda: HyperConnectedStack(
                 self.around(i, f) for i, f in enumerate(layers())
             ),
-            "hc (sublayers compiled)": lambda: nn.Sequential(
-                *(compiled(hyper(i, layer)) for i, layer in enumerate(self.layers))
-            ),
-            "hc (layers compiled)": joined(hyper),
-            "reference (sublayers compiled)": lambda: nn.Sequential(
-                *(compiled(ReferenceConnection(own)) for own in self.ours)
-            ),
-            "reference (layers compiled)": joined(
-                lambda i, f: ReferenceConnection(self.around(i, f))
-            ),
         }
-        return found | {package: by(package) for package in PEERS if records.version(package)}
+        for kind, connect in (("hc", hyper), ("reference", reference)):
+            ways = (whole(connect), apart(connect), apart(connect), joined(connect))
+            found |= {f"{kind} ({way})": build for way, build in zip(WAYS, ways, strict=True)}
+        found |= {package: by(package) for package in PEERS if version(package)}
+        if self.piece.device == "cuda":
+            return found
+        return {name: build for name, build in found.items() if not name.endswith(TF32)}
 
     def around(self, index: int, layer: nn.Module) -> ManifoldHyperConnection:
         """The connection of ours, around another form of its layer.
@@ -172,10 +186,12 @@ class Sublayers:
         """
         if name.startswith(("residual", "hc")):
             return None
-        found = _differentiated(model, x, self.inputs(name)[1])
+        truths, grad = self.truth, self.inputs(name)[1]
+        with tf32_products() if name.endswith(TF32) else contextlib.nullcontext():
+            found = _differentiated(model, x, grad)
         errors = [
             (value.float() - truth.float()).norm() / truth.float().norm()
-            for value, truth in zip(found, self.truth, strict=True)
+            for value, truth in zip(found, truths, strict=True)
         ]
         return torch.stack(errors).max().item()  # of a NaN, NaN
 
@@ -221,19 +237,28 @@ class Step:
         x: what they read.
         grad: the gradient of their output.
         optimizers: whose steps belong to it.
+        tf32: whether PyTorch multiplies fp32 in tf32 meanwhile.
     """
 
     def __init__(
-        self, model: nn.Module, x: Tensor, grad: Tensor, optimizers: Sequence[torch.optim.Optimizer]
+        self,
+        model: nn.Module,
+        x: Tensor,
+        grad: Tensor,
+        optimizers: Sequence[torch.optim.Optimizer],
+        *,
+        tf32: bool = False,
     ) -> None:
         self.model, self.x, self.grad, self.optimizers = model, x, grad, optimizers
+        self._setting = tf32_products if tf32 else contextlib.nullcontext
         self._leaves = [x, *model.parameters()]
 
     def __call__(self) -> None:
         """Forward, backward, optimizers."""
         for leaf in self._leaves:
             leaf.grad = None
-        self.model(self.x).backward(self.grad)
+        with self._setting():
+            self.model(self.x).backward(self.grad)
         for optimizer in self.optimizers:
             optimizer.step()
 

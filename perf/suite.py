@@ -20,17 +20,17 @@ from torch import Tensor
 from mhc_tile.autotune._extras import require
 from mhc_tile.autotune.timing import rounds
 
-from . import output, records, tables
+from . import output, tables
+from .accuracy import TOLERANCE, as_tuple, check, leaves_of
 from .bench import Bench, bench_of
+from .environment import environment, version
 from .operations import MODES, OPERATIONS, Case, Inputs, Operation, Results, cases
 from .peers import ADAPTERS, Contender
 from .records import OURS, Record, Row
 
 EAGER, COMPILED = "reference (eager)", "reference (compiled)"
-# Relative RMS error. bf16 rounds to 2e-3, and a chain of eager calls rounds several times: the
-# reference of `boundary` in bf16 has gradients that differ by 1.4e-2.
-TOLERANCE = 0.02
-CHUNK = 1024  # tokens of the reference in float64 at a time
+COMPILED_TF32 = "reference (compiled, tf32)"
+NAMES = (OURS, EAGER, COMPILED, COMPILED_TF32, *ADAPTERS)
 TURNS = 20
 QUICK_TURNS = 10
 
@@ -64,35 +64,68 @@ def run(args: argparse.Namespace) -> int:
         KeyboardInterrupt: After Ctrl-C, with what was measured in the file.
     """
     output.check_positive("perf run", turns=args.turns)
-    output.check_names("perf run", args.contender, (OURS, EAGER, COMPILED, *ADAPTERS))
+    output.check_names("perf run", args.contender, NAMES)
     bench = bench_of(args.device)
     chosen = _chosen(args)
     for package in ("tabulate", "tqdm", *(["matplotlib"] if args.figures else [])):
         require(package, "mhc-tile perf run", "perf")  # before minutes are spent
-    environment = records.environment(bench.bandwidth(), args.device)
-    path = output.result_path("perf", environment, args.out)
+    where = environment(bench.bandwidth(), args.device)
+    path = output.result_path("perf", where, args.out)
     turns = args.turns or (QUICK_TURNS if args.quick else TURNS)
     wanted = functools.partial(_wanted, names=tuple(args.contender))
-    progress, parts, lost = output.Progress(), list[dict[str, Row]](), False
-    environment["cases_left"] = len(chosen)
-    try:
-        for case in progress.over(chosen, "mhc-tile perf run"):
-            progress.say(case.key)
-            parts.append({})
-            measure(case, bench, wanted, turns, parts[-1])
-            environment["cases_left"] = len(chosen) - len(parts)
-            # a process that is killed loses the case in flight
-            output.keep("run", environment, parts, path)
-        del environment["cases_left"]  # it has ended
-    except output.UnusableError as error:
-        output.say(f"perf run: {error}; the cases after it are not measured")
-        lost = True
-    finally:  # whatever ends the run, what was measured is kept
-        record = output.keep("run", environment, parts, path)
+    record, lost = measure_all(chosen, bench, wanted, turns, where, path)
     output.say(tables.run(record), f"\nresult: {path}")
     if args.figures:
         output.draw(record, args.figures)
     return int(lost or any(row.status != "ok" for row in record.rows if row.contender == OURS))
+
+
+def measure_all(
+    chosen: Sequence[Case],
+    bench: Bench,
+    wanted: Callable[[str], bool],
+    turns: int,
+    where: dict[str, Any],
+    path: Path | None = None,
+) -> tuple[Record, bool]:
+    """Case after case.
+
+    Args:
+        chosen: the cases.
+        bench: where.
+        wanted: which contenders, by name.
+        turns: of each.
+        where: the environment; "cases_left" is there until the last case is measured.
+        path: of the result, which is written after every case and however it ends.
+
+    Returns:
+        The result, and whether the GPU answers no more.
+
+    Raises:
+        OSError: The result cannot be written.
+        MissingExtraError: tqdm is missing.
+        KeyboardInterrupt: After Ctrl-C.
+    """
+    progress, parts, lost = output.Progress(), list[dict[str, Row]](), False
+    where["cases_left"] = len(chosen)
+
+    def keep() -> Record:
+        return output.keep("run", where, parts, path)
+
+    try:
+        for case in progress.over(chosen, "mhc-tile perf"):
+            progress.say(case.key)
+            parts.append({})
+            measure(case, bench, wanted, turns, parts[-1])
+            where["cases_left"] = len(chosen) - len(parts)
+            keep()  # a process that is killed loses the case in flight
+        del where["cases_left"]  # it has ended
+    except output.UnusableError as error:
+        output.say(f"perf: {error}; the cases after it are not measured")
+        lost = True
+    finally:  # whatever ends the run, what was measured is kept
+        record = keep()
+    return record, lost
 
 
 def _chosen(args: argparse.Namespace) -> list[Case]:
@@ -110,54 +143,57 @@ def _chosen(args: argparse.Namespace) -> list[Case]:
     return chosen
 
 
-def measure_for_gate(base: Record) -> Record:
+def measure_for_gate(base: Record, path: Path | None = None) -> Record:
     """This library on the cases of a baseline.
 
     Args:
         base: of `mhc-tile perf run`; cases without our times are left out.
+        path: as for `measure_all`.
+
+    Raises:
+        OSError: As there, as the others.
     """
     bench = bench_of("cuda")
-    record = Record("run", records.environment(bench.bandwidth()), [])
     keys = [row.case for row in base.rows if row.contender == OURS and row.us is not None]
-    rows = [
-        row
-        for key in dict.fromkeys(keys)
-        for row in measure(Case.of(key), bench, lambda name: name == OURS, TURNS).values()
-    ]
-    return Record("run", record.environment, rows)
+    chosen = [Case.of(key) for key in dict.fromkeys(keys)]
+    where = environment(bench.bandwidth())
+    return measure_all(chosen, bench, lambda name: name == OURS, TURNS, where, path)[0]
 
 
 def contenders(
-    case: Case, wanted: Callable[[str], bool] = lambda name: True
+    case: Case, wanted: Callable[[str], bool] = lambda name: True, device: str = "cuda"
 ) -> Iterator[Contender | Row]:
     """Who takes part in a case; a row for who could not be loaded.
 
     Args:
         case: the op is of `OPERATIONS`.
         wanted: of a name.
+        device: "cuda" or "cpu".
     """
     operation = OPERATIONS[case.op]
     if wanted(OURS):
         yield Contender(OURS, operation.ours)
     if wanted(EAGER):
         yield Contender(EAGER, operation.reference)
+    torch._dynamo.reset()  # a case is compiled for itself, whatever others have left
+    compiled = torch.compile(operation.reference, fullgraph=True, dynamic=False)
     if wanted(COMPILED):
-        torch._dynamo.reset()  # a case is compiled for itself, whatever others have left
-        compiled = torch.compile(operation.reference, fullgraph=True, dynamic=False)
         yield Contender(COMPILED, compiled)
+    if operation.parameters and device == "cuda" and wanted(COMPILED_TF32):
+        yield Contender(COMPILED_TF32, compiled, tf32=True)
     if case.streams != 4 or case.dtype != "bfloat16":
         return
     for name, adapter in ADAPTERS.items():
         if not wanted(name):
             continue
-        if records.version(name) is None:
+        if version(name) is None:
             continue  # said once, in the environment
         try:
             contender = adapter(case.op)
         except Exception as error:
             yield _row(case, name, None, **output.fault_of(error))
             continue
-        if contender:
+        if contender and case.mode in contender.modes:
             yield contender
 
 
@@ -193,7 +229,7 @@ def measure(
         bench.recover()
         return rows
     timers: dict[str, Any] = {}
-    for contender in contenders(case, wanted):
+    for contender in contenders(case, wanted, bench.device):
         if isinstance(contender, Row):
             rows[contender.contender] = contender
             continue
@@ -244,7 +280,7 @@ class _Sets:
         """Results of the reference on one token, as many as there are tokens."""
         own = len(tensors) - self._operation.parameters
         with torch.no_grad():
-            found = _tuple(
+            found = as_tuple(
                 self._operation.reference(*(t[:1] for t in tensors[:own]), *tensors[own:])
             )
         return tuple(value.expand(self._case.tokens, *value.shape[1:]) for value in found)
@@ -263,9 +299,9 @@ def _prepare(
     training = case.mode == "training"
     own = []
     for tensors, cotangents in inputs.all:
-        leaves = _leaves(case, contender, tensors)
+        leaves = leaves_of(case, contender, tensors)
         own.append([*leaves, *(contender.cotangents(*cotangents) if training else ())])
-    count = len(_leaves(case, contender, inputs.all[0][0]))
+    count = len(leaves_of(case, contender, inputs.all[0][0]))
 
     def function(*values: Tensor) -> Any:
         leaves, cotangents = values[:count], values[count:]
@@ -282,10 +318,11 @@ def _prepare(
     def backward(results: Results) -> Any:
         return torch.autograd.grad(results, own[0][:count], own[0][count:])
 
-    function(*own[0])  # compiles
-    peak, saved = bench.memory(forward, backward if training else None)
-    timed = bench.timed(function, own)
-    host = bench.host_us(function, own[0], timed.launches)
+    with contender.setting():
+        function(*own[0])  # compiles
+        peak, saved = bench.memory(forward, backward if training else None)
+        timed = bench.timed(function, own)
+        host = bench.host_us(function, own[0], timed.launches)
     row = row.replace(
         error=error,
         captured=timed.captured,
@@ -294,51 +331,12 @@ def _prepare(
         peak_bytes=peak,
         saved_bytes=saved,
     )
-    return row, timed.timer
 
+    def timer() -> float:
+        with contender.setting():  # what no graph has captured is called again
+            return timed.timer()
 
-def check(
-    case: Case, contender: Contender, tensors: Sequence[Tensor], cotangents: Sequence[Tensor]
-) -> float:
-    """The largest relative RMS error of a contender's results, and of its gradients in training.
-
-    The truth is the reference in float64 on the same tensors, some tokens at a time. What is not a
-    number is infinitely wrong.
-    """
-    operation = OPERATIONS[case.op]
-    training = case.mode == "training"
-    leaves = _leaves(case, contender, tensors)
-    with torch.set_grad_enabled(case.mode != "inference"):
-        raw = contender.results(*leaves)
-    found = [*contender.give(*(value.detach() for value in raw))]
-    if training:
-        grads = torch.autograd.grad(raw, leaves, contender.cotangents(*cotangents))
-        found += contender.gradients(*grads)
-    own = len(tensors) - operation.parameters
-    count = len(cotangents)
-    errors, norms = [0.0] * len(found), [0.0] * len(found)
-    sums: dict[int, Tensor] = {}
-    for start in range(0, case.tokens, CHUNK):
-        part = slice(start, start + CHUNK)
-        wide = [t[part].double() if i < own else t.double() for i, t in enumerate(tensors)]
-        wide = [value.requires_grad_(training) for value in wide]
-        truths = list(_tuple(operation.reference(*wide)))
-        if training:
-            truths += torch.autograd.grad(truths, wide, [g[part].double() for g in cotangents])
-        for index, truth in enumerate(truths[: len(found)]):
-            if index >= count + own:  # of a parameter: a sum over all tokens
-                sums[index] = sums.get(index, torch.zeros_like(truth)) + truth.detach()
-                continue
-            value = found[index][part].double().view_as(truth)
-            errors[index] += (value - truth).square().sum().item()
-            norms[index] += truth.square().sum().item()
-    for index, truth in sums.items():
-        errors[index] = (found[index].double().view_as(truth) - truth).square().sum().item()
-        norms[index] = truth.square().sum().item()
-    pairs = zip(errors, norms, strict=True)
-    relative = [(e / n) ** 0.5 if n else e**0.5 for e, n in pairs]
-    # max() would pass over a NaN
-    return max(error if math.isfinite(error) else math.inf for error in relative)
+    return row, timer
 
 
 def _row(case: Case, name: str, moved: int | None, **values: Any) -> Row:
@@ -354,15 +352,6 @@ def _row(case: Case, name: str, moved: int | None, **values: Any) -> Row:
         bytes=moved,
         **values,
     )
-
-
-def _leaves(case: Case, contender: Contender, tensors: Sequence[Tensor]) -> list[Tensor]:
-    graph = case.mode != "inference"
-    return [value.detach().requires_grad_(graph) for value in contender.take(*tensors)]
-
-
-def _tuple(results: Any) -> Results:
-    return (results,) if isinstance(results, Tensor) else tuple(results)
 
 
 def _wanted(name: str, names: tuple[str, ...]) -> bool:

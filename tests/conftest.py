@@ -34,3 +34,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "device" in metafunc.fixturenames:
         devices = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
         metafunc.parametrize("device", devices)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Writes results of `mhc-tile perf`; `files(a=Record(...))` gives their paths."""
+    from mhc_tile.perf import records
+
+    def write(**given):
+        for name, result in given.items():
+            records.write(result, tmp_path / f"{name}.json")
+        return [str(tmp_path / f"{name}.json") for name in given]
+
+    return write

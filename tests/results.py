@@ -22,6 +22,7 @@ ENVIRONMENT: dict[str, Any] = {
     "packages": {"tilelang": "0.1.15", "triton": "3.6.0", "liger-kernel": None},
     "command": ["mhc-tile", "perf", "run"],
 }
+OTHER = "merge/forward/64x7168/n4/bfloat16"
 OPS = ("merge", "pre", "pre_apply", "mapping", "sinkhorn", "boundary")
 SHAPES = ((64, 7168), (4096, 7168), (8192, 1280), (8192, 2560), (8192, 4096))
 MODES = ("forward", "training")

@@ -11,6 +11,7 @@ from mhc_tile.perf.breakdown import (
     GAPS,
     KERNELS,
     LAYERS,
+    PRODUCTS,
     busy,
     lasting,
     part_of,
@@ -27,9 +28,40 @@ def test_every_kernel_of_ours_has_a_part():
     # No slice has an expand or a collapse.
     assert {n.split("_")[0] for n, p in parts.items() if p == LAYERS} <= {"expand", "collapse"}
     for name, part in parts.items():
-        if part not in (LAYERS, "sinkhorn"):
+        if part != LAYERS:
             assert ("backward" in name) == ("backward" in part), name
     assert part_of("void at::native::vectorized_elementwise_kernel<4>") == LAYERS
+
+
+@pytest.mark.parametrize(
+    ("kernel", "part"),
+    [
+        ("mhc_pre_big_fuse_kernel", "pre, forward"),
+        ("_mhc_pre_norm_fn_fwd_mul_kernel_kernel", "mapping, forward"),
+        ("_mhc_pre_norm_fn_bwd_norm_kernel_kernel", "mapping, backward"),
+        ("mhc_pre_split_mixes_bwd_kernel_kernel", "mapping, backward"),
+        ("mhc_sinkhorn_kernel_kernel", "sinkhorn, forward"),
+        ("mhc_sinkhorn_backward_kernel_kernel", "sinkhorn, backward"),
+        ("_mhc_pre_apply_mix_fwd_kernel_kernel", "pre_apply, forward"),
+        ("_mhc_pre_apply_mix_bwd_kernel_kernel", "pre_apply, backward"),
+        ("_mhc_post_fwd_kernel_kernel", "merge, forward"),
+        ("_mhc_post_bwd_kernel_kernel", "merge, backward"),
+        ("_mhc_mm_norm_bwd_fused_kernel", "mapping, backward"),
+        ("_mhc_split_sinkhorn_fwd_kernel", "sinkhorn, forward"),
+        ("_mhc_sinkhorn_bwd_hist_kernel", "sinkhorn, backward"),
+        ("_mhc_pre_fwd_kernel", "pre_apply, forward"),
+        ("_mhc_pre_bwd_kernel", "pre_apply, backward"),
+        ("_mhc_post_res_fwd_kernel", "merge, forward"),
+        ("_mhc_post_res_bwd_kernel", "merge, backward"),
+        ("sm80_xmma_gemm_f32f32_f32f32_f32_tn_n_tilesize128x128x8", PRODUCTS),
+        ("void gemmk1_kernel<int, float, 256>", PRODUCTS),
+        ("void pytorch_flash::flash_bwd_dot_do_o_kernel", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "attention"),
+        ("triton_per_fused_gemm_attention_pre_backward_0", LAYERS),
+    ],
+)
+def test_other_packages_and_pytorchs_kernels_have_parts(kernel, part):
+    assert part_of(kernel) == part
 
 
 def test_spans_that_overlap_count_once():
@@ -56,7 +88,8 @@ def test_parts_are_of_one_step():
         "pre, forward": 4.0,
         "merge, forward": 2.0,
         "merge, backward": 4.0,
-        LAYERS: 5.0,
+        PRODUCTS: 5.0,
+        LAYERS: 0.0,
         GAPS: (36 - 13 - 16) / 2,
     }
     assert list(parts) == [n for n in (*KERNELS, LAYERS, GAPS) if n in parts]
@@ -78,7 +111,7 @@ def test_steps_load_the_gpu():
 def test_a_step_on_a_gpu():
     a = torch.randn(1024, 1024, device="cuda", dtype=torch.bfloat16)
     us, parts, kernels = breakdown.breakdown(lambda: a @ a, 1e5)
-    assert set(parts) == {LAYERS, GAPS}
-    assert sum(kernels.values()) == pytest.approx(parts[LAYERS], rel=0.01)
-    assert 0 < parts[LAYERS] <= us
+    assert set(parts) == {PRODUCTS, LAYERS, GAPS}
+    assert sum(kernels.values()) == pytest.approx(parts[PRODUCTS] + parts[LAYERS], rel=0.01)
+    assert 0 < parts[PRODUCTS] <= us
     assert us == pytest.approx(sum(parts.values()))

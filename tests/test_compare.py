@@ -1,8 +1,6 @@
 """Two results side by side: verdicts on planted changes, noise, files that do not fit."""
 
-import dataclasses
 import json
-import random
 import re
 import shlex
 from pathlib import Path
@@ -10,12 +8,9 @@ from pathlib import Path
 import pytest
 
 from mhc_tile import __main__
-from mhc_tile.perf import cli, compare, records, suite, summary
+from mhc_tile.perf import compare, summary
 from mhc_tile.perf.__main__ import main
-from mhc_tile.perf.operations import cases
-from results import ENVIRONMENT, process, record, row, true_times
-
-OTHER = "merge/forward/64x7168/n4/bfloat16"
+from results import ENVIRONMENT, OTHER, record, row
 
 
 def verdict(base, new, **options) -> str:
@@ -141,82 +136,7 @@ def test_the_mean_is_over_our_cases():
     assert compare.compare(record(), record()).mean_change is None
 
 
-# The gate as it measures itself, on simulated processes.
-
-GATES = 150  # of 60 cases, so 9,000 verdicts a rule
-
-
-def gates(planted: float, slowed: str, count: int = GATES) -> int:
-    """How many of so many simulated gates fail; planted is a slowdown of an op above 20 us."""
-    times, failed = true_times(), 0
-    assert len(times) == 60
-
-    def slowdown(case: str) -> float:
-        return 1 + planted if case.startswith(f"{slowed}/") and times[case] > 20 else 1.0
-
-    for seed in range(count):
-        rng = random.Random(f"{planted} {slowed} {seed}")
-        base = process(times, rng)
-
-        def measure(wanted, rng=rng):
-            return process({case: times[case] for case in wanted.cases}, rng, slowdown)
-
-        failed += bool(compare.gate(base, measure).faults(complete=True))
-    return failed
-
-
-def test_an_unchanged_tree_passes():
-    assert gates(0.0, "merge") == 0
-
-
-@pytest.mark.parametrize("op", ["merge", "sinkhorn"])
-def test_a_planted_slowdown_is_caught(op):
-    assert gates(0.10, op, 50) == 50
-    assert gates(0.20, op, 20) == 20
-
-
-def test_a_slowdown_below_the_threshold_is_not():
-    assert gates(0.03, "merge") == 0
-
-
-def test_a_suspected_case_alone_is_measured_again():
-    base, asked = record(row(90), row(20, case=OTHER), row(50, contender="peer")), []
-    answers = [record(row(99), row(20, case=OTHER)), record(row(98)), record(row(90))]
-
-    def measure(wanted):
-        asked.append(wanted.cases)
-        return answers[len(asked) - 1]
-
-    found = compare.gate(base, measure)
-    assert asked == [[row().case, OTHER], [row().case], [row().case]]
-    assert found.faults() == []
-    assert found.of("same")[0].new.us == 90
-    assert {pair.contender for pair in found.pairs} == {"mhc_tile"}
-    asked.clear()
-    answers[2] = record(row(97.5))
-    assert [pair.new.us for pair in compare.gate(base, measure).faults()] == [97.5]
-
-
-def test_what_breaks_when_it_is_measured_again_is_a_fault():
-    broken = row(None, status="failed", fault="timed out")
-    answers = iter([record(row(99)), record(broken)])
-    (fault,) = compare.gate(record(row(90)), lambda base: next(answers)).faults()
-    assert (fault.verdict, fault.notes) == ("failing", ("failed: timed out",))
-
-
 # The commands.
-
-
-@pytest.fixture
-def files(tmp_path):
-    """Writes results; `files(a=record(...))` gives their paths."""
-
-    def write(**given):
-        for name, result in given.items():
-            records.write(result, tmp_path / f"{name}.json")
-        return [str(tmp_path / f"{name}.json") for name in given]
-
-    return write
 
 
 def test_compare_prints_a_table_and_says_so_in_its_exit_code(files, capsys):
@@ -267,96 +187,6 @@ def test_results_that_do_not_fit_are_errors(files, capsys, tmp_path):
         with pytest.raises(SystemExit) as stop:
             main(["compare", base, other, f"--threshold={wrong}"])
         assert stop.value.code == 2
-
-
-@pytest.fixture
-def baselines(tmp_path, monkeypatch):
-    """A folder of baselines, and a checkout at ENVIRONMENT's commit."""
-    monkeypatch.setattr(cli, "HERE", tmp_path)
-    monkeypatch.setattr(records, "_commit", lambda: ENVIRONMENT["commit"])
-    return tmp_path / "baselines"
-
-
-def test_gate_reads_the_baseline_of_the_model(files, baselines, capsys):
-    good, slow = files(good=record(row(91)), slow=record(row(99)))
-    assert main(["gate", good]) == 1
-    error = capsys.readouterr().err
-    path = baselines / "nvidia_h200.json"
-    assert f"must be at {path}, got none" in error
-    assert f"`mhc-tile perf run --out {path}`" in error
-    records.write(record(row(90)), path)
-    assert main(["gate", good]) == 0
-    assert main(["gate", slow]) == 3
-    records.write(record(row(90), row(case=OTHER)), path)
-    capsys.readouterr()
-    assert main(["gate", good]) == 3
-    assert "1 missing of 2 cases\n" in capsys.readouterr().out
-    assert main(["compare", str(path), good]) == 0
-    assert "no regression in 1 case; 1 in one of them only\n" in capsys.readouterr().out
-    records.write(record(row(90), cases_left=3), path)
-    assert main(["gate", good]) == 1
-    assert "must be of a run that ended, got one with 3 cases left" in capsys.readouterr().err
-    records.write(record(row(90)), path)
-    assert main(["gate", slow, "--baseline", slow]) == 0
-
-
-def test_results_without_a_case_in_common_are_refused(files, baselines, capsys):
-    one, other, none = files(one=record(row()), other=record(row(case=OTHER)), none=record())
-    gate = ["gate", one, "--baseline", none]
-    for command in (["compare", one, other], ["compare", one, none], ["compare", none, one], gate):
-        assert main([*command, "--force"]) == 1
-        assert "must have a case of mhc_tile in common, got none" in capsys.readouterr().err
-    assert main(["gate", other, "--baseline", one, "--force"]) == 3
-    assert "1 missing of 1 case; 1 in one of them only\n" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("path", sorted((Path(cli.__file__).parent / "baselines").glob("*.json")))
-def test_a_baseline_that_is_included_is_one(path):
-    base = records.read(path)
-    assert base.kind == "run"
-    assert cli.baseline_path(base.environment["gpu"]).name == path.name
-    assert "cases_left" not in base.environment
-    own = {one.case for one in base.rows if one.contender == records.OURS and one.us}
-    assert own == {case.key for case in cases()}
-
-
-def test_gate_refuses_a_result_of_another_commit(files, baselines, capsys):
-    (stale,) = files(stale=record(row(), commit="fedcba"))
-    records.write(record(row()), baselines / "nvidia_h200.json")
-    assert main(["gate", stale]) == 1
-    assert "must be of this checkout's commit 0123456789ab, got fedcba" in capsys.readouterr().err
-    assert main(["gate", stale, "--force"]) == 0
-
-
-def test_gate_measures_where_it_is_given_no_result(baselines, monkeypatch, capsys, tmp_path):
-    assert main(["gate"]) == 1
-    assert "a GPU or a result file must be given" in capsys.readouterr().err
-    monkeypatch.setattr(cli, "_gpu_here", lambda: "NVIDIA H200")
-    records.write(record(row(90)), baselines / "nvidia_h200.json")
-    for us, code in ((91, 0), (99, 3)):
-        monkeypatch.setattr(cli, "_measure", lambda base, us=us: record(row(us)))
-        assert main(["gate", "--out", str(tmp_path / "new.json")]) == code
-        assert records.read(tmp_path / "new.json").rows[0].us == us
-    assert main(["gate", str(tmp_path / "new.json"), "--out", "x"]) == 1
-
-
-def test_a_result_of_a_cpu_needs_a_baseline_by_name(files, baselines, capsys):
-    (result,) = files(cpu=record(row(), gpu=None, copy_bytes_per_s=None))
-    assert main(["gate", result]) == 1
-    assert "--baseline must be given for a result of a CPU" in capsys.readouterr().err
-    assert main(["gate", result, "--baseline", result]) == 0
-
-
-def test_rows_are_not_changed():
-    base = record(row())
-    kept = dataclasses.replace(base)
-    compare.gate(base, lambda wanted: record(row(99)))
-    assert base == kept
-
-
-def test_the_gate_measures_with_the_suite(monkeypatch):
-    monkeypatch.setattr(suite, "measure_for_gate", lambda base: record(row(91)))
-    assert cli._measure(record(row())).rows[0].us == 91
 
 
 # The workflow to copy.

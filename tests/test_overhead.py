@@ -1,5 +1,6 @@
 """`mhc-tile perf overhead`: slices joined in every way, their steps, what 100% is."""
 
+import dataclasses
 import math
 
 import pytest
@@ -14,19 +15,16 @@ from mhc_tile.perf import connections, output, overhead, records, slices, tables
 from mhc_tile.perf.__main__ import main
 from mhc_tile.perf.bench import CpuBench
 from mhc_tile.perf.breakdown import Breakdown
+from mhc_tile.perf.environment import version
 from mhc_tile.perf.overhead import measure
 from mhc_tile.perf.records import OURS
-from mhc_tile.perf.slices import NAMES, PLAIN, Slice, Step, Sublayers
+from mhc_tile.perf.slices import NAMES, PEERS, PLAIN, TF32, Slice, Step, Sublayers
 
 TINY = ["--device", "cpu", "--model", "1m", "--layers", "1", "--batch", "1", "--sequence", "16"]
 REAL = reference.merge
 COMMAND = ["overhead", *TINY, "--turns", "2"]
 PIECE = Slice("1m", layers=1, batch=1, sequence=16, device="cpu")
-KINDS = [
-    PLAIN, "residual (layers compiled)", OURS, f"{OURS} (layers compiled)",
-    "hc (sublayers compiled)", "hc (layers compiled)",
-    "reference (sublayers compiled)", "reference (layers compiled)",
-]  # fmt: skip
+KINDS = [name for name in NAMES if not name.endswith(TF32) and name not in PEERS]
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +48,7 @@ def test_an_overhead_has_the_error_of_a_ratio(monkeypatch):
 
 def test_the_peak_holds_the_gradients(monkeypatch):
     steps, before = [], []
-    monkeypatch.setattr(overhead, "Step", lambda *args: steps.append(Step(*args)) or steps[-1])
+    monkeypatch.setattr(overhead, "Step", lambda *a, **k: steps.append(Step(*a, **k)) or steps[-1])
 
     class Bench(CpuBench):
         def memory(self, forward, backward):
@@ -97,8 +95,8 @@ def test_the_default_name_and_no_pictures(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     assert main([*COMMAND, "--contender", "hc", "--figures", "drawn"]) == 0
-    result = records.read(tmp_path / "overhead-cpu.json")
-    assert [row.contender for row in result.rows] == [PLAIN, "hc (sublayers compiled)", KINDS[5]]
+    rows = records.read(tmp_path / "overhead-cpu.json").rows
+    assert [row.contender for row in rows] == [PLAIN, "hc (sublayers compiled)", KINDS[5]]
     assert "no pictures" in capsys.readouterr().out  # no breakdown on a CPU
 
 
@@ -119,6 +117,63 @@ def test_a_contender_that_there_is_not_is_named_before_anything_is_measured(tmp_
     assert not out.exists()
 
 
+def test_tf32_is_for_those_who_say_so_and_only_meanwhile():
+    sublayers, seen = Sublayers(PIECE), []
+    assert not any(name.endswith(TF32) for name in sublayers.contenders())
+    sublayers.piece = dataclasses.replace(PIECE, device="cuda")
+    assert [n for n in sublayers.contenders() if n not in PEERS] == [*NAMES[: -len(PEERS)]]
+    sublayers.piece = PIECE
+    sublayers.truth  # noqa: B018 - it is kept, and not looked at below
+
+    def look(*_):
+        seen.append(torch.get_float32_matmul_precision())
+
+    for layer in sublayers.layers:
+        layer.register_forward_pre_hook(look)
+        layer.register_full_backward_pre_hook(look)
+    before = torch.get_float32_matmul_precision()
+    for name in ("reference (compiled, tf32)", "reference (layers compiled)"):
+        model, (x, grad) = slices.ReferenceConnection(sublayers.ours[0]), sublayers.inputs(name)
+        sublayers.error(name, model, x)
+        Step(model, x, grad, [], tf32=name.endswith(TF32))()
+        assert torch.get_float32_matmul_precision() == before
+    assert seen == ["high"] * 4 + [before] * 4
+
+
+@pytest.mark.parametrize("full", [PLAIN, "layers", "hc (layers compiled)"])
+def test_as_many_layers_as_fit(monkeypatch, tmp_path, capsys, full):
+    """The layers themselves, the plain ones or another contender's do not fit."""
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    real, tried = overhead.Sublayers, []
+
+    class Small(real):
+        def __init__(self, piece):
+            tried.append(piece.layers)
+            super().__init__(piece)
+            if piece.layers > 1 and full == "layers":
+                raise error
+
+        def contenders(self):
+            found = super().contenders()
+            if self.piece.layers > 1 and full in found:
+                found[full] = stand_ins.raising(error)(None)
+            return found
+
+    monkeypatch.setattr(overhead, "Sublayers", Small)
+    monkeypatch.setattr(slices, "LAYERS", 4)
+    out = tmp_path / "steps.json"
+    small = ["overhead", *TINY[:4], *TINY[6:], "--contender", "hc (l", "--turns", "1"]
+    assert main([*small, "--out", str(out)]) == 0
+    found = records.read(out)
+    assert tried == [4, 2, 1]
+    assert found.cases == list(found.environment["denominator"]) == [PIECE.key]
+    assert {row.status for row in found.rows} == {"ok"}
+    assert "memory is out: 1m/step/B1xS16/L2 instead" in capsys.readouterr().err
+    main([*small, "--layers", "2", "--out", str(out)])
+    assert records.read(out).cases == ["1m/step/B1xS16/L2"]
+    assert "out of memory" in [row.status for row in records.read(out).rows]
+
+
 def test_a_slice_of_a_mixture_has_experts_in_every_layer():
     config = Slice("paper-27b", layers=3).config
     assert (config.num_layers, config.moe.leading_dense_layers) == (3, 0)
@@ -130,7 +185,7 @@ def test_all_ways_share_their_weights():
     sublayers = Sublayers(PIECE)
     own = {id(p) for layer in sublayers.layers for p in layer.parameters()}
     ours = {id(p) for c in sublayers.ours for p in (c.phi, c.alpha, c.bias)}
-    assert list(sublayers.contenders()) == [n for n in NAMES if n in KINDS or records.version(n)]
+    assert list(sublayers.contenders()) == [n for n in NAMES if n in KINDS or version(n)]
     for name, build in sublayers.contenders().items():
         found = {id(parameter) for parameter in build().parameters()}
         assert own <= found, name
@@ -299,7 +354,7 @@ def test_a_breakdown_that_fails_leaves_the_times(monkeypatch):
     assert [row.us for row in rows.values()] == [7.0, 7.0]
     assert rows[PLAIN].details["breakdown"] == "RuntimeError: no profiler"
     found = Breakdown(7.5, {"no kernel": 7.0}, {"gemm": 3.0})
-    monkeypatch.setattr(overhead, "breakdown", lambda step, us: found)
+    monkeypatch.setattr(overhead, "breakdown", lambda *_: found)
     rows = measured("hc (l", bench=bench)
     assert rows[PLAIN].parts == {"no kernel": 7.0}
     assert rows[PLAIN].details["kernels"] == {"gemm": 3.0}

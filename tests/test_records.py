@@ -1,5 +1,6 @@
 """Result files: what is written is read, and what is none is refused by name."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ import pytest
 
 from mhc_tile.autotune.timing import Sample
 from mhc_tile.perf import records
-from mhc_tile.perf.records import Record, percent_of_roofline
+from mhc_tile.perf.records import percent_of_roofline
 from results import full, overhead, record, row
 
 
@@ -47,6 +48,10 @@ def text_of(**changes) -> str:
     return json.dumps({**values, **changes})
 
 
+def with_row(**changes) -> str:
+    return text_of(rows=[{**dataclasses.asdict(row()), **changes}])
+
+
 WHOLE = text_of(environment={"gpu": None})
 
 
@@ -66,6 +71,19 @@ WHOLE = text_of(environment={"gpu": None})
         (text_of(rows=[{"case": "x", "speed": 1}]), "must hold rows of schema 1, got .*speed"),
         (text_of(rows=None), "must hold rows of schema 1"),
         (text_of(environment=7), "must hold rows of schema 1"),
+        (text_of(environment={"gpu": 7}), "must hold rows of schema 1, got environment gpu 7"),
+        (text_of(environment={"packages": []}), "got environment packages \\[\\]"),
+        (text_of(environment={"copy_bytes_per_s": "4"}), "environment copy_bytes_per_s '4'"),
+        (text_of(environment={"copy_bytes_per_s": True}), "environment copy_bytes_per_s True"),
+        (with_row(us="91"), "got us '91' in the row of mhc_tile, merge/forward/8192x2560"),
+        (with_row(us=float("nan")), "got us nan in the row of"),
+        (with_row(turns=1.5), "got turns 1.5 in the row of"),
+        (with_row(turns=True), "got turns True in the row of"),
+        (with_row(captured=1), "got captured 1 in the row of"),
+        (with_row(status="good"), "got status 'good' in the row of"),
+        (with_row(case=None), "got case None in the row of"),
+        (with_row(parts={"pre": "1"}), "got parts {'pre': '1'} in the row of"),
+        (with_row(details=[]), "got details \\[\\] in the row of"),
     ],
 )
 def test_what_is_no_result_is_refused_by_name(tmp_path, text, why):
@@ -82,6 +100,13 @@ def test_other_bytes_and_missing_files(tmp_path):
         records.read(path)
     with pytest.raises(FileNotFoundError):
         records.read(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("values", [{"us": 91}, {"us": None}, {"details": {"x": [1, None]}}])
+def test_values_that_may_be_there_are_read(tmp_path, values):
+    path = tmp_path / "some.json"
+    path.write_text(with_row(**values))
+    assert records.read(path).rows == [row().replace(**values)]
 
 
 WRITER = """
@@ -121,15 +146,3 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path):
         records.write(record(row(details={"x": object()})), path)
     assert records.read(path) == record(row())
     assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
-
-
-def test_where_a_result_is_made_is_said():
-    found = records.environment(None, device="cpu")
-    assert found["gpu"] is None
-    assert found["copy_bytes_per_s"] is None
-    assert "CPU" in found["device"]
-    assert found["packages"].keys() == set(records.PACKAGES)
-    assert found["command"][0] == "mhc-tile"
-    records_of = Record("run", found, [])
-    assert json.loads(json.dumps(found)) == {**records_of.environment}
-    assert records.version("no-such-package") is None

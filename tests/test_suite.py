@@ -16,9 +16,10 @@ from mhc_tile import __main__, reference
 from mhc_tile.perf import records, suite, tables
 from mhc_tile.perf.__main__ import main
 from mhc_tile.perf.bench import CpuBench
-from mhc_tile.perf.operations import OPERATIONS, Case
+from mhc_tile.perf.environment import environment
+from mhc_tile.perf.operations import MODES, OPERATIONS, Case
 from mhc_tile.perf.records import OURS
-from mhc_tile.perf.suite import COMPILED, EAGER
+from mhc_tile.perf.suite import COMPILED, COMPILED_TF32, EAGER
 
 CASE = Case("sublayer", "training", 8, 16)
 PEER, TILE = f"liger-kernel {stand_ins.VERSION}", f"tile-kernels {stand_ins.VERSION}"
@@ -52,9 +53,10 @@ def test_a_quick_run_end_to_end(tmp_path, capsys):
         assert (row.status, row.fault, row.turns) == ("ok", "", 2)
         assert 0 < row.p20 <= row.us <= row.p80
         assert row.error < 1e-5
-    environment = result.environment
-    assert environment["copy_bytes_per_s"] > 0
-    assert {"device", "torch", "commit", "date", "python", "packages", "command"} < {*environment}
+    where = result.environment
+    assert where["copy_bytes_per_s"] > 0
+    assert {"device", "torch", "commit", "date", "python", "packages", "command"} < {*where}
+    assert "cases_left" not in where
     assert "not installed: tile-kernels, liger-kernel, hyper-connections" in said.out
     assert f"result: {path}" in said.out
     assert len(said.out.splitlines()) > len(result.rows)
@@ -71,6 +73,38 @@ def test_the_compiled_reference(tmp_path):
     rows = measured(COMPILED, case=Case("pre_apply", "inference", 8, 16, dtype="float32"))
     assert rows[COMPILED].status == "ok"
     assert rows[COMPILED].us > 0
+
+
+def test_the_reference_in_tf32_is_called_under_that_setting(monkeypatch):
+    seen = []
+
+    class Look(torch.autograd.Function):
+        @staticmethod
+        def forward(_, x):
+            seen.append(("forward", torch.get_float32_matmul_precision()))
+            return x.clone()
+
+        @staticmethod
+        def backward(_, grad):
+            seen.append(("backward", torch.get_float32_matmul_precision()))
+            return grad
+
+    def compiled(function, **_):
+        return lambda x, *others: function(Look.apply(x), *others)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    before = torch.get_float32_matmul_precision()
+    case = Case("mapping", "training", 8, 16, dtype="float32")
+    assert COMPILED_TF32 not in {c.name for c in suite.contenders(case, device="cpu")}
+    assert COMPILED_TF32 not in {c.name for c in suite.contenders(Case("merge", "forward", 8, 16))}
+    (contender,) = suite.contenders(case, lambda name: name == COMPILED_TF32)
+    monkeypatch.setattr(suite, "contenders", lambda *_: [contender])
+    rows = measured(COMPILED_TF32, case=case, turns=3)
+    assert rows[COMPILED_TF32].status == "ok"
+    assert {precision for _, precision in seen} == {"high"}
+    kinds = [kind for kind, _ in seen]
+    assert kinds.count("forward") == kinds.count("backward") > 5
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_names_of_results_and_pictures(tmp_path, monkeypatch, capsys):
@@ -109,9 +143,15 @@ def test_peers_that_are_installed_take_part(monkeypatch):
     for row in rows.values():
         assert (row.status, row.turns) == ("ok", 2)
         assert 0 < row.error < suite.TOLERANCE
-    text = tables.run(records.Record("run", records.environment(1e9, "cpu"), list(rows.values())))
+    text = tables.run(records.Record("run", environment(1e9, "cpu"), list(rows.values())))
     line = next(line for line in text.splitlines() if OURS in line)
     assert f"{min(rows[PEER].us, rows[TILE].us) / rows[OURS].us:.2f}x" in line
+
+
+def test_peers_take_part_in_the_modes_that_they_have(monkeypatch):
+    stand_ins.install(monkeypatch, "tile-kernels")
+    found = {mode: list(measured("tile", case=Case("pre", mode, 8, 16))) for mode in MODES}
+    assert found == {"inference": [TILE], "forward": [TILE], "training": []}
 
 
 def test_peers_that_are_absent_are_left_out():
@@ -332,7 +372,7 @@ def test_the_gate_measures_ours_on_the_cases_of_a_baseline(monkeypatch):
     found = suite.measure(case, CpuBench(), lambda name: name in (OURS, EAGER), 2)
     base = records.Record("run", {}, list(found.values()))
     monkeypatch.setattr(suite, "bench_of", lambda device: CpuBench())
-    monkeypatch.setattr(suite.records, "environment", lambda copy: {"copy_bytes_per_s": copy})
+    monkeypatch.setattr(suite, "environment", lambda copy: {"copy_bytes_per_s": copy})
     again = suite.measure_for_gate(base)
     assert [(row.case, row.contender) for row in again.rows] == [(case.key, OURS)]
     assert again.rows[0].turns == suite.TURNS
@@ -347,7 +387,7 @@ def test_a_quick_run_on_a_gpu(tmp_path):
     result = records.read(out)
     assert len(result.cases) == 5
     for row in result.rows:
-        assert row.contender in (OURS, EAGER, COMPILED)
+        assert row.contender in (OURS, EAGER, COMPILED, COMPILED_TF32)
         assert (row.status, row.fault) == ("ok", "")
         assert row.bytes > 0
         assert row.peak_bytes > 0

@@ -1,0 +1,103 @@
+"""Where and with what a result is made: GPU, versions, tables, switches, commit, command."""
+
+import datetime
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mhc_tile
+from mhc_tile.autotune import lookup, table
+from mhc_tile.autotune.device import describe, driver_version
+from mhc_tile.ops import _dispatch
+
+PACKAGES = ("triton", "tilelang", "tile-kernels", "liger-kernel", "hyper-connections")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def environment(copy_bytes_per_s: float | None, device: str = "cuda") -> dict[str, Any]:
+    """Where and with what a run is made.
+
+    Args:
+        copy_bytes_per_s: bytes read and written a second by a large copy, of this run.
+        device: "cuda" or "cpu".
+    """
+    index = torch.cuda.current_device() if device == "cuda" else None
+    gpu = None if index is None else describe(index)
+    return {
+        "gpu": gpu.name if gpu else None,
+        "device": str(gpu) if gpu else f"CPU, {platform.machine()}, {os.cpu_count()} cores",
+        "driver": driver_version() if gpu else None,
+        "copy_bytes_per_s": copy_bytes_per_s,
+        "mhc_tile": mhc_tile.__version__,
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "tables": [] if index is None else [_named(p) for p in lookup.of_device(index).files],
+        "settings": settings(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "command": command(),
+    }
+
+
+def settings() -> dict[str, str | None]:
+    """What this process has switched, by environment variable; None is the default."""
+    switches = {
+        "MHC_TILE_REFERENCE": _dispatch.REFERENCE_ONLY,
+        "MHC_TILE_BATCH_INVARIANT": _dispatch.BATCH_INVARIANT,
+    }
+    found = {name: "1" if on else None for name, on in switches.items()}
+    return {**found, table.VARIABLE: os.environ.get(table.VARIABLE) or None}
+
+
+def version(package: str) -> str | None:
+    """An installed package's version; None if it is absent."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The checkout's commit; None outside of one.
+
+    Where files differ from it, "+" and a digest of the differences follow.
+    """
+    try:
+        if Path(_git("rev-parse", "--show-toplevel")).resolve() != ROOT:
+            return None  # an installed package within somebody else's checkout
+        found, changed = _git("rev-parse", "--short=12", "HEAD"), _git("diff", "HEAD", "--binary")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found + (f"+{_digest(changed.encode())}" if changed else "")
+
+
+def command() -> list[str]:
+    """The words that started this process, as those of `mhc-tile`."""
+    program, *words = sys.argv
+    module = Path(program).parts[-2:] == (Path(__file__).parent.name, "__main__.py")
+    return ["mhc-tile", *["perf"] * module, *words]
+
+
+def _named(path: Path) -> str:
+    """A table's name and a digest of what it says."""
+    return f"{path.name} {_digest(path.read_bytes())}"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:8]
+
+
+def _git(*words: str) -> str:
+    line = ["git", "-C", str(ROOT), *words]
+    result = subprocess.run(line, capture_output=True, text=True, timeout=20, check=True)
+    return result.stdout.strip()
