@@ -247,7 +247,7 @@ def _baseline(path: Path | None, gpu: str | None) -> "Record":
     if not path.is_file():
         raise ValueError(
             f"perf gate: a baseline must be at {path}, got none; on a commit that is to be the "
-            f"measure, `mhc-tile perf run --out {path}` makes it"
+            f"measure, `mhc-tile perf run --contender mhc_tile --out {path}` makes it"
         )
     base = records.read(path)
     if left := base.environment.get("cases_left"):

@@ -77,6 +77,52 @@ def test_what_breaks_when_it_is_measured_again_is_a_fault():
     assert (fault.verdict, fault.notes) == ("failing", ("failed: timed out",))
 
 
+# Recorded on an H100: one code in two processes, and a merge that does a tenth more.
+
+RECORDED = Path(__file__).parent / "recorded"
+
+
+@pytest.fixture(scope="module")
+def h100():
+    """One code in two processes."""
+    return [records.read(RECORDED / f"h100_{name}.json") for name in ("base", "unchanged")]
+
+
+def faults(base, new):
+    return {pair.case for pair in compare.compare(base, new).faults(complete=True)}
+
+
+def test_the_same_code_passes_either_way(h100):
+    assert faults(*h100) == faults(*reversed(h100)) == set()
+    large = [abs(pair.change) for pair in compare.compare(*h100).pairs if pair.base.us > 50]
+    assert len(large) > 40
+    assert max(large) < 0.03
+
+
+def test_a_slower_merge_is_caught(h100):
+    slower = records.read(RECORDED / "h100_merge_slower.json")
+    for base in h100:
+        found = faults(base, slower)
+        assert {case.split("/")[0] for case in found} == {"merge", "boundary", "sublayer"}
+        merges = {r.case for r in base.rows if (r.op, r.mode) == ("merge", "inference")}
+        assert merges < found
+
+
+@pytest.mark.parametrize("op", sorted(suite.OPERATIONS))
+@pytest.mark.parametrize("factor", [1.02, 1.1, 1.2])
+def test_a_slowdown_of_an_op_is_caught_in_what_was_measured(h100, op, factor):
+    base, new = h100
+
+    def slowed(r):
+        return r.replace(us=r.us * factor, p20=r.p20 * factor, p80=r.p80 * factor)
+
+    rows = [slowed(r) if r.op == op else r for r in new.rows]
+    found = faults(base, dataclasses.replace(new, rows=rows))
+    assert {case.split("/")[0] for case in found} <= {op}
+    large = {r.case for r in base.rows if r.op == op and r.us > 20}
+    assert found >= large if factor > 1.05 else not found & large
+
+
 # The command.
 
 
@@ -94,7 +140,7 @@ def test_gate_reads_the_baseline_of_the_model(files, baselines, capsys):
     error = capsys.readouterr().err
     path = baselines / "nvidia_h200.json"
     assert f"must be at {path}, got none" in error
-    assert f"`mhc-tile perf run --out {path}`" in error
+    assert f"`mhc-tile perf run --contender mhc_tile --out {path}`" in error
     records.write(record(row(90)), path)
     assert main(["gate", good]) == 0
     assert main(["gate", slow]) == 3
