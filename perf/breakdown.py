@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+PRODUCTS, ATTENTION = "matrix products", "attention"
 # Parts by the names of kernels, the first that fits: ours, then tile-kernels' and liger-kernel's.
 # Our `pre` is mapping, Sinkhorn and pre-apply in one or two kernels; its backward likewise. What
 # PyTorch computes of a connection is among "matrix products" and "other kernels", beside the
@@ -22,10 +23,9 @@ KERNELS = {
     "mapping, forward": r"mhc_mapping|mhc_(pre_norm_fn|pre_split_mixes|fn_normw_merge|mm_norm)_fwd",
     "pre_apply, backward": r"pre_apply_backward|mhc_pre_(apply_mix_)?bwd",
     "pre_apply, forward": r"pre_apply_forward|mhc_pre_(apply_mix_)?fwd",
-    "matrix products": r"gemm|nvjet|xmma|cublas|gemv",
-    "attention": r"flash|fmha|sdpa|attention",
+    PRODUCTS: r"gemm|nvjet|xmma|cublas|gemv",
+    ATTENTION: r"flash|fmha|sdpa|attention",
 }
-PRODUCTS = "matrix products"
 LAYERS = "other kernels"
 GAPS = "no kernel"
 LOAD_US = 300_000.0  # of steps before those that are measured, and again of those that are timed

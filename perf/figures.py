@@ -11,18 +11,27 @@ from typing import Any
 
 from mhc_tile.autotune._extras import require
 
-from .breakdown import GAPS, LAYERS
+from .breakdown import ATTENTION, GAPS, LAYERS, PRODUCTS
 from .compare import Comparison
-from .records import OURS, Record, Row, percent_of_roofline, plain_of
+from .records import OURS, Record, Row, overhead, percent_of_roofline, plain_of
 
 Figure = Any  # matplotlib's, which is imported where it is needed
 Label = tuple[str, str]  # colour and marker
 
 BLUE, GREY = "#0072B2", "#8C8C8C"
 PEERS = (("#E69F00", "s"), ("#009E73", "D"), ("#CC79A7", "^"), ("#D55E00", "v"), ("#56B4E9", "P"))
-REFERENCES = ((GREY, "x"), ("#4D4D4D", "+"))
-PARTS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#F0E442", "#000000")
-OF_LAYERS, IDLE = "#BFBFBF", "#E8E8E8"
+REFERENCES = ((GREY, "x"), ("#4D4D4D", "+"), ("#000000", "1"))
+# What the layers do is grey; of an op the forward is dark and the backward light.
+PARTS = {
+    PRODUCTS: "#7A7A7A", ATTENTION: "#A3A3A3", LAYERS: "#CACACA", GAPS: "#EEEEEE",
+    "pre, forward": "#0072B2", "pre, backward": "#56B4E9",
+    "merge, forward": "#D55E00", "merge, backward": "#F0A35E",
+    "mapping, forward": "#00694C", "mapping, backward": "#4DC3A0",
+    "pre_apply, forward": "#8E3A6B", "pre_apply, backward": "#D99CC0",
+    "sinkhorn, forward": "#8A7F00", "sinkhorn, backward": "#F0E442",
+}  # fmt: skip
+OTHERS = ("#000000", "#5E3C99", "#B2ABD2", "#1B7837")  # of parts with other names
+MOST_SHARE = 112  # percent of the roofline up to which there are marks
 LEGEND_INCHES = 1.9  # of an entry, the longest
 MOST_PANELS = 6
 MOST_CHANGES = 40
@@ -112,7 +121,7 @@ def roofline(record: Record) -> Figure | None:
             styles,
         )
         axis.set_title(f"{shape[0]} x {shape[1]}, {mode}")
-    axes[0].set_xlim(0, max(118, axes[0].get_xlim()[1]))
+    axes[0].set_xlim(0, 1.13 * max(MOST_SHARE, *(percent_of_roofline(r, copy) or 0 for r in rows)))
     figure.supxlabel("percent of the roofline")
     _legend(figure, styles)
     return figure
@@ -121,15 +130,15 @@ def roofline(record: Record) -> Figure | None:
 def _shares(
     axis: Any, rows: Sequence[Row], ops: list[str], copy: float | None, styles: dict[str, Label]
 ) -> None:
-    """A panel of `roofline`: a bar for ours, a mark for every other contender."""
+    """A panel of `roofline`: a bar and a number for ours, a mark for every other contender."""
     for row in rows:
         percent, place = percent_of_roofline(row, copy), ops.index(row.op)
         colour, marker = styles[row.contender]
         if row.contender == OURS:
             axis.barh(place, percent, height=0.62, color=colour)
-            axis.annotate(
-                f"{percent:.0f}", (percent, place), (3, 0), textcoords="offset points",
-                va="center", fontsize=7, zorder=5,
+            axis.annotate(  # at the right edge: marks are anywhere else
+                f"{percent:.0f}", (1, place), (-2, 0), textcoords="offset points", fontsize=7,
+                xycoords=axis.get_yaxis_transform(), ha="right", va="center", color=colour,
             )  # fmt: skip
         else:
             axis.plot(percent, place, marker, color=colour, markeredgewidth=1.4, zorder=3)
@@ -210,10 +219,10 @@ def _times(
         axis.plot(sizes, [bounds[s] for s in sizes], color="#666666", linestyle=(0, (4, 3)), lw=0.9)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    axis.xaxis.set_major_formatter(lambda value, _: _short(value))
-    axis.yaxis.set_major_locator(
-        require("matplotlib.ticker", "perf", "perf").LogLocator(subs=(1.0, 3.0))
-    )
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    low, high = axis.get_ylim()
+    subs = (1.0, 3.0) if high > 20 * low else (1.0, 2.0, 3.0, 5.0, 7.0)
+    axis.yaxis.set_major_locator(require("matplotlib.ticker", "perf", "perf").LogLocator(subs=subs))
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.tick_params(axis="x", labelrotation=45, labelsize=7)
     axis.minorticks_off()
@@ -232,9 +241,9 @@ def parts(record: Record) -> Figure | None:
 
 def added(record: Record) -> Figure | None:
     """What a step has more than with plain residuals, by part; None without any plain one."""
-    rows, more = [], []
+    rows, more, timed = [], [], []
     for case in record.cases:
-        spent = [row for row in record.of(case) if row.parts]
+        spent = [row for row in record.of(case) if row.parts and row.us]
         if (plain := plain_of(spent)) is None:
             continue
         for row in spent:
@@ -242,11 +251,12 @@ def added(record: Record) -> Figure | None:
                 rows.append(row)
                 names = dict.fromkeys((*plain.parts, *row.parts))
                 more.append({n: row.parts.get(n, 0.0) - plain.parts.get(n, 0.0) for n in names})
+                timed.append((overhead(row, spent) or 0.0) * (plain.us or 0.0))
     if not rows:
         return None
-    figure, axis = _stacked(rows, more, [sum(own.values()) for own in more], "+.1f")
+    figure, axis = _stacked(rows, more, timed, "+.1f")
     axis.axvline(0.0, color="#666666", linewidth=0.8)
-    axis.set_xlabel("milliseconds more than with plain residuals; the line is the sum")
+    axis.set_xlabel("milliseconds more than with plain residuals; the line is what was timed")
     return figure
 
 
@@ -260,10 +270,10 @@ def _stacked(
 
     What is negative goes to the left of 0.
     """
-    names = list(dict.fromkeys(name for own in values for name in own))
-    colours = {LAYERS: OF_LAYERS, GAPS: IDLE}
-    others = [name for name in names if name not in colours]
-    colours |= {name: PARTS[index % len(PARTS)] for index, name in enumerate(others)}
+    found = dict.fromkeys(name for own in values for name in own)
+    names = sorted(found, key=lambda name: [*PARTS].index(name) if name in PARTS else len(PARTS))
+    others = [name for name in names if name not in PARTS]
+    colours = PARTS | {name: OTHERS[index % len(OTHERS)] for index, name in enumerate(others)}
     figure, (axis,) = _panels(1, 1, (8.5, 1.3 + 0.42 * len(rows)))
     for place, (own, us) in enumerate(reversed(list(zip(values, wholes, strict=True)))):
         ends, whole = [0.0, 0.0], us / 1e3
@@ -376,10 +386,6 @@ def _legend(figure: Figure, styles: dict[str, Label], bound: float | None = None
         handles.append(line_of([], [], color="#666666", linestyle=dashes, lw=0.9, label="roofline"))
     fitting = max(1, int(figure.get_figwidth() / LEGEND_INCHES))
     figure.legend(handles=handles, loc="outside upper center", ncols=min(fitting, len(handles)))
-
-
-def _short(value: float) -> str:
-    return f"{value / 1024:g}k" if value >= 1024 and value % 1024 == 0 else f"{value:g}"
 
 
 @contextlib.contextmanager

@@ -128,6 +128,20 @@ def plain_of(steps: Sequence[Row]) -> Row | None:
     return next((row for row in steps if row.contender.startswith("residual")), None)
 
 
+def overhead(row: Row, steps: Sequence[Row]) -> float | None:
+    """By how much a step is longer than the plain one: by its `details`, else by their times.
+
+    Args:
+        row: of `steps`.
+        steps: of one case.
+    """
+    percent = row.details.get("overhead_percent")
+    if isinstance(percent, (int, float)):
+        return percent / 100
+    plain = plain_of(steps)
+    return row.us / plain.us - 1 if plain and plain.us and row.us else None
+
+
 def percent_of_roofline(row: Row, copy_bytes_per_s: float | None) -> float | None:
     """How much of its time a row's bytes would take at the copy bandwidth, in percent.
 

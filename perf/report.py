@@ -13,50 +13,13 @@ from typing import Any
 from . import figures, summary
 from .compare import Comparison
 from .markup import document, picture, table, text, words
-from .records import OURS, Record, Row, percent_of_roofline
-from .report_steps import kind, overhead, spread, steps
+from .records import OURS, Record, Row, overhead, percent_of_roofline
+from .report_steps import kind, spread, steps
+from .report_words import CAPTIONS, INTRODUCTION, READING, READING_STEPS, STATUSES, glossary
+from .tables import faults, with_error
 
 LARGE = 4096  # tokens from which on a kernel has enough to do to be judged by its bandwidth
-READING = {
-    "case": "op, mode, T tokens x C channels of each of n streams, dtype. A <i>training</i> call "
-    "is forward and backward, an <i>inference</i> or <i>forward</i> call has no gradients.",
-    "time": "microseconds of one call on the GPU, the median of several turns, and behind it the "
-    "20th and 80th percentile. Contenders take turns, with inputs that are not in the cache. "
-    "A time marked † includes the CPU's, because no CUDA graph could be captured.",
-    "roofline": "The shortest time that this GPU allows: the bytes that the op must read and write "
-    "at least once, at the bandwidth of a large copy, measured in the same run. 100% is a call "
-    "that takes no longer. Few tokens do not fill a GPU, and stay far below. Other "
-    "implementations are held against the same bytes, whatever they move themselves.",
-    "x ours": "time over that of mhc_tile: 2.00 takes twice as long.",
-    "error": "relative root mean square error against the definition in float64, the largest over "
-    "all results and gradients. bfloat16 itself rounds by 2e-3.",
-    "launches": "GPU kernels that one call starts.",
-    "host": "microseconds of CPU time until the call returns.",
-    "peak, kept": "device memory in MB that the call needs at most beyond its inputs, and that it "
-    "keeps from forward to backward.",
-}
-READING_STEPS = {
-    "case": "model, what a step is, batch x sequence length.",
-    "time": "milliseconds of one step, the median of several turns, and behind it the 20th and "
-    "80th percentile. Contenders take turns.",
-    "us a sublayer": "what the step takes longer than the plain one, over its sublayers, of which "
-    "a layer has two.",
-    "peak": "device memory in GB that the step needs at most.",
-    "error": "of output and gradient against the definition, relative; the layers are in bfloat16.",
-    "where the time goes": "GPU time by kernel, of steps in a row under the profiler; <i>no "
-    "kernel</i> is what none fills.",
-}
-CAPTIONS = {
-    "roofline": "Share of the roofline by op: bars and their numbers are mhc_tile, marks are other "
-    "implementations. The dashed line is 100%. Longer is better.",
-    "tokens": "Time by number of tokens. The dashed line is the roofline; a flat line is the time "
-    "that launches take, however little there is to do. Lower is better.",
-    "hidden_size": "Time by width. The dashed line is the roofline. Lower is better.",
-    "parts": "What a step's time is made of, under the profiler.",
-    "added": "What a step has more than one with plain residuals, by part; to the left is what it "
-    "has less, such as additions that the connection's own kernels do.",
-    "changes": "The largest changes against the older result, at most 40; to the right is slower.",
-}
+TIE = 0.02  # times that differ by less are the same
 
 
 def page(
@@ -87,8 +50,10 @@ def page(
     under = f"commit {where.get('commit') or 'unknown'}, {where.get('date') or 'no date'}"
     parts = [
         f"<h1>{text(title)}</h1><p class='under'>{text(under)}</p>",
+        f"<p>{text(INTRODUCTION[record.kind])}</p>",
         _cards(record, comparison),
         *_faults(record),
+        *(["<h2>Who and what</h2>", words(found)] if (found := glossary(record)) else []),
         *steps(record),
         *(["<h2>Pictures</h2>", *shown] if shown else []),
         *(_comparison(comparison) if comparison else []),
@@ -137,13 +102,21 @@ def geometric_mean(values: Iterable[float]) -> float | None:
     return math.exp(sum(logs) / len(logs)) if logs else None
 
 
-def best_other(rows: Sequence[Row]) -> Row | None:
+def best_other(rows: Sequence[Row], *, reference: bool) -> Row | None:
     """The fastest correct row of a case that is not ours; None if there is none.
 
     Args:
         rows: of one case.
+        reference: of the reference's, or of other packages'.
     """
-    others = [row for row in rows if row.contender != OURS and row.status == "ok" and row.us]
+    others = [
+        row
+        for row in rows
+        if row.contender != OURS
+        and row.contender.startswith("reference") == reference
+        and row.status == "ok"
+        and row.us
+    ]
     return min(others, key=lambda row: row.us or math.inf, default=None)
 
 
@@ -169,19 +142,12 @@ def _cards(record: Record, comparison: Comparison | None) -> str:
             cards.append(
                 (f"{mean:.0f}%", f"of the roofline from {LARGE} tokens on (geometric mean)", False)
             )
-    ratios = []
-    for row in good:
-        other = best_other(record.of(row.case))
-        if other and other.us and row.us:
-            ratios.append(other.us / row.us)
-    if record.kind == "run" and (mean := geometric_mean(ratios)):
-        slower = sum(ratio < 1 for ratio in ratios)
-        said = f"faster than the best other implementation of each of {len(ratios)} cases "
-        said += f"(geometric mean), slower in {slower or 'none'}"
-        cards.append((f"{mean:.2f}x", said, False))
+    if record.kind == "run":
+        cards += [card for who in (False, True) if (card := _against(record, good, who))]
     for row in good if record.kind == "overhead" else []:
         if (over := overhead(row, record.of(row.case))) is not None:
-            cards.append((f"{over:+.1%}", f"overhead of mhc_tile, {row.case}", False))
+            said = f"a step of {row.case} longer with mhc_tile than with plain residuals"
+            cards.append((with_error(100 * over, row.details.get("overhead_error")), said, False))
     if copy:
         cards.append((f"{copy / 1e12:.2f} TB/s", "bandwidth of a copy in this run", False))
     if comparison:
@@ -196,23 +162,25 @@ def _cards(record: Record, comparison: Comparison | None) -> str:
     return f"<div class='cards'>{''.join(boxes)}</div>"
 
 
+def _against(record: Record, good: Sequence[Row], reference: bool) -> tuple[str, str, bool] | None:
+    """A card: how much faster ours is than the best of others, and in how many cases slower."""
+    ratios = []
+    for row in good:
+        other = best_other(record.of(row.case), reference=reference)
+        if other and other.us and row.us:
+            ratios.append(other.us / row.us)
+    if not (mean := geometric_mean(ratios)):
+        return None
+    slower = sum(ratio < 1 - TIE for ratio in ratios)
+    who = "the reference in PyTorch" if reference else "the best other package"
+    said = f"faster than {who} (geometric mean of {len(ratios)} cases), "
+    said += f"more than {TIE:.0%} slower in {slower or 'none'}"
+    return f"{mean:.2f}x", said, False
+
+
 def _faults(record: Record) -> list[str]:
     """What did not work, in words."""
-    said = {
-        "wrong": "gave wrong results",
-        "failed": "failed",
-        "out of memory": "ran out of memory",
-        "absent": "is not installed",
-    }
-    lines: dict[str, None] = {}
-    for row in record.rows:
-        if row.status in ("ok", "absent"):
-            continue
-        why = f": {row.fault}" if row.fault else ""
-        lines[f"{row.contender} {said.get(row.status, row.status)} at {row.case}{why}"] = None
-    absent = dict.fromkeys(row.contender for row in record.rows if row.status == "absent")
-    for name in absent:
-        lines[f"{name} is not installed and was not measured"] = None
+    lines = faults(record.rows, STATUSES)
     if not lines:
         return []
     return [
@@ -305,7 +273,10 @@ def _environment(where: Mapping[str, Any]) -> str:
         if key == "copy_bytes_per_s":
             key, value = "copy", f"{value / 1e12:.3f} TB/s" if value else None
         if isinstance(value, Mapping):
-            value = ", ".join(f"{name} {v or 'not installed'}" for name, v in value.items())
+            none = "not installed" if key == "packages" else "not set"
+            value = ", ".join(f"{name} {none if v is None else v}" for name, v in value.items())
+        if key == "tables":
+            value = ", ".join(map(str, value or [])) or "none"
         if key == "command" and isinstance(value, (list, tuple)):
             rows.append(("command", f"<code>{text(shlex.join(map(str, value)))}</code>"))
             continue

@@ -1,9 +1,9 @@
 """What the report says of the steps of `perf overhead`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from .markup import table, text
-from .records import OURS, Record, Row, plain_of
+from .records import OURS, Record, Row, overhead
 from .tables import with_error
 
 
@@ -64,20 +64,6 @@ def _parts(record: Record) -> list[str]:
         seen.add(row.case)
     headers = ("case", "contender", "step", *names, "")
     return ["<h2>Where the time goes, ms under the profiler</h2>", table(headers, rows, left=2)]
-
-
-def overhead(row: Row, steps: Sequence[Row]) -> float | None:
-    """By how much a step is longer than the plain one: by its `details`, else by their times.
-
-    Args:
-        row: of `steps`.
-        steps: of one case.
-    """
-    percent = row.details.get("overhead_percent")
-    if isinstance(percent, (int, float)):
-        return percent / 100
-    plain = plain_of(steps)
-    return row.us / plain.us - 1 if plain and plain.us and row.us else None
 
 
 def kind(row: Row, index: int) -> str:

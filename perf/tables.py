@@ -27,7 +27,7 @@ def run(record: Record) -> str:
         row.captured is False for row in record.rows
     )
     notes += [f"not installed: {', '.join(absent)}"] if absent else []
-    return "\n".join([place, "", text, "", *notes, *_faults(record.rows)])
+    return "\n".join([place, "", text, "", *notes, *faults(record.rows)])
 
 
 def _line(row: Row, bandwidth: float, best: float | None) -> list[str]:
@@ -85,7 +85,7 @@ def overhead(denominator: str, rows: Sequence[Row]) -> str:
         ]
         heads = ["ms under the profiler", "step", *names]
         text += [tabulate(cells, heads, disable_numparse=True), ""]
-    return "\n".join([*text, *_faults(rows)])
+    return "\n".join([*text, *faults(rows)])
 
 
 def with_error(percent: float | None, error: float | None) -> str:
@@ -100,14 +100,20 @@ def with_error(percent: float | None, error: float | None) -> str:
     return f"{percent:+.1f}%" + (f" ± {error:.1f}" if error else "")
 
 
-def _faults(rows: Sequence[Row]) -> list[str]:
-    """A line for each contender's fault, however many cases have it."""
+def faults(rows: Sequence[Row], said: Mapping[str, str] | None = None) -> list[str]:
+    """A line for each contender's fault, however many cases have it.
+
+    Args:
+        rows: of a result.
+        said: words for a status, where others than its name are wanted.
+    """
     found: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
         if row.status != "ok":
             found.setdefault((row.contender, row.status, row.fault), []).append(row.case)
     return [
-        f"{name}: {status} at {cases[0]}"
+        (f"{name} {said[status]}" if said and status in said else f"{name}: {status}")
+        + f" at {cases[0]}"
         + (f" and {len(cases) - 1} more" if len(cases) > 1 else "")
         + (f": {fault}" if fault else "")
         for (name, status, fault), cases in found.items()

@@ -10,8 +10,12 @@ pytest.importorskip("matplotlib")
 
 from mhc_tile import __main__
 from mhc_tile.autotune import _extras
-from mhc_tile.perf import compare, figures, records, report
+from mhc_tile.perf import compare, figures, records, report, slices, suite
 from mhc_tile.perf.__main__ import main
+from mhc_tile.perf.breakdown import GAPS, KERNELS, LAYERS
+from mhc_tile.perf.operations import OPERATIONS
+from mhc_tile.perf.report_words import CONTENDERS, FORMS, OPS, glossary
+from mhc_tile.perf.slices import PLAIN
 from results import EAGER, PEER, TILE, full, overhead, record, row
 
 VOID = {"meta", "img"}
@@ -78,7 +82,7 @@ def test_faults_are_said_in_words_and_escaped(page):
     html, text = page
     assert f"{PEER} failed at merge/forward/64x7168/n4/bfloat16: <b>no & no</b>" in text
     assert f"{TILE} gave wrong results at merge/forward/4096x7168/n4/bfloat16: error 1e-1" in text
-    assert "hyper-connections 0.2 is not installed and was not measured" in text
+    assert "hyper-connections 0.2 is not installed and was not measured at merge/forward" in text
     assert "<b>no" not in html
     assert "†" in text  # no CUDA graph
 
@@ -96,14 +100,24 @@ def test_numbers_of_a_row():
     text = Page(report.page(record(ours, slow))).text
     assert "mhc_tile 50.0 [49.5 to 50.5] 2100 50 1.00 2.0e-03 2 8.2 3.0" in text
     assert f"{PEER} 100.0 [99.0 to 101.0] 1050 25 2.00" in text
-    assert "2.00x faster than the best other implementation of each of 1 cases" in text
+    assert "2.00x faster than the best other package (geometric mean of 1 cases), more" in text
+    assert "faster than the reference" not in text
+
+
+@pytest.mark.parametrize(("us", "said"), [(49.5, "none"), (48.0, "1")])
+def test_a_tie_is_not_slower(us, said):
+    rows = row(50.0), row(us, contender=PEER), row(400.0, contender=EAGER)
+    text = Page(report.page(record(*rows))).text
+    assert f"best other package (geometric mean of 1 cases), more than 2% slower in {said}" in text
+    assert "8.00x faster than the reference in PyTorch (geometric mean of 1 cases)" in text
 
 
 def test_the_best_other_is_correct():
     wrong = row(1.0, contender=TILE, status="wrong")
     rows = [row(50.0), row(90.0, contender=PEER), row(200.0, contender=EAGER), wrong]
-    assert report.best_other(rows).contender == PEER
-    assert report.best_other(rows[:1]) is None
+    assert report.best_other(rows, reference=False).contender == PEER
+    assert report.best_other(rows, reference=True).contender == EAGER
+    assert report.best_other(rows[:1], reference=False) is None
 
 
 @pytest.mark.parametrize(
@@ -137,7 +151,7 @@ def test_steps_say_what_their_overhead_is_of():
     text = Page(report.page(overhead(denominator={case: "4 layers, forward and backward"}))).text
     assert f"100% is {case}: 4 layers, forward and backward" in text
     assert "mhc_tile 50.6 [50.1 to 51.1] +6.6% 391 30.0 4e-02" in text
-    assert "+6.6% overhead of mhc_tile, 3b/training/B4xS4096" in text
+    assert "+6.6% a step of 3b/training/B4xS4096 longer with mhc_tile than with plain" in text
     assert "mHC, compiled ran out of memory at 3b/training/B8xS4096" in text
     assert "GB/s" not in text
     text = Page(report.page(overhead(denominator="one layer"))).text
@@ -146,7 +160,9 @@ def test_steps_say_what_their_overhead_is_of():
     steps = record(row(details={"overhead_percent": 25.0}), kind="overhead")
     assert "+25.0%" in Page(report.page(steps)).text
     steps = record(row(details={"overhead_percent": 25.0, "overhead_error": 0.72}), kind="overhead")
-    assert "+25.0% ± 0.7" in Page(report.page(steps)).text
+    text = Page(report.page(steps)).text
+    assert text.count("+25.0% ± 0.7") == 2  # in the table, and as the number that matters most
+    assert "behind ± its standard error" in text
 
 
 def test_what_steps_are_made_of():
@@ -154,15 +170,52 @@ def test_what_steps_are_made_of():
     assert "contender step matrix products attention optimizer other mHC" in text
     assert "mhc_tile 50.60 30.50 9.00 4.50 3.00 3.10" in text
     (axis,) = figures.added(overhead()).axes
-    ends = [line.get_xdata()[0] for line in axis.lines[:-1]]  # the last one is at 0
+    lines = [line.get_xdata()[0] for line in axis.lines[:-1]]  # the last one is at 0
+    assert lines == pytest.approx([88.88, 6.262, 44.44, 3.131])  # as timed
+    ends = [
+        max(bar.get_x() + bar.get_width() for bar in axis.patches if round(bar.get_y()) == i)
+        for i in range(4)
+    ]
     assert ends == pytest.approx([88.0, 6.2, 44.0, 3.1])
     plain, ours, *_ = overhead().rows
     less = ours.replace(parts={**ours.parts, "other": plain.parts["other"] - 1e3})
     (axis,) = figures.added(record(plain, less, kind="overhead")).axes
-    assert axis.lines[0].get_xdata()[0] == pytest.approx(2.1)
     assert min(bar.get_x() + bar.get_width() for bar in axis.patches) == pytest.approx(-1.0)
     assert figures.added(record(ours, kind="overhead")) is None
     assert "Where the time goes" not in Page(report.page(record(row(), kind="overhead"))).text
+
+
+def test_a_fault_of_many_cases_is_a_line():
+    cases = [f"merge/forward/{tokens}x2560/n4/bfloat16" for tokens in (1, 2, 3)]
+    rows = [row(None, case=c, contender=PEER, status="failed", fault="no") for c in cases]
+    text = Page(report.page(record(row(), *rows))).text
+    assert text.count("failed at") == 1
+    assert f"{PEER} failed at {cases[0]} and 2 more: no" in text
+
+
+def test_contenders_and_ops_are_explained_where_they_occur():
+    text = Page(report.page(record(row(), row(contender="reference (compiled, tf32)")))).text
+    assert "widen a transformer's residual stream" in text
+    assert "mhc_tile this library's kernels reference the definition of mHC in plain Py" in text
+    assert "PyTorch may multiply fp32 in tf32" in text
+    assert "merge the next streams" in text
+    for absent in ("DeepSeek", "doubly stochastic", "layers under torch.compile", "op by op"):
+        assert absent not in text
+    names = [*slices.NAMES, *suite.NAMES]
+    found = dict(glossary(record(*(row(contender=name) for name in names))))
+    assert found.keys() >= CONTENDERS.keys() | {form.strip("()") for form in FORMS}
+    assert set(OPS) == set(OPERATIONS)
+
+
+def test_where_it_was_measured_reads_as_text():
+    settings = {"MHC_TILE_TABLES": "off", "MHC_TILE_REFERENCE": None}
+    where = {"settings": settings, "tables": ["a.json 01", "b.json 02"], "driver": None}
+    text = Page(report.page(record(row(), **where))).text
+    assert "settings MHC_TILE_TABLES off, MHC_TILE_REFERENCE not set" in text
+    assert "tables a.json 01, b.json 02" in text
+    assert "tables none" in Page(report.page(record(row(), tables=[]))).text
+    for python in ("{", "[]", "None"):
+        assert python not in text
 
 
 def test_a_comparison_is_shown(result):
@@ -206,6 +259,28 @@ def test_the_roofline_has_a_panel_only_where_ops_can_be_compared():
     assert [label.get_text() for label in panel.get_yticklabels()] == ["pre", "merge"]
     one = record(row(case=cases[2], bytes=10**8))
     assert [axis.get_title() for axis in figures.roofline(one).axes] == ["8192 x 2560, forward"]
+
+
+@pytest.mark.parametrize("factor", [1.1, 4, 100, 10_000])
+def test_every_panel_of_scaling_has_labels(factor):
+    rows = [
+        row(17.0 * factor ** (i / 2), case=f"pre/training/8192x{c}/n4/bfloat16")
+        for i, c in enumerate((1280, 2560, 4096))
+    ]
+    (panel,) = figures.scaling(record(*rows), "hidden_size").axes
+    low, high = panel.get_ylim()
+    shown = [label for label in panel.get_yticks() if low <= label <= high]
+    assert 2 <= len(shown) <= 12
+    panel.figure.canvas.draw()
+    assert [t.get_text() for t in panel.get_xticklabels()] == ["1280", "2560", "4096"]
+
+
+def test_parts_are_told_apart():
+    parts = {name: 10.0 for name in (*KERNELS, LAYERS, GAPS, "a", "b")}
+    rows = [row(contender=PLAIN, parts=parts), row(parts=parts)]
+    (axis,) = figures.parts(record(*rows, kind="overhead")).axes
+    colours = [bar.get_facecolor() for bar in axis.patches]
+    assert len(set(colours)) == len(parts)
 
 
 def test_scaling_has_a_panel_only_where_there_are_sizes_to_compare():
