@@ -311,7 +311,14 @@ def update(path: Path, device: Device, families: Iterable[Family]) -> Table:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file in one step: a reader, or a crash, sees the old text or the new."""
+    """Write a file in one step: a reader, or a crash, sees the old text or the new.
+
+    Raises:
+        OSError: It cannot be written, or is a device or another thing that is no file: the step
+            would put a file in its place.
+    """
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} must be a file, got something else of that name")
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with open(handle, "w", encoding="utf-8") as file:

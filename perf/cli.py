@@ -205,7 +205,7 @@ def _check_output(args: argparse.Namespace) -> None:
     for name in ("out", "markdown", "json"):
         path = getattr(args, name)
         if path and path != "-":
-            output.check_file("perf gate", name, Path(path))
+            output.check_file("perf gate", name, Path(path), replaced=name == "out")
 
 
 def _gate_static(args: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ def result_path(kind: str, environment: Mapping[str, Any], wanted: Path | None) 
         wanted: the path that was asked for, if any.
 
     Raises:
-        ValueError: It is a folder.
+        ValueError: It is a folder or a device.
         OSError: It cannot be written.
     """
     path = wanted or Path(f"{kind}-{slug(environment.get('gpu'))}.json")
@@ -32,20 +32,25 @@ def result_path(kind: str, environment: Mapping[str, Any], wanted: Path | None) 
     return path
 
 
-def check_file(command: str, option: str, path: Path) -> None:
+def check_file(command: str, option: str, path: Path, *, replaced: bool = True) -> None:
     """Fail if a file could not be written, before minutes are spent; its folder is made.
 
     Args:
         command: for the message.
         option: that names the file.
         path: of the file.
+        replaced: whether a new file takes its place, which must not happen to a device.
 
     Raises:
-        ValueError: It is a folder.
+        ValueError: It is a folder, or a device that would be replaced.
         OSError: It cannot be written.
     """
     if path.is_dir():
         raise ValueError(f"{command}: --{option} must be a file, got the folder {path}")
+    if path.exists() and not path.is_file():
+        if replaced:
+            raise ValueError(f"{command}: --{option} must be a file, got the device {path}")
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path.parent):
         pass
@@ -200,7 +205,20 @@ class Progress:
         if self._bar is not None and not self._bar.disable:
             self._bar.set_description(text)
             return
-        sys.stderr.write(f"{time.monotonic() - self._start:7.1f} s  {text}\n")
+        self.note(text)
+
+    def detail(self, text: str) -> None:
+        """Name a part of what is under way, on a terminal alone."""
+        if self._bar is not None and not self._bar.disable:
+            self._bar.set_description(text)
+
+    def note(self, text: str) -> None:
+        """Say what stays to be read, above the bar if there is one."""
+        line = f"{time.monotonic() - self._start:7.1f} s  {text}"
+        if self._bar is not None and not self._bar.disable:
+            self._bar.write(line, file=sys.stderr)
+            return
+        sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
 
 

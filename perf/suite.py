@@ -10,6 +10,7 @@ the run goes on.
 import argparse
 import functools
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ COMPILED_TF32 = "reference (compiled, tf32)"
 NAMES = (OURS, EAGER, COMPILED, COMPILED_TF32, *ADAPTERS)
 TURNS = 20
 QUICK_TURNS = 10
+LONG_S = 30.0  # until a contender can be timed; longer is said
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,7 +118,7 @@ def measure_all(
         for case in progress.over(chosen, "mhc-tile perf"):
             progress.say(case.key)
             parts.append({})
-            measure(case, bench, wanted, turns, parts[-1])
+            measure(case, bench, wanted, turns, parts[-1], progress)
             where["cases_left"] = len(chosen) - len(parts)
             keep()  # a process that is killed loses the case in flight
         del where["cases_left"]  # it has ended
@@ -203,6 +205,7 @@ def measure(
     wanted: Callable[[str], bool],
     turns: int = TURNS,
     rows: dict[str, Row] | None = None,
+    progress: output.Progress | None = None,
 ) -> dict[str, Row]:
     """One case: every contender checked, then timed in turns.
 
@@ -212,6 +215,7 @@ def measure(
         wanted: which contenders, by name.
         turns: of each.
         rows: what is measured is put in here as it comes, for who is interrupted.
+        progress: is told which contender begins, and of one that takes long to compile.
 
     Returns:
         A row for each contender, by name.
@@ -233,7 +237,9 @@ def measure(
         if isinstance(contender, Row):
             rows[contender.contender] = contender
             continue
-        row = _row(case, contender.name, moved)
+        row, start = _row(case, contender.name, moved), time.monotonic()
+        if progress:
+            progress.detail(f"{case.key}, {contender.name}")
         try:
             row, timers[row.contender] = _prepare(case, contender, inputs, bench, row)
         except _WrongError as error:
@@ -241,6 +247,9 @@ def measure(
         except Exception as error:
             row = row.replace(**output.fault_of(error))
         rows[row.contender] = row
+        taken = time.monotonic() - start
+        if progress and taken > LONG_S:
+            progress.note(f"{case.key}: {row.contender} took {taken:.0f} s to compile and check")
         if row.status != "ok":
             output.recover(bench, row)
 

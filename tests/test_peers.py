@@ -1,13 +1,19 @@
 """Adapters of other implementations, against stand-ins with those packages' conventions."""
 
+import dataclasses
 import sys
 from types import ModuleType
 
 import pytest
 
+pytest.importorskip("tabulate")
+
 import stand_ins
-from mhc_tile.perf import peers, suite
-from mhc_tile.perf.operations import OPERATIONS, Case, Inputs
+from mhc_tile.perf import peers, records, suite, tables
+from mhc_tile.perf.bench import CpuBench
+from mhc_tile.perf.environment import environment
+from mhc_tile.perf.operations import MODES, OPERATIONS, Case, Inputs
+from mhc_tile.perf.records import OURS
 
 COMPARED = ("tile-kernels", "liger-kernel")
 
@@ -106,3 +112,68 @@ def test_other_missing_modules_of_tile_kernels_are_named(old_tile_kernels):
     with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
         peers._tile_kernels_module()
     assert "tilelang.utils.target" not in sys.modules
+
+
+# In a run.
+
+CASE = Case("sublayer", "training", 8, 16)
+PEER, TILE = f"liger-kernel {stand_ins.VERSION}", f"tile-kernels {stand_ins.VERSION}"
+
+
+def measured(*names, case=CASE):
+    return suite.measure(case, CpuBench(), lambda name: name.startswith(names), 2)
+
+
+def test_peers_that_are_installed_take_part(monkeypatch):
+    stand_ins.install(monkeypatch, "liger-kernel", "tile-kernels")
+    rows = measured(OURS, "liger", "tile")
+    assert list(rows) == [OURS, TILE, PEER]
+    for row in rows.values():
+        assert (row.status, row.turns) == ("ok", 2)
+        assert 0 < row.error < suite.TOLERANCE
+    text = tables.run(records.Record("run", environment(1e9, "cpu"), list(rows.values())))
+    line = next(line for line in text.splitlines() if OURS in line)
+    assert f"{min(rows[PEER].us, rows[TILE].us) / rows[OURS].us:.2f}x" in line
+
+
+def test_peers_take_part_in_the_modes_that_they_have(monkeypatch):
+    stand_ins.install(monkeypatch, "tile-kernels")
+    found = {mode: list(measured("tile", case=Case("pre", mode, 8, 16))) for mode in MODES}
+    assert found == {"inference": [TILE], "forward": [TILE], "training": []}
+
+
+def test_peers_that_are_absent_are_left_out():
+    assert list(measured(OURS, "liger", "tile", "hyper")) == [OURS]
+
+
+def test_peers_have_cases_of_four_streams_in_bf16_only(monkeypatch):
+    stand_ins.install(monkeypatch, "liger-kernel")
+    for case in (dataclasses.replace(CASE, streams=2), dataclasses.replace(CASE, dtype="float32")):
+        assert list(measured(OURS, "liger", case=case)) == [OURS]
+
+
+@pytest.mark.parametrize("wrong", [stand_ins.scaled, stand_ins.slanted])
+def test_one_that_is_wrong_is_not_timed(monkeypatch, wrong):
+    stand_ins.install(monkeypatch, "liger-kernel", merge=wrong(1.1))
+    rows = measured(OURS, "liger")
+    assert rows[OURS].status == "ok"
+    assert (rows[PEER].status, rows[PEER].us, rows[PEER].turns) == ("wrong", None, 0)
+    assert rows[PEER].error > suite.TOLERANCE
+    assert "against the reference in float64" in rows[PEER].fault
+
+
+def test_one_with_a_mapping_of_its_own_is_said_to_compute_something_else(monkeypatch):
+    stand_ins.install(monkeypatch, "hyper-connections")
+    row = measured("hyper")[f"hyper-connections {stand_ins.VERSION}"]
+    assert (row.status, row.us) == ("wrong", None)
+    assert row.fault.startswith("computes something else: a stream's maps come from that stream")
+
+
+def test_one_that_cannot_be_imported_is_a_row(monkeypatch):
+    stand_ins.without(monkeypatch, "liger-kernel")
+    rows = measured(OURS, "liger")
+    assert rows[OURS].us > 0
+    (other,) = (row for row in rows.values() if row.contender != OURS)
+    assert (other.contender, other.status) == ("liger-kernel", "failed")
+    assert other.fault.startswith("ModuleNotFoundError: ")
+    assert "\n" not in other.fault

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from mhc_tile.autotune.timing import Sample
-from mhc_tile.perf import records
+from mhc_tile.perf import output, records
 from mhc_tile.perf.records import percent_of_roofline
 from results import full, overhead, record, row
 
@@ -112,7 +112,7 @@ def test_values_that_may_be_there_are_read(tmp_path, values):
 WRITER = """
 import json, os, sys, time
 from pathlib import Path
-from mhc_tile.perf import records
+from mhc_tile.perf import output, records
 path = Path(sys.argv[1])
 replace = os.replace
 def slow(source, target):
@@ -137,6 +137,20 @@ def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path):
         os.kill(writer.pid, signal.SIGKILL)
         writer.wait()
     assert records.read(path) == record(row())
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="pipe must be a file, got something else"):
+        records.write(record(row()), pipe)
+    with pytest.raises(ValueError, match=r"--out must be a file, got the device .*pipe"):
+        output.check_file("perf", "out", pipe)
+    output.check_file("perf", "markdown", pipe, replaced=False)
+    with pytest.raises(ValueError, match="--out must be a file, got the folder"):
+        output.check_file("perf", "out", tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["pipe"]
+    assert pipe.is_fifo()
 
 
 def test_what_cannot_be_written_leaves_the_old_file(tmp_path):

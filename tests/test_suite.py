@@ -13,11 +13,10 @@ pytest.importorskip("tqdm")
 
 import stand_ins
 from mhc_tile import __main__, reference
-from mhc_tile.perf import records, suite, tables
+from mhc_tile.perf import records, suite
 from mhc_tile.perf.__main__ import main
 from mhc_tile.perf.bench import CpuBench
-from mhc_tile.perf.environment import environment
-from mhc_tile.perf.operations import MODES, OPERATIONS, Case
+from mhc_tile.perf.operations import OPERATIONS, Case
 from mhc_tile.perf.records import OURS
 from mhc_tile.perf.suite import COMPILED, COMPILED_TF32, EAGER
 
@@ -133,47 +132,6 @@ def _on_the_cpu(sets):
     return OnTheCpu
 
 
-# Other packages.
-
-
-def test_peers_that_are_installed_take_part(monkeypatch):
-    stand_ins.install(monkeypatch, "liger-kernel", "tile-kernels")
-    rows = measured(OURS, "liger", "tile")
-    assert list(rows) == [OURS, TILE, PEER]
-    for row in rows.values():
-        assert (row.status, row.turns) == ("ok", 2)
-        assert 0 < row.error < suite.TOLERANCE
-    text = tables.run(records.Record("run", environment(1e9, "cpu"), list(rows.values())))
-    line = next(line for line in text.splitlines() if OURS in line)
-    assert f"{min(rows[PEER].us, rows[TILE].us) / rows[OURS].us:.2f}x" in line
-
-
-def test_peers_take_part_in_the_modes_that_they_have(monkeypatch):
-    stand_ins.install(monkeypatch, "tile-kernels")
-    found = {mode: list(measured("tile", case=Case("pre", mode, 8, 16))) for mode in MODES}
-    assert found == {"inference": [TILE], "forward": [TILE], "training": []}
-
-
-def test_peers_that_are_absent_are_left_out():
-    assert list(measured(OURS, "liger", "tile", "hyper")) == [OURS]
-
-
-def test_peers_have_cases_of_four_streams_in_bf16_only(monkeypatch):
-    stand_ins.install(monkeypatch, "liger-kernel")
-    for case in (dataclasses.replace(CASE, streams=2), dataclasses.replace(CASE, dtype="float32")):
-        assert list(measured(OURS, "liger", case=case)) == [OURS]
-
-
-@pytest.mark.parametrize("wrong", [stand_ins.scaled, stand_ins.slanted])
-def test_one_that_is_wrong_is_not_timed(monkeypatch, wrong):
-    stand_ins.install(monkeypatch, "liger-kernel", merge=wrong(1.1))
-    rows = measured(OURS, "liger")
-    assert rows[OURS].status == "ok"
-    assert (rows[PEER].status, rows[PEER].us, rows[PEER].turns) == ("wrong", None, 0)
-    assert rows[PEER].error > suite.TOLERANCE
-    assert "against the reference in float64" in rows[PEER].fault
-
-
 @pytest.mark.parametrize("place", range(3))
 def test_nothing_passes_that_is_not_a_number(monkeypatch, place):
     def ours(*tensors):
@@ -185,23 +143,6 @@ def test_nothing_passes_that_is_not_a_number(monkeypatch, place):
     row = measured(OURS, case=Case("pre", "inference", 8, 16))[OURS]
     assert (row.status, row.us, row.error) == ("wrong", None, None)
     assert row.fault.startswith("relative error inf ")
-
-
-def test_one_with_a_mapping_of_its_own_is_said_to_compute_something_else(monkeypatch):
-    stand_ins.install(monkeypatch, "hyper-connections")
-    row = measured("hyper")[f"hyper-connections {stand_ins.VERSION}"]
-    assert (row.status, row.us) == ("wrong", None)
-    assert row.fault.startswith("computes something else: a stream's maps come from that stream")
-
-
-def test_one_that_cannot_be_imported_is_a_row(monkeypatch):
-    stand_ins.without(monkeypatch, "liger-kernel")
-    rows = measured(OURS, "liger")
-    assert rows[OURS].us > 0
-    (other,) = (row for row in rows.values() if row.contender != OURS)
-    assert (other.contender, other.status) == ("liger-kernel", "failed")
-    assert other.fault.startswith("ModuleNotFoundError: ")
-    assert "\n" not in other.fault
 
 
 @pytest.mark.parametrize(
@@ -345,6 +286,7 @@ def test_a_gpu_that_answers_no_more_ends_the_run(monkeypatch, tmp_path, capsys):
         (["--device", "tpu"], "--device must be cuda or cpu, got tpu"),
         (["--turns", "0"], "perf run: --turns must be at least 1, got 0"),
         (["--contender", OURS, "ligre"], "--contender must begin one of mhc_tile, reference (eag"),
+        (["--out", "."], "perf: --out must be a file, got the folder ."),
         (["--tokens", "3"], "--op, --mode, --tokens and --hidden must leave a case, got none"),
     ],
 )
@@ -365,6 +307,16 @@ def test_a_missing_extra_is_named_before_anything_is_measured(monkeypatch, capsy
     monkeypatch.setattr(CpuBench, "bandwidth", lambda self: pytest.fail("it measures"))
     assert main(QUICK) == 1
     assert "pip install 'mhc-tile[perf]' brings it" in capsys.readouterr().err
+
+
+def test_who_takes_long_to_compile_is_said(monkeypatch, tmp_path, capsys):
+    few = [*QUICK, "--op", "merge", "--mode", "forward", "--contender", OURS]
+    assert main([*few, "--out", str(tmp_path / "run.json")]) == 0
+    assert "to compile" not in capsys.readouterr().err
+    monkeypatch.setattr(suite, "LONG_S", 0.0)
+    assert main([*few, "--out", str(tmp_path / "run.json")]) == 0
+    said = capsys.readouterr().err
+    assert "merge/forward/64x64/n4/float32: mhc_tile took 0 s to compile and check\n" in said
 
 
 def test_the_gate_measures_ours_on_the_cases_of_a_baseline(monkeypatch):
