@@ -133,7 +133,9 @@ def measure(
     rows = {} if rows is None else rows
     torch._dynamo.reset()
     # what is not compiled must not pass for compiled
-    limits: dict[str, Any] = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
+    limits: dict[str, Any] = {"fail_on_recompile_limit_hit": True}
+    limits["recompile_limit"] = 64 + 8 * piece.layers  # every sublayer of four contenders
+    limits["accumulated_recompile_limit"] = 16 * limits["recompile_limit"]
     # Inductor dismisses workers that rest for a minute. A run stood still where it compiled about
     # then; whether for that reason is not known.
     workers: dict[str, Any] = {"quiesce_async_compile_pool": False}

@@ -177,12 +177,12 @@ def contenders(
         yield Contender(OURS, operation.ours)
     if wanted(EAGER):
         yield Contender(EAGER, operation.reference)
-    torch._dynamo.reset()  # a case is compiled for itself, whatever others have left
-    compiled = torch.compile(operation.reference, fullgraph=True, dynamic=False)
-    if wanted(COMPILED):
-        yield Contender(COMPILED, compiled)
-    if operation.parameters and device == "cuda" and wanted(COMPILED_TF32):
-        yield Contender(COMPILED_TF32, compiled, tf32=True)
+    names = (COMPILED, *[COMPILED_TF32] * (operation.parameters > 0 and device == "cuda"))
+    if chosen := [name for name in names if wanted(name)]:
+        torch._dynamo.reset()  # a case is compiled for itself, whatever others have left
+        compiled = torch.compile(operation.reference, fullgraph=True, dynamic=False)
+        for name in chosen:
+            yield Contender(name, compiled, tf32=name == COMPILED_TF32)
     if case.streams != 4 or case.dtype != "bfloat16":
         return
     for name, adapter in ADAPTERS.items():
