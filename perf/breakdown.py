@@ -23,8 +23,8 @@ KERNELS = {
     "mapping, forward": r"mhc_mapping|mhc_(pre_norm_fn|pre_split_mixes|fn_normw_merge|mm_norm)_fwd",
     "pre_apply, backward": r"pre_apply_backward|mhc_pre_(apply_mix_)?bwd",
     "pre_apply, forward": r"pre_apply_forward|mhc_pre_(apply_mix_)?fwd",
+    ATTENTION: r"flash|fmha|sdpa|[aA]ttention",
     PRODUCTS: r"gemm|nvjet|xmma|cublas|gemv",
-    ATTENTION: r"flash|fmha|sdpa|attention",
 }
 LAYERS = "other kernels"
 GAPS = "no kernel"

@@ -73,12 +73,12 @@ def commit() -> str | None:
     Where files differ from it, "+" and a digest of the differences follow.
     """
     try:
-        if Path(_git("rev-parse", "--show-toplevel")).resolve() != ROOT:
+        if Path(os.fsdecode(_git("rev-parse", "--show-toplevel"))).resolve() != ROOT:
             return None  # an installed package within somebody else's checkout
         found, changed = _git("rev-parse", "--short=12", "HEAD"), _git("diff", "HEAD", "--binary")
     except (OSError, subprocess.SubprocessError):
         return None
-    return found + (f"+{_digest(changed.encode())}" if changed else "")
+    return found.decode() + (f"+{_digest(changed)}" if changed else "")
 
 
 def command() -> list[str]:
@@ -97,7 +97,6 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:8]
 
 
-def _git(*words: str) -> str:
+def _git(*words: str) -> bytes:
     line = ["git", "-C", str(ROOT), *words]
-    result = subprocess.run(line, capture_output=True, text=True, timeout=20, check=True)
-    return result.stdout.strip()
+    return subprocess.run(line, capture_output=True, timeout=20, check=True).stdout.strip()

@@ -57,6 +57,7 @@ def test_every_kernel_of_ours_has_a_part():
         ("void gemmk1_kernel<int, float, 256>", PRODUCTS),
         ("void pytorch_flash::flash_bwd_dot_do_o_kernel", "attention"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "attention"),
+        ("AttentionBackwardKernel<cutlass::gemm::GemmShape<64, 64, 32>>", "attention"),
         ("triton_per_fused_gemm_attention_pre_backward_0", LAYERS),
     ],
 )

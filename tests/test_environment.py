@@ -84,8 +84,8 @@ def test_a_commit_says_what_differs_from_it(checkout):
     clean = environment.commit()
     assert len(clean) == 12
     changed = set()
-    for text in ("two\n", "three\n"):
-        (checkout / "file").write_text(text)
+    for content in (b"two\n", b"\xff\n"):
+        (checkout / "file").write_bytes(content)
         changed.add(environment.commit())
     assert len(changed) == 2
     assert all(one.startswith(f"{clean}+") for one in changed)
