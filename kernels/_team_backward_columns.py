@@ -19,6 +19,7 @@ from collections.abc import Callable
 import tilelang.language as T
 
 from ._mapping_columns import ADDED, MIXED
+from ._pairs import WORD, lower, upper
 from ._programs import F32, logits_per_token
 from ._team_backward_roles import (
     BF16,
@@ -77,6 +78,13 @@ def columns_macros(share: Share, tokens: object) -> tuple[Callable[..., None], .
                             )
 
     @T.macro
+    def add_scaled(result, words, weight):
+        """Add the chunk in some words, weighted."""
+        for k in T.unroll(CHUNK // 2):
+            result[2 * k] += weight * lower(words[k])
+            result[2 * k + 1] += weight * upper(words[k])
+
+    @T.macro
     def form(
         grad_x, grad_phi, phi_tile, streams, inputs, staged, h_res, high_low, scaled, weights,
         slot, part_slot, first, member, tx, meeting,
@@ -95,6 +103,9 @@ def columns_macros(share: Share, tokens: object) -> tuple[Callable[..., None], .
         stream_lane = T.alloc_local((CHUNK,), BF16)
         grad_input = T.alloc_local((CHUNK,), BF16)
         part = T.alloc_local((CHUNK,), BF16)
+        stream_words = T.view(stream_lane, (CHUNK // 2,), WORD)
+        grad_words = T.view(grad_input, (CHUNK // 2,), WORD)
+        part_words = T.view(part, (CHUNK // 2,), WORD)
         result = T.alloc_local((CHUNK,), F32)
         mixing = T.alloc_local((2,), F32)
         weight = T.alloc_var(F32, 0.0)
@@ -161,26 +172,22 @@ def columns_macros(share: Share, tokens: object) -> tuple[Callable[..., None], .
                     if share.part == ADDED:
                         for v in T.vectorized(CHUNK):
                             part[v] = staged[part_slot, token, stream, swizzled(inner, q) + v]
-                        for v in T.unroll(CHUNK):
-                            result[v] += T.cast(part[v], F32)
+                        add_scaled(result, part_words, 1.0)
                     # part[i, c] .. or sum_o h_res[o, i] * part[o, c]
                     if share.part == MIXED:
                         for o in T.unroll(STREAMS):
                             weight = T.shfl_sync(mixing[o % 2], o // 2 * GROUP + token)
                             for v in T.vectorized(CHUNK):
                                 part[v] = staged[part_slot, token, o, swizzled(inner, q) + v]
-                            for v in T.unroll(CHUNK):
-                                result[v] += weight * T.cast(part[v], F32)
+                            add_scaled(result, part_words, weight)
                     radial = weights[token, STREAMS]
                     h_pre = weights[token, stream]
                     for v in T.vectorized(CHUNK):
                         stream_lane[v] = streams[slot, token, stream, swizzled(inner, q) + v]
-                    for v in T.unroll(CHUNK):
-                        result[v] += radial * T.cast(stream_lane[v], F32)
+                    add_scaled(result, stream_words, radial)
                     for v in T.vectorized(CHUNK):
                         grad_input[v] = inputs[slot, token, 0, swizzled(inner, q) + v]
-                    for v in T.unroll(CHUNK):
-                        result[v] += h_pre * T.cast(grad_input[v], F32)
+                    add_scaled(result, grad_words, h_pre)
                     if inside and (token < present):
                         for v in T.vectorized(CHUNK):
                             grad_x[

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import tilelang.language as T
 
 from ._mapping_records import record_width
+from ._pairs import WORD, lower, upper
 from ._programs import F32, ceil_div, logits_per_token
 
 WARP = 32
@@ -149,6 +150,8 @@ def dots_macro(share: Share, slots: int) -> Callable[..., None]:
         lane, warp = tx % WARP, tx // WARP
         grad = T.alloc_local((CHUNK,), BF16)
         stream = T.alloc_local((CHUNK,), BF16)
+        grad_words = T.view(grad, (CHUNK // 2,), WORD)
+        stream_words = T.view(stream, (CHUNK // 2,), WORD)
         dots = T.alloc_local((4 * STREAMS,), F32)
         for v in T.unroll(4 * STREAMS):
             dots[v] = 0.0
@@ -159,8 +162,9 @@ def dots_macro(share: Share, slots: int) -> Callable[..., None]:
                 for i in T.unroll(STREAMS):
                     for v in T.vectorized(CHUNK):
                         stream[v] = streams[slot, warp * 4 + turn, i, swizzled(lane, turn) + v]
-                    for v in T.unroll(CHUNK):
-                        dots[turn * STREAMS + i] += T.cast(grad[v], F32) * T.cast(stream[v], F32)
+                    for k in T.unroll(CHUNK // 2):
+                        dots[turn * STREAMS + i] += lower(grad_words[k]) * lower(stream_words[k])
+                        dots[turn * STREAMS + i] += upper(grad_words[k]) * upper(stream_words[k])
         # 16 sums over the lanes at once; those of lanes 2v and 2v + 1 are sum v
         halve(dots, 8, 16, lane)
         halve(dots, 4, 8, lane)

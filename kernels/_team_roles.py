@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import tilelang.language as T
 
+from ._pairs import WORD, lower, upper
 from ._programs import F32, ceil_div, logits_per_token
 from ._projection import WARP, Segment, inverse_rms, sigmoid, sinkhorn_registers
 
@@ -179,7 +180,9 @@ def apply_macro(
     def pre_apply(layer_input, x_tile, weights, group, first, member, tx):
         """layer_input[c] = sum_i h_pre[i] * x[i, c] for the member's channels of a group."""
         x_lane = T.alloc_local((8,), dtype)
+        words = T.view(x_lane, (4,), WORD)
         applied = T.alloc_local((8,), F32)
+        weight = T.alloc_var(F32)
         present = T.min(tokens - first, G)
         inner = tx % chunks * 8
         channel = member * width + inner
@@ -192,8 +195,14 @@ def apply_macro(
                     for i in T.unroll(n):
                         for v in T.vectorized(8):
                             x_lane[v] = x_tile[group % depth, place, i * width + inner + v]
-                        for v in T.unroll(8):
-                            applied[v] += weights[group % 2, place, i] * T.cast(x_lane[v], F32)
+                        weight = weights[group % 2, place, i]
+                        if dtype == "bfloat16":
+                            for k in T.unroll(4):
+                                applied[2 * k] += weight * lower(words[k])
+                                applied[2 * k + 1] += weight * upper(words[k])
+                        else:
+                            for v in T.unroll(8):
+                                applied[v] += weight * T.cast(x_lane[v], F32)
                     for v in T.vectorized(8):
                         layer_input[first + place, channel + v] = T.cast(applied[v], dtype)
 
