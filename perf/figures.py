@@ -13,7 +13,8 @@ from mhc_tile.autotune._extras import require
 
 from .breakdown import ATTENTION, GAPS, LAYERS, PRODUCTS
 from .compare import Comparison
-from .records import OURS, Record, Row, overhead, percent_of_roofline, plain_of
+from .records import OURS, Record, Row, percent_of_roofline
+from .report_steps import in_order, more_than_plain
 
 Figure = Any  # matplotlib's, which is imported where it is needed
 Label = tuple[str, str]  # colour and marker
@@ -30,7 +31,8 @@ PARTS = {
     "pre_apply, forward": "#8E3A6B", "pre_apply, backward": "#D99CC0",
     "sinkhorn, forward": "#8A7F00", "sinkhorn, backward": "#F0E442",
 }  # fmt: skip
-OTHERS = ("#000000", "#5E3C99", "#B2ABD2", "#1B7837")  # of parts with other names
+OTHERS = ("#000000", "#5E3C99", "#B2ABD2", "#1B7837")  # of parts with other names, then hatched
+HATCHES = ("", "////", "....", "xxxx")
 MOST_SHARE = 112  # percent of the roofline up to which there are marks
 LEGEND_INCHES = 1.9  # of an entry, the longest
 MOST_PANELS = 6
@@ -68,8 +70,8 @@ def draw(record: Record, comparison: Comparison | None = None) -> dict[str, Figu
             "roofline": roofline(record),
             "tokens": scaling(record, "tokens"),
             "hidden_size": scaling(record, "hidden_size"),
-            "parts": parts(record),
             "added": added(record),
+            "parts": parts(record),
             "changes": changes(comparison) if comparison else None,
         }
     return {name: figure for name, figure in found.items() if figure is not None}
@@ -131,6 +133,7 @@ def _shares(
     axis: Any, rows: Sequence[Row], ops: list[str], copy: float | None, styles: dict[str, Label]
 ) -> None:
     """A panel of `roofline`: a bar and a number for ours, a mark for every other contender."""
+    halo = require("matplotlib.patheffects", "perf", "perf").withStroke  # marks lie on bars
     for row in rows:
         percent, place = percent_of_roofline(row, copy), ops.index(row.op)
         colour, marker = styles[row.contender]
@@ -139,9 +142,13 @@ def _shares(
             axis.annotate(  # at the right edge: marks are anywhere else
                 f"{percent:.0f}", (1, place), (-2, 0), textcoords="offset points", fontsize=7,
                 xycoords=axis.get_yaxis_transform(), ha="right", va="center", color=colour,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
             )  # fmt: skip
         else:
-            axis.plot(percent, place, marker, color=colour, markeredgewidth=1.4, zorder=3)
+            axis.plot(
+                percent, place, marker, color=colour, markeredgewidth=1.4, zorder=3,
+                path_effects=[halo(linewidth=3.4, foreground="white")],
+            )  # fmt: skip
     axis.axvline(100, color="#666666", linewidth=0.8, linestyle=(0, (4, 3)))
     axis.set_yticks(range(len(ops)), ops)
     axis.set_ylim(-0.6, len(ops) - 0.4)
@@ -173,7 +180,7 @@ def scaling(record: Record, along: str) -> Figure | None:
     ticks = sorted(set.union(*map(sizes.__getitem__, panels)))
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
-    size = (0.8 + 2.6 * columns, 1.2 + 2.0 * lines)
+    size = (0.8 + max(2.6, min(5.0, 7.7 / columns)) * columns, 1.2 + 2.0 * lines)
     figure, axes = _panels(lines, columns, size, sharex=True)
     styles = labels(record)
     copy = record.environment.get("copy_bytes_per_s")
@@ -221,7 +228,9 @@ def _times(
     axis.set_yscale("log")
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     low, high = axis.get_ylim()
-    subs = (1.0, 3.0) if high > 20 * low else (1.0, 2.0, 3.0, 5.0, 7.0)
+    subs = (
+        [1.0] if high > 1e4 * low else [1.0, 3.0] if high > 20 * low else [1.0, 2.0, 3.0, 5.0, 7.0]
+    )
     axis.yaxis.set_major_locator(require("matplotlib.ticker", "perf", "perf").LogLocator(subs=subs))
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.tick_params(axis="x", labelrotation=45, labelsize=7)
@@ -241,19 +250,10 @@ def parts(record: Record) -> Figure | None:
 
 def added(record: Record) -> Figure | None:
     """What a step has more than with plain residuals, by part; None without any plain one."""
-    rows, more, timed = [], [], []
-    for case in record.cases:
-        spent = [row for row in record.of(case) if row.parts and row.us]
-        if (plain := plain_of(spent)) is None:
-            continue
-        for row in spent:
-            if row is not plain:
-                rows.append(row)
-                names = dict.fromkeys((*plain.parts, *row.parts))
-                more.append({n: row.parts.get(n, 0.0) - plain.parts.get(n, 0.0) for n in names})
-                timed.append((overhead(row, spent) or 0.0) * (plain.us or 0.0))
-    if not rows:
+    found = [each for case in record.cases for each in more_than_plain(record.of(case))]
+    if not found:
         return None
+    rows, more, timed = zip(*found, strict=True)
     figure, axis = _stacked(rows, more, timed, "+.1f")
     axis.axvline(0.0, color="#666666", linewidth=0.8)
     axis.set_xlabel("milliseconds more than with plain residuals; the line is what was timed")
@@ -270,18 +270,20 @@ def _stacked(
 
     What is negative goes to the left of 0.
     """
-    found = dict.fromkeys(name for own in values for name in own)
-    names = sorted(found, key=lambda name: [*PARTS].index(name) if name in PARTS else len(PARTS))
-    others = [name for name in names if name not in PARTS]
-    colours = PARTS | {name: OTHERS[index % len(OTHERS)] for index, name in enumerate(others)}
+    names = in_order(name for own in values for name in own)
+    looks = {name: (colour, "") for name, colour in PARTS.items()}
+    for index, name in enumerate(name for name in names if name not in PARTS):
+        hatch = HATCHES[index // len(OTHERS) % len(HATCHES)]
+        looks[name] = (OTHERS[index % len(OTHERS)], hatch)
     figure, (axis,) = _panels(1, 1, (8.5, 1.3 + 0.42 * len(rows)))
     for place, (own, us) in enumerate(reversed(list(zip(values, wholes, strict=True)))):
         ends, whole = [0.0, 0.0], us / 1e3
         for name in names:
             width = own.get(name, 0.0) / 1e3
             axis.barh(
-                place, width, left=ends[width < 0], height=0.62, color=colours[name],
-                edgecolor="white", linewidth=0.6, label=name if place == 0 else None,
+                place, width, left=ends[width < 0], height=0.62, color=looks[name][0],
+                hatch=looks[name][1], edgecolor="white", linewidth=0.6,
+                label=name if place == 0 else None,
             )  # fmt: skip
             ends[width < 0] += width
         axis.plot(whole, place, "|", color="black", markersize=14, markeredgewidth=1.4)
@@ -291,7 +293,8 @@ def _stacked(
     axis.set_yticks(range(len(rows)), texts)
     axis.margins(x=0.08)
     axis.grid(axis="y", visible=False)
-    figure.legend(loc="outside upper center", ncols=min(5, len(names)))
+    fitting = int(figure.get_figwidth() / LEGEND_INCHES)
+    figure.legend(loc="outside upper center", ncols=min(fitting, len(names)))
     return figure, axis
 
 

@@ -21,6 +21,7 @@ td { white-space: nowrap; }
 th { color: #595959; font-weight: 600; vertical-align: bottom; }
 th.l, td.l { text-align: left; } td.w { text-align: left; color: #b04a00; }
 tr.ours td { font-weight: 600; background: #f1f6fa; } tr.first td { border-top: 1px solid #999; }
+td b.most { color: #b04a00; font-weight: 700; }
 figure { margin: 1rem 0; } figure img { max-width: 100%; } .wide { overflow-x: auto; }
 figcaption { color: #595959; font-size: .87rem; max-width: 60rem; }
 code { background: #f4f4f4; padding: .05rem .3rem; border-radius: 3px; }

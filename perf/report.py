@@ -14,7 +14,7 @@ from . import figures, summary
 from .compare import Comparison
 from .markup import document, picture, table, text, words
 from .records import OURS, Record, Row, overhead, percent_of_roofline
-from .report_steps import kind, spread, steps
+from .report_steps import in_words, kind, spread, steps
 from .report_words import CAPTIONS, INTRODUCTION, READING, READING_STEPS, STATUSES, glossary
 from .tables import faults, with_error
 
@@ -48,12 +48,14 @@ def page(
     reading = READING_STEPS if record.kind == "overhead" else READING
     shown = [picture(_svg(drawn), CAPTIONS[name]) for name, drawn in pictures.items()]
     under = f"commit {where.get('commit') or 'unknown'}, {where.get('date') or 'no date'}"
+    if left := where.get("cases_left"):
+        under += f"; the run did not end, {left} cases are not measured"
     parts = [
         f"<h1>{text(title)}</h1><p class='under'>{text(under)}</p>",
         f"<p>{text(INTRODUCTION[record.kind])}</p>",
         _cards(record, comparison),
         *_faults(record),
-        *(["<h2>Who and what</h2>", words(found)] if (found := glossary(record)) else []),
+        *_glossary(record),
         *steps(record),
         *(["<h2>Pictures</h2>", *shown] if shown else []),
         *(_comparison(comparison) if comparison else []),
@@ -146,7 +148,9 @@ def _cards(record: Record, comparison: Comparison | None) -> str:
         cards += [card for who in (False, True) if (card := _against(record, good, who))]
     for row in good if record.kind == "overhead" else []:
         if (over := overhead(row, record.of(row.case))) is not None:
-            said = f"a step of {row.case} longer with mhc_tile than with plain residuals"
+            said = (
+                f"what mhc_tile adds to a step; 100% is {in_words(row.case)} with plain residuals"
+            )
             cards.append((with_error(100 * over, row.details.get("overhead_error")), said, False))
     if copy:
         cards.append((f"{copy / 1e12:.2f} TB/s", "bandwidth of a copy in this run", False))
@@ -163,7 +167,7 @@ def _cards(record: Record, comparison: Comparison | None) -> str:
 
 
 def _against(record: Record, good: Sequence[Row], reference: bool) -> tuple[str, str, bool] | None:
-    """A card: how much faster ours is than the best of others, and in how many cases slower."""
+    """A card: how fast ours is next to the best of others, and in how many cases slower."""
     ratios = []
     for row in good:
         other = best_other(record.of(row.case), reference=reference)
@@ -171,11 +175,19 @@ def _against(record: Record, good: Sequence[Row], reference: bool) -> tuple[str,
             ratios.append(other.us / row.us)
     if not (mean := geometric_mean(ratios)):
         return None
-    slower = sum(ratio < 1 - TIE for ratio in ratios)
+    slower = sum(ratio * (1 + TIE) < 1 for ratio in ratios)
     who = "the reference in PyTorch" if reference else "the best other package"
-    said = f"faster than {who} (geometric mean of {len(ratios)} cases), "
+    said = f"as fast as {who} (geometric mean of {len(ratios)} cases), "
     said += f"more than {TIE:.0%} slower in {slower or 'none'}"
     return f"{mean:.2f}x", said, False
+
+
+def _glossary(record: Record) -> list[str]:
+    """Who and what occurs on the page."""
+    parts = []
+    for heading, rows in glossary(record).items():
+        parts += [f"<h3>{text(heading)}</h3>", words(rows)]
+    return ["<h2>Who and what</h2>", *parts] if parts else []
 
 
 def _faults(record: Record) -> list[str]:
@@ -272,16 +284,24 @@ def _environment(where: Mapping[str, Any]) -> str:
             continue  # said with the steps
         if key == "copy_bytes_per_s":
             key, value = "copy", f"{value / 1e12:.3f} TB/s" if value else None
-        if isinstance(value, Mapping):
-            none = "not installed" if key == "packages" else "not set"
-            value = ", ".join(f"{name} {none if v is None else v}" for name, v in value.items())
-        if key == "tables":
-            value = ", ".join(map(str, value or [])) or "none"
         if key == "command" and isinstance(value, (list, tuple)):
             rows.append(("command", f"<code>{text(shlex.join(map(str, value)))}</code>"))
             continue
-        rows.append((text(key), text("none" if value is None else value)))
+        rows.append((text(key), text(_said(value, "not installed" * (key == "packages")))))
     return words(rows)
+
+
+def _said(value: Any, none: str = "") -> str:
+    """A value of the environment in words; `none` is for those of a mapping that are None."""
+    if isinstance(value, Mapping):
+        value = [
+            f"{name} {(none or 'not set') if v is None else _said(v)}" for name, v in value.items()
+        ]
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_said, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)
 
 
 def _svg(drawn: figures.Figure) -> bytes:

@@ -1,10 +1,20 @@
 """What the report says of the steps of `perf overhead`."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
+from .breakdown import ATTENTION, GAPS, LAYERS, PRODUCTS
 from .markup import table, text
-from .records import OURS, Record, Row, overhead
+from .records import OURS, Record, Row, overhead, plain_of
 from .tables import with_error
+
+LEAST_US = 5.0  # of a difference that is shown
+OPS = ("pre", "merge", "mapping", "pre_apply", "sinkhorn")
+PARTS = (
+    PRODUCTS, ATTENTION, LAYERS, GAPS,
+    *(f"{op}, {way}" for op in OPS for way in ("forward", "backward")),
+)  # fmt: skip
+"""The parts of a step as they are shown: the layers', then those of connections."""
 
 
 def steps(record: Record) -> list[str]:
@@ -45,25 +55,95 @@ def steps(record: Record) -> list[str]:
     return ["<h2>Steps</h2>", *said, "</ul>", table(headers, rows, left=2), *_parts(record)]
 
 
-def _parts(record: Record) -> list[str]:
-    """A table of what steps are made of."""
-    spent = [row for row in record.rows if row.parts]
-    names = list(dict.fromkeys(name for row in spent for name in row.parts))
-    if not names:
+def more_than_plain(rows: Sequence[Row]) -> list[tuple[Row, dict[str, float], float]]:
+    """What steps have more than the one with plain residuals; nothing without that one.
+
+    Args:
+        rows: of one case.
+
+    Returns:
+        Of every other row with parts: the row, microseconds by part, and as timed.
+    """
+    spent = [row for row in rows if row.parts and row.us]
+    if (plain := plain_of(spent)) is None:
         return []
-    rows, seen = [], set[str]()
+    found = []
     for row in spent:
-        shares = (row.details.get("profiled_us"), *(row.parts.get(name) for name in names))
-        cells = (
-            text("" if row.case in seen else row.case),
-            text(row.contender),
-            *("" if us is None else f"{us / 1e3:.2f}" for us in shares),
-            "",
-        )
-        rows.append((cells, kind(row, int(row.case in seen))))
-        seen.add(row.case)
-    headers = ("case", "contender", "step", *names, "")
-    return ["<h2>Where the time goes, ms under the profiler</h2>", table(headers, rows, left=2)]
+        if row is not plain:
+            names = dict.fromkeys((*plain.parts, *row.parts))
+            more = {n: row.parts.get(n, 0.0) - plain.parts.get(n, 0.0) for n in names}
+            found.append((row, more, (overhead(row, spent) or 0.0) * (plain.us or 0.0)))
+    return found
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Parts as they are shown, each once; those of other names last.
+
+    Example:
+        >>> in_order(["merge, backward", "copies", "merge, forward", "attention"])
+        ['attention', 'merge, forward', 'merge, backward', 'copies']
+    """
+    return sorted(
+        dict.fromkeys(names), key=lambda name: PARTS.index(name) if name in PARTS else len(PARTS)
+    )
+
+
+def in_words(case: str) -> str:
+    """A case of an overhead in words; as it is where it is named otherwise.
+
+    Example:
+        >>> in_words("paper-27b/step/B2xS4096/L4")
+        '4 layers of paper-27b, 2 x 4096 tokens,'
+    """
+    found = re.fullmatch(r"([^/]+)/([^/]+)/B(\d+)xS(\d+)(?:/L(\d+))?", case)
+    if not found:
+        return case
+    model, step, batch, sequence, layers = found.groups()
+    of = f"{layers} layer{'s' * (layers != '1')} of {model}" if layers else model
+    return f"{of}, {batch} x {sequence} tokens," + " with AdamW," * step.endswith("adamw")
+
+
+def _parts(record: Record) -> list[str]:
+    """What steps are made of, and what that is more than with plain residuals."""
+    added, whole = [], []
+    for case in record.cases:
+        spent = [row for row in record.of(case) if row.parts]
+        if not spent:
+            continue
+        names = in_order(name for row in spent for name in row.parts)
+        title = f"<h3>{text(case)}</h3>"
+        rows = []
+        for row in spent:
+            us = (row.details.get("profiled_us"), *(row.parts.get(name) for name in names))
+            rows.append((row, ["" if v is None else f"{v / 1e3:.2f}" for v in us]))
+        whole += [title, _table(("contender", "step", *names), rows)]
+        rows = [(row, _more(more, timed, names)) for row, more, timed in more_than_plain(spent)]
+        if rows:
+            added += [title, _table(("contender", "as timed", *names), rows)]
+    if added:
+        added.insert(0, "<h2>More than with plain residuals, ms by part</h2>")
+    if whole:
+        whole.insert(0, "<h2>Where the time goes, ms under the profiler</h2>")
+    return [*added, *whole]
+
+
+def _more(more: Mapping[str, float], timed: float, names: Sequence[str]) -> list[str]:
+    """Cells of what a step has more; the part that costs most stands out."""
+    most = max(more, key=lambda name: more[name])
+    cells = [f"{timed / 1e3:+.2f}"]
+    for name in names:
+        said = f"{more[name] / 1e3:+.2f}" if abs(more.get(name, 0.0)) >= LEAST_US else ""
+        cells.append(f"<b class='most'>{said}</b>" if name == most and more[most] > 0 else said)
+    return cells
+
+
+def _table(headers: Sequence[str], rows: Sequence[tuple[Row, list[str]]]) -> str:
+    """A table of numbers, a contender a line."""
+    lines = [
+        ((text(row.contender), *cells, ""), kind(row, index))
+        for index, (row, cells) in enumerate(rows)
+    ]
+    return table((*headers, ""), lines, left=1)
 
 
 def kind(row: Row, index: int) -> str:

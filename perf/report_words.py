@@ -6,8 +6,9 @@ from .markup import text
 from .records import OURS, Record
 
 READING = {
-    "case": "op, mode, T tokens x C channels of each of n streams, dtype. A <i>training</i> call "
-    "is forward and backward, an <i>inference</i> or <i>forward</i> call has no gradients.",
+    "case": "op, mode, T tokens x C channels of each of n streams, dtype. An <i>inference</i> "
+    "call is the forward alone, a <i>forward</i> call also keeps what gradients will need, a "
+    "<i>training</i> call is forward and backward.",
     "time": "microseconds of one call on the GPU, the median of several turns, and behind it the "
     "20th and 80th percentile. Contenders take turns, with inputs that are not in the cache. "
     "A time marked † includes the CPU's, because no CUDA graph could be captured.",
@@ -15,6 +16,7 @@ READING = {
     "at least once, at the bandwidth of a large copy, measured in the same run. 100% is a call "
     "that takes no longer. Few tokens do not fill a GPU, and stay far below. Other "
     "implementations are held against the same bytes, whatever they move themselves.",
+    "GB/s": "those bytes over the time.",
     "x ours": "time over that of mhc_tile: 2.00 takes twice as long.",
     "error": "relative root mean square error against the definition in float64, the largest over "
     "all results and gradients. bfloat16 itself rounds by 2e-3.",
@@ -24,7 +26,7 @@ READING = {
     "keeps from forward to backward.",
 }
 READING_STEPS = {
-    "case": "model, what a step is, batch x sequence length.",
+    "case": "model, what a step is, batch x sequence length, L layers of the model.",
     "time": "milliseconds of one step, the median of several turns, and behind it the 20th and "
     "80th percentile. Contenders take turns.",
     "overhead": "what the step takes longer than the plain one of the same round, the mean over "
@@ -33,6 +35,9 @@ READING_STEPS = {
     "a layer has two.",
     "peak": "device memory in GB that the step needs at most.",
     "error": "of output and gradient against the definition, relative; the layers are in bfloat16.",
+    "more than with plain residuals": "the time of each part, less that of the same part with "
+    "plain residuals; the part that costs most is coloured. <i>as timed</i> is without the "
+    "profiler.",
     "where the time goes": "GPU time by kernel, of steps in a row under the profiler. <i>Matrix "
     "products</i>, <i>attention</i> and <i>other kernels</i> are the layers' and PyTorch's, what "
     "PyTorch computes of a connection included; <i>no kernel</i> is what none fills; the rest is "
@@ -71,23 +76,38 @@ STATUSES = {
 CONTENDERS = {
     OURS: "this library's kernels",
     "reference": "the definition of mHC in plain PyTorch",
-    "residual": "plain residual connections: what 100% is",
+    "residual": "plain residual connections; residual (compiled) is what 100% is",
     "hc": "Hyper-Connections without mHC's constraint, their maps computed in PyTorch",
     "tile-kernels": "the package of that name, by DeepSeek",
     "liger-kernel": "the package of that name",
     "hyper-connections": "the package of that name, which computes its maps in another way",
 }
+STEPS = {  # how a contender without brackets is compiled
+    OURS: "all layers and connections in one torch.compile where no brackets say otherwise",
+    "tile-kernels": "the layers under torch.compile, its connections around them not",
+    "liger-kernel": "the layers under torch.compile, its connections around them not",
+}
 FORMS = {
     "(eager)": "PyTorch op by op, without torch.compile",
-    "(compiled": "under torch.compile; of a step, all layers and connections in one",
+    "(compiled": "under torch.compile",
     "(sublayers compiled": "every layer with its connection in a torch.compile of its own",
     "(layers compiled": "the layers under torch.compile, the connections around them not",
-    "tf32)": "PyTorch may multiply fp32 in tf32; elsewhere it multiplies in full fp32, its default",
+    "tf32)": "PyTorch may multiply fp32 on tensor cores in tf32, as after "
+    'torch.set_float32_matmul_precision("high"); elsewhere it multiplies in full fp32, its default',
+}
+STEP_FORMS = {"(compiled": "all layers and connections in one torch.compile"}
+MAPS = {
+    "h_pre": "n weights, which the token sets like those below: the layer's input is the sum of "
+    "the streams by them",
+    "h_post": "n weights: how much of the layer's output is added to each stream",
+    "h_res": "n x n weights that mix the streams; in mHC rows and columns sum to 1, so that no "
+    "number of layers amplifies a signal",
 }
 OPS = {
-    "mapping": "from the n streams of a token, their norm and a projection, the logits of three "
-    "maps; h_pre and h_post of them",
-    "sinkhorn": "makes h_res doubly stochastic: 20 times columns, then rows to sum 1",
+    "mapping": "h_pre, h_post and the logits of h_res, by a norm and a projection of a token's "
+    "streams",
+    "sinkhorn": "h_res from its logits, made doubly stochastic: 20 times columns, then rows to "
+    "sum 1",
     "pre_apply": "the layer's input: the streams, weighted by h_pre",
     "merge": "the next streams: h_res mixes the old ones, h_post writes the layer's output to each",
     "expand": "one stream copied to n",
@@ -98,18 +118,34 @@ OPS = {
 }
 
 
-def glossary(record: Record) -> list[tuple[str, str]]:
-    """Contenders, their forms and ops, of those that occur in a result; names and HTML.
+def glossary(record: Record) -> dict[str, list[tuple[str, str]]]:
+    """What occurs in a result: headings, with names and what they are, as HTML.
 
     Args:
         record: the result.
     """
     names = list(dict.fromkeys(row.contender for row in record.rows))
-    ops = list(dict.fromkeys(row.op for row in record.rows))
-    found = [(key, what) for key, what in CONTENDERS.items() if _any(names, key)]
-    found += [(key.strip("()"), what) for key, what in FORMS.items() if _has(names, key)]
-    found += [(op, OPS[op]) for op in ops if op in OPS]
-    return [(text(key), text(what)) for key, what in found]
+    ops = [op for op in dict.fromkeys(row.op for row in record.rows) if op in OPS]
+    versions = record.environment.get("packages") or {}
+    steps, forms = (STEPS, FORMS | STEP_FORMS) if record.kind == "overhead" else ({}, FORMS)
+    who = []
+    for key, what in CONTENDERS.items():
+        if _any(names, key):
+            version = f", {versions[key]}" if versions.get(key) else ""
+            who.append((key, what + version + (f"; {steps[key]}" if key in steps else "")))
+    found = {
+        "Contenders": who,
+        "What is in brackets": [
+            (key.strip("()"), what) for key, what in forms.items() if _has(names, key)
+        ],
+        "Maps": list(MAPS.items()) if ops else [],
+        "Ops": [(op, OPS[op]) for op in ops],
+    }
+    return {
+        heading: [(text(key), text(what)) for key, what in rows]
+        for heading, rows in found.items()
+        if rows
+    }
 
 
 def _any(names: Iterable[str], begin: str) -> bool:
