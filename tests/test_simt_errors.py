@@ -15,6 +15,7 @@ SHARED = "  float* s = (float*)pool;\n"  # line 4, after the declaration of the 
 ASYNC = "  tl::cp_async_gs<4>(s + threadIdx.x, x + threadIdx.x);\n  tl::cp_async_commit();\n"
 
 # name: what the message says, the source line it points to (the body starts at line 3), the body.
+BF16 = "tl::DataType::kBFloat16"
 MISTAKES = {
     "missing barrier": (
         r"reads offset \d+ of shared memory, which nobody has written yet",
@@ -159,6 +160,14 @@ MISTAKES = {
         "a grid barrier needs a cooperative launch",
         3,
         "  cooperative_groups::this_grid().sync();",
+    ),
+    "a tile behind its array": (
+        "a tile's registers reach past the end of their array",
+        5,
+        "  float c[4] = {}; unsigned a[4] = {}, b[4] = {};\n"
+        "  for (int low = 0; low < 2; ++low)\n"
+        f"    tl::mma_sync<{BF16}, {BF16}, tl::DataType::kFloat32, 16, 8, 16, false, true>(\n"
+        "      c, a, b + 4 * low);\n  out[threadIdx.x] = c[0];",
     ),
     "a failed assertion": (
         "too many",

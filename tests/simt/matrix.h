@@ -20,6 +20,11 @@ enum class DataType {
   kFloat64,
 };
 
+// Registers of a tile that an array of the kernel must have, where the compiler knows the array.
+#define SIMT_WITHIN(pointer, bytes)                                            \
+  if (__builtin_dynamic_object_size(pointer, 0) < size_t(bytes))               \
+  simt::reject("a tile's registers reach past the end of their array")
+
 // c += a @ b with fp32 accumulators: bf16 and fp16 m16n8k8 and k16, tf32 m16n8k4 and k8.
 template <DataType A, DataType B, DataType C, int m, int n, int k, bool, bool, bool = false>
 SIMT_INLINE void mma_sync(float* c, const unsigned* a, const unsigned* b) {
@@ -28,6 +33,10 @@ SIMT_INLINE void mma_sync(float* c, const unsigned* a, const unsigned* b) {
                          ((narrow && (k == 8 || k == 16)) ||
                           (A == DataType::kTensorFloat32 && (k == 4 || k == 8)));
   static_assert(known, "the emulator has mma.sync for bf16, fp16 and tf32 with fp32 accumulators");
+  constexpr int step = narrow ? 8 : 4;  // elements along k of one register of b
+  SIMT_WITHIN(c, 16);
+  SIMT_WITHIN(a, k / step * 8);
+  SIMT_WITHIN(b, k / step * 4);
   simt::multiply(c, a, b,
                  A == DataType::kBFloat16  ? simt::Element::bfloat16
                  : A == DataType::kFloat16 ? simt::Element::float16
@@ -37,6 +46,7 @@ SIMT_INLINE void mma_sync(float* c, const unsigned* a, const unsigned* b) {
 
 #define SIMT_LDMATRIX(name, count, transpose)                                   \
   SIMT_INLINE void name(const void* row, void* registers) {                     \
+    SIMT_WITHIN(registers, 4 * count);                                          \
     simt::load_matrices(row, registers, count, transpose);                      \
   }
 SIMT_LDMATRIX(ptx_ldmatrix_x1, 1, false)
@@ -64,5 +74,6 @@ SIMT_STMATRIX(ptx_stmatrix_m8n8_x1_trans, true)
 SIMT_STMATRIX(ptx_stmatrix_m8n8_x2_trans, true)
 SIMT_STMATRIX(ptx_stmatrix_m8n8_x4_trans, true)
 #undef SIMT_STMATRIX
+#undef SIMT_WITHIN
 
 }  // namespace tl
