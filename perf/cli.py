@@ -178,16 +178,17 @@ def _gate(args: argparse.Namespace) -> int:
             raise ValueError("perf gate: --out must come without a result, got both")
         new = records.read(args.result)
         _check_commit(new, args)
-        base = _baseline(args.baseline, new.environment.get("gpu"))
+        _check_alone(new, args.result, args)
+        base = _baseline(args, new.environment.get("gpu"))
         return _say(compare.compare(base, new, **options), args, complete=True)
     gpu = _gpu_here()
-    base = _baseline(args.baseline, gpu)
+    base = _baseline(args, gpu)
     nothing = records.Record("run", {"gpu": gpu}, [])
     compare.check_comparable(base, nothing, force=args.force)
     _check_output(args)
     left = [args.out]  # what looks slower is measured again, and does not replace the rest
     found = compare.gate(
-        base, lambda wanted: _measure(wanted, left.pop() if left else None), **options
+        base, lambda wanted: _measure(wanted, left.pop() if left else None, args.force), **options
     )
     if args.out:
         records.write(found.new, args.out)
@@ -238,12 +239,25 @@ def _check_commit(new: "Record", args: argparse.Namespace) -> None:
         )
 
 
-def _baseline(path: Path | None, gpu: str | None) -> "Record":
+def _check_alone(record: "Record", path: Path, args: argparse.Namespace) -> None:
+    """Beside other contenders this library's small cases take longer."""
+    from . import compare
+    from .records import OURS
+
+    others = [name for name in compare.timed(record) if name != OURS]
+    if others and not args.force:
+        raise ValueError(
+            f"perf gate: {path} must be measured alone, by `mhc-tile perf run --contender {OURS}`, "
+            f"got times of {', '.join(others)}, too; judge it all the same with --force"
+        )
+
+
+def _baseline(args: argparse.Namespace, gpu: str | None) -> "Record":
     from . import records
 
-    if not (path or gpu):
+    if not (args.baseline or gpu):
         raise ValueError("perf gate: --baseline must be given for a result of a CPU, got none")
-    path = path or baseline_path(str(gpu))
+    path = args.baseline or baseline_path(str(gpu))
     if not path.is_file():
         raise ValueError(
             f"perf gate: a baseline must be at {path}, got none; on a commit that is to be the "
@@ -254,6 +268,12 @@ def _baseline(path: Path | None, gpu: str | None) -> "Record":
         raise ValueError(
             f"perf gate: {path} must be of a run that ended, got one with {left} cases left; "
             "measure it again"
+        )
+    _check_alone(base, path, args)
+    if args.out and args.out.resolve() == path.resolve():
+        raise ValueError(
+            f"perf gate: --out must not be the baseline, got {path}; "
+            f"`mhc-tile perf run --contender mhc_tile --out {path}` makes a new one"
         )
     return base
 
@@ -270,11 +290,12 @@ def _gpu_here() -> str:
         ) from error
 
 
-def _measure(base: "Record", path: Path | None) -> "Record":
+def _measure(base: "Record", path: Path | None, force: bool) -> "Record":
     """The cases of a baseline, now."""
     import importlib
 
-    return importlib.import_module(".suite", __package__).measure_for_gate(base, path)
+    suite = importlib.import_module(".suite", __package__)
+    return suite.measure_for_gate(base, path, force=force)
 
 
 def _say(found: "Comparison", args: argparse.Namespace, *, complete: bool) -> int:

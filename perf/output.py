@@ -115,26 +115,34 @@ def check_positive(command: str, **values: int | None) -> None:
             raise ValueError(f"{command}: --{name} must be at least 1, got {value}")
 
 
-def check_names(command: str, asked: Sequence[str], known: Sequence[str]) -> None:
+def check_names(
+    command: str, asked: Sequence[str], known: Sequence[str], here: Sequence[str]
+) -> None:
     """Refuse the name of a contender that there is not, instead of measuring nothing.
 
     Args:
         command: for the message.
         asked: beginnings of names.
-        known: all of them, whatever is installed; a version may follow.
+        known: all of them, whatever is installed.
+        here: those that can be measured, packages with their versions.
 
     Raises:
-        ValueError: No known name begins like one that is asked for.
+        ValueError: No known name begins like one that is asked for, or none of them is here.
 
     Example:
-        >>> check_names("perf run", ["ours"], ["mhc_tile", "reference (eager)"])
+        >>> check_names("perf run", ["ours"], ["mhc_tile", "reference (eager)"], ["mhc_tile"])
         Traceback (most recent call last):
         ValueError: perf run: --contender must begin one of mhc_tile, reference (eager), got ours
     """
     for name in asked:
-        if not any(one.startswith(name) or name.startswith(f"{one} ") for one in known):
+        if not any(one.startswith(name) for one in (*known, *here)):
             all_ = ", ".join(known)
             raise ValueError(f"{command}: --contender must begin one of {all_}, got {name}")
+    if asked and not any(one.startswith(tuple(asked)) for one in here):
+        raise ValueError(
+            f"{command}: --contender must leave one that can be measured here, of "
+            f"{', '.join(here)}, got {', '.join(asked)}"
+        )
 
 
 def one_line(error: BaseException) -> str:

@@ -29,7 +29,19 @@ from . import environment, output, tables
 from .bench import Bench, bench_of
 from .breakdown import breakdown, steps_under_load
 from .records import OURS, Row
-from .slices import BATCH, LAYERS, NAMES, PLAIN, SEQUENCE, TF32, Slice, Step, Sublayers
+from .slices import (
+    BATCH,
+    LAYERS,
+    NAMES,
+    PLAIN,
+    SEQUENCE,
+    TF32,
+    UNCHECKED,
+    Slice,
+    Step,
+    Sublayers,
+    names_here,
+)
 
 MODELS = ("paper-27b", "paper-27b-dense")
 TURNS = 16
@@ -67,14 +79,14 @@ def run(args: argparse.Namespace) -> int:
     """
     numbers = {name: getattr(args, name) for name in ("layers", "batch", "sequence", "turns")}
     output.check_positive("perf overhead", **numbers)
-    output.check_names("perf overhead", args.contender, NAMES)
+    output.check_names("perf overhead", args.contender, NAMES, names_here(args.device))
     bench = bench_of(args.device)
     for package in ("tabulate", *(["matplotlib"] if args.figures else [])):
         require(package, "mhc-tile perf overhead", "perf")  # before minutes are spent
     shape = (args.layers or LAYERS, args.batch, args.sequence, args.optimizer, args.device)
     slices = [Slice(model, *shape) for model in dict.fromkeys(args.model)]
     where = environment.environment(bench.bandwidth(), args.device)
-    where["denominator"] = {}
+    where |= {"denominator": {}, "cases_left": len(slices)}
     path = output.result_path("overhead", where, args.out)
     progress, parts, lost = output.Progress(), list[dict[str, Row]](), False
     try:
@@ -88,9 +100,11 @@ def run(args: argparse.Namespace) -> int:
                 del where["denominator"][piece.key]
                 piece = dataclasses.replace(piece, layers=piece.layers // 2)
                 progress.say(f"memory is out: {piece.key} instead")
+            where["cases_left"] = len(slices) - len(parts)
             # a process that is killed loses the slice in flight
             output.keep("overhead", where, parts, path)
             output.say(tables.overhead(piece.denominator, list(parts[-1].values())))
+        del where["cases_left"]  # it has ended
     except output.UnusableError as error:
         output.say(f"perf overhead: {error}; what comes after it is not measured")
         lost = True
@@ -159,17 +173,34 @@ def _measure(
     must_fit: bool,
 ) -> None:
     steps: dict[str, Step] = {}
+    chosen = [
+        name
+        for name in names_here(piece.device)
+        if not wanted or name == PLAIN or name.startswith(tuple(wanted))
+    ]
+    checked = [name for name in chosen if not name.startswith(UNCHECKED)]
+
+    def failed(names: Sequence[str], what: str, error: Exception) -> None:
+        fault = output.fault_of(error)
+        if must_fit and fault["status"] == "out of memory":
+            raise _FullError from error
+        for name in names:
+            rows[name] = _row(piece, name).replace(**fault | {"fault": f"{what}: {fault['fault']}"})
+        output.recover(bench, rows[names[0]])
+
     progress.say(f"{piece.key}: layers")
     try:
         sublayers = Sublayers(piece)
     except torch.OutOfMemoryError as error:
-        if must_fit:
-            raise _FullError from error
-        rows[OURS] = _row(piece, OURS).replace(**output.fault_of(error))
-        return
+        return failed(chosen, "the layers do not fit", error)
+    try:
+        if checked:
+            sublayers.truth  # noqa: B018
+    except Exception as error:
+        failed(checked, "the reference, which results are checked against, fails", error)
     shared = _optimizer(piece, (p for layer in sublayers.layers for p in layer.parameters()))
     for name, build in sublayers.contenders().items():
-        if wanted and name != PLAIN and not name.startswith(tuple(wanted)):
+        if name not in chosen or name in rows:
             continue
         progress.say(f"{piece.key}: {name}")
         row, step = _row(piece, name), None

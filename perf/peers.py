@@ -116,7 +116,7 @@ def tile_kernels(op: str) -> Contender | None:
     def first(value: Tensor) -> list[Tensor]:
         return [value[0]]
 
-    name = _named("tile-kernels")
+    name = named("tile-kernels")
     return {
         "sublayer": Contender(name, sublayer, take, first, batched, gradients),
         "pre": Contender(
@@ -153,7 +153,7 @@ def liger(op: str) -> Contender | None:
     def gradients(x: Tensor, phi: Tensor, bias: Tensor, *alphas: Tensor) -> list[Tensor]:
         return [x, phi.t(), torch.stack(alphas), bias]
 
-    name = _named("liger-kernel")
+    name = named("liger-kernel")
     return {
         "sublayer": Contender(name, sublayer, take, gradients=gradients),
         "pre": Contender(name, pre, take, gradients=gradients),
@@ -184,7 +184,7 @@ def hyper_connections(op: str) -> Contender | None:
         return modules[width](rows).transpose(0, 1)
 
     note = "a stream's maps come from that stream alone, by parameters of another shape"
-    return Contender(_named("hyper-connections"), sublayer, note=note)
+    return Contender(named("hyper-connections"), sublayer, note=note)
 
 
 ADAPTERS: dict[str, Callable[[str], Contender | None]] = {
@@ -207,7 +207,8 @@ def _tile_kernels_module() -> ModuleType:
     return importlib.import_module("tile_kernels.modeling.mhc.functional")
 
 
-def _named(package: str) -> str:
+def named(package: str) -> str:
+    """A package's name as a contender, with its version where it is installed."""
     return f"{package} {version(package) or ''}".strip()
 
 

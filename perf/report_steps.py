@@ -65,7 +65,8 @@ def more_than_plain(rows: Sequence[Row]) -> list[tuple[Row, dict[str, float], fl
         Of every other row with parts: the row, microseconds by part, and as timed.
     """
     spent = [row for row in rows if row.parts and row.us]
-    if (plain := plain_of(spent)) is None:
+    plain = plain_of(rows)  # what 100% is, even where another one has parts
+    if plain is None or plain not in spent:
         return []
     found = []
     for row in spent:
@@ -107,7 +108,8 @@ def _parts(record: Record) -> list[str]:
     """What steps are made of, and what that is more than with plain residuals."""
     added, whole = [], []
     for case in record.cases:
-        spent = [row for row in record.of(case) if row.parts]
+        own = record.of(case)
+        spent = [row for row in own if row.parts]
         if not spent:
             continue
         names = in_order(name for row in spent for name in row.parts)
@@ -117,7 +119,7 @@ def _parts(record: Record) -> list[str]:
             us = (row.details.get("profiled_us"), *(row.parts.get(name) for name in names))
             rows.append((row, ["" if v is None else f"{v / 1e3:.2f}" for v in us]))
         whole += [title, _table(("contender", "step", *names), rows)]
-        rows = [(row, _more(more, timed, names)) for row, more, timed in more_than_plain(spent)]
+        rows = [(row, _more(more, timed, names)) for row, more, timed in more_than_plain(own)]
         if rows:
             added += [title, _table(("contender", "as timed", *names), rows)]
     if added:

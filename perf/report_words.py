@@ -30,7 +30,7 @@ READING_STEPS = {
     "time": "milliseconds of one step, the median of several turns, and behind it the 20th and "
     "80th percentile. Contenders take turns.",
     "overhead": "what the step takes longer than the plain one of the same round, the mean over "
-    "the rounds, and behind ± its standard error.",
+    "the rounds without an eighth at either end, and behind ± its standard error.",
     "us a sublayer": "what the step takes longer than the plain one, over its sublayers, of which "
     "a layer has two.",
     "peak": "device memory in GB that the step needs at most.",

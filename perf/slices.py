@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mhc_tile import HyperConnectedStack, HyperConnection, ManifoldHyperConnection, Residual
 from mhc_tile.models import CONFIGS, Decoder, ModelConfig, model_config
@@ -24,6 +25,7 @@ from .records import OURS
 PLAIN = "residual (compiled)"
 LAYERS, BATCH, SEQUENCE = 4, 2, 4096
 PEERS = ("tile-kernels", "liger-kernel")
+UNCHECKED = ("residual", "hc")  # join the layers otherwise than the reference
 TF32 = ", tf32)"  # the end of the name of who multiplies fp32 in tf32
 WAYS = ("compiled, tf32", "sublayers compiled, tf32", "sublayers compiled", "layers compiled")
 NAMES = (
@@ -31,6 +33,20 @@ NAMES = (
     *(f"{kind} ({way})" for kind in ("hc", "reference") for way in WAYS), *PEERS,
 )  # fmt: skip
 """All contenders; peers take part where they are installed, tf32 on CUDA alone."""
+
+
+def names_here(device: str) -> list[str]:
+    """The contenders that can be measured.
+
+    Args:
+        device: "cuda" or "cpu".
+
+    Example:
+        >>> any("tf32" in name for name in names_here("cpu"))
+        False
+    """
+    installed = [name for name in NAMES if name not in PEERS or version(name)]
+    return [name for name in installed if device == "cuda" or not name.endswith(TF32)]
 
 
 Connect = Callable[[int, nn.Module], nn.Module]  # from a sublayer's index and its layer
@@ -152,10 +168,8 @@ class Sublayers:
         for kind, connect in (("hc", hyper), ("reference", reference)):
             ways = (whole(connect), apart(connect), apart(connect), joined(connect))
             found |= {f"{kind} ({way})": build for way, build in zip(WAYS, ways, strict=True)}
-        found |= {package: by(package) for package in PEERS if version(package)}
-        if self.piece.device == "cuda":
-            return found
-        return {name: build for name, build in found.items() if not name.endswith(TF32)}
+        found |= {package: by(package) for package in PEERS}
+        return {name: found[name] for name in names_here(self.piece.device)}
 
     def around(self, index: int, layer: nn.Module) -> ManifoldHyperConnection:
         """The connection of ours, around another form of its layer.
@@ -171,10 +185,13 @@ class Sublayers:
 
     @functools.cached_property
     def truth(self) -> tuple[Tensor, Tensor]:
-        """What the reference makes of the inputs, and their gradient, in eager PyTorch."""
-        return _differentiated(
-            nn.Sequential(*map(ReferenceConnection, self.ours)), *self.inputs(OURS)
-        )
+        """What the reference makes of the inputs, and their gradient, in eager PyTorch.
+
+        Sublayers are computed again in the backward pass: else it would need more memory than any
+        contender.
+        """
+        again = (_Again(ReferenceConnection(connection)) for connection in self.ours)
+        return _differentiated(nn.Sequential(*again), *self.inputs(OURS))
 
     def error(self, name: str, model: nn.Module, x: Tensor) -> float | None:
         """The relative error of output and gradient; None where the layers are joined otherwise.
@@ -184,7 +201,7 @@ class Sublayers:
             model: what it has built.
             x: what it reads.
         """
-        if name.startswith(("residual", "hc")):
+        if name.startswith(UNCHECKED):
             return None
         truths, grad = self.truth, self.inputs(name)[1]
         with tf32_products() if name.endswith(TF32) else contextlib.nullcontext():
@@ -207,6 +224,18 @@ class Sublayers:
             for _ in range(2)
         )
         return x.requires_grad_(), grad
+
+
+class _Again(nn.Module):
+    """A module that keeps its input alone for the backward pass."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the module returns."""
+        return cast(Tensor, checkpoint(self.module, x, use_reentrant=False))
 
 
 def _differentiated(model: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:

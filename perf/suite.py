@@ -24,9 +24,10 @@ from mhc_tile.autotune.timing import rounds
 from . import output, tables
 from .accuracy import TOLERANCE, as_tuple, check, leaves_of
 from .bench import Bench, bench_of
+from .compare import check_comparable
 from .environment import environment, version
 from .operations import MODES, OPERATIONS, Case, Inputs, Operation, Results, cases
-from .peers import ADAPTERS, Contender
+from .peers import ADAPTERS, Contender, named
 from .records import OURS, Record, Row
 
 EAGER, COMPILED = "reference (eager)", "reference (compiled)"
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         KeyboardInterrupt: After Ctrl-C, with what was measured in the file.
     """
     output.check_positive("perf run", turns=args.turns)
-    output.check_names("perf run", args.contender, NAMES)
+    output.check_names("perf run", args.contender, NAMES, names_here(args.device))
     bench = bench_of(args.device)
     chosen = _chosen(args)
     for package in ("tabulate", "tqdm", *(["matplotlib"] if args.figures else [])):
@@ -76,6 +77,11 @@ def run(args: argparse.Namespace) -> int:
     turns = args.turns or (QUICK_TURNS if args.quick else TURNS)
     wanted = functools.partial(_wanted, names=tuple(args.contender))
     record, lost = measure_all(chosen, bench, wanted, turns, where, path)
+    if not record.rows:
+        raise ValueError(
+            "perf run: --contender must leave one that has the chosen ops and modes, got "
+            f"{', '.join(args.contender)}"
+        )
     output.say(tables.run(record), f"\nresult: {path}")
     if args.figures:
         output.draw(record, args.figures)
@@ -145,20 +151,37 @@ def _chosen(args: argparse.Namespace) -> list[Case]:
     return chosen
 
 
-def measure_for_gate(base: Record, path: Path | None = None) -> Record:
+def names_here(device: str) -> list[str]:
+    """The contenders that can be measured: packages where they are installed, with their versions.
+
+    Args:
+        device: "cuda" or "cpu".
+
+    Example:
+        >>> names_here("cpu")[:3]
+        ['mhc_tile', 'reference (eager)', 'reference (compiled)']
+    """
+    own = [OURS, EAGER, COMPILED, *[COMPILED_TF32] * (device == "cuda")]
+    return own + [named(package) for package in ADAPTERS if version(package)]
+
+
+def measure_for_gate(base: Record, path: Path | None = None, *, force: bool = False) -> Record:
     """This library on the cases of a baseline.
 
     Args:
         base: of `mhc-tile perf run`; cases without our times are left out.
         path: as for `measure_all`.
+        force: as for `compare.check_comparable`.
 
     Raises:
+        ValueError: The GPU, or what it copies, is not as it was.
         OSError: As there, as the others.
     """
     bench = bench_of("cuda")
     keys = [row.case for row in base.rows if row.contender == OURS and row.us is not None]
     chosen = [Case.of(key) for key in dict.fromkeys(keys)]
     where = environment(bench.bandwidth())
+    check_comparable(base, Record("run", where, []), force=force)
     return measure_all(chosen, bench, lambda name: name == OURS, TURNS, where, path)[0]
 
 
@@ -186,9 +209,7 @@ def contenders(
     if case.streams != 4 or case.dtype != "bfloat16":
         return
     for name, adapter in ADAPTERS.items():
-        if not wanted(name):
-            continue
-        if version(name) is None:
+        if version(name) is None or not (wanted(name) or wanted(named(name))):
             continue  # said once, in the environment
         try:
             contender = adapter(case.op)
@@ -229,8 +250,12 @@ def measure(
     try:
         inputs = _Sets(case, operation, bench)
     except torch.OutOfMemoryError as error:
-        rows[OURS] = _row(case, OURS, moved, **output.fault_of(error))
-        bench.recover()
+        fault = output.fault_of(error)
+        fault["fault"] = f"inputs do not fit: {fault['fault']}"
+        for name in filter(wanted, names_here(bench.device)):
+            rows[name] = _row(case, name, moved, **fault)
+        for row in list(rows.values())[:1]:
+            output.recover(bench, row)
         return rows
     timers: dict[str, Any] = {}
     for contender in contenders(case, wanted, bench.device):

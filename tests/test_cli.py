@@ -185,16 +185,33 @@ def test_gate_refuses_a_result_of_another_commit(files, baselines, capsys):
     assert main(["gate", stale, "--force"]) == 0
 
 
+@pytest.mark.parametrize("which", ["base", "result"])
+def test_gate_refuses_what_was_measured_beside_others(files, baselines, capsys, which):
+    alone, beside = record(row(90)), record(row(90), row(200, contender="tile-kernels 1.0"))
+    (result,) = files(result=beside if which == "result" else alone)
+    path = baselines / "nvidia_h200.json"
+    records.write(beside if which == "base" else alone, path)
+    assert main(["gate", result]) == 1
+    where = path if which == "base" else result
+    said = f"perf gate: {where} must be measured alone, by `mhc-tile perf run --contender mhc_tile`"
+    assert f"{said}, got times of tile-kernels 1.0, too" in capsys.readouterr().err
+    assert main(["gate", result, "--force"]) == 0
+    assert "differs: contenders: mhc_tile" in capsys.readouterr().out
+
+
 def test_gate_measures_where_it_is_given_no_result(baselines, monkeypatch, capsys, tmp_path):
     assert main(["gate"]) == 1
     assert "a GPU or a result file must be given" in capsys.readouterr().err
     monkeypatch.setattr(cli, "_gpu_here", lambda: "NVIDIA H200")
     records.write(record(row(90)), baselines / "nvidia_h200.json")
     for us, code in ((91, 0), (99, 3)):
-        monkeypatch.setattr(cli, "_measure", lambda base, path, us=us: record(row(us)))
+        monkeypatch.setattr(cli, "_measure", lambda *_, us=us: record(row(us)))
         assert main(["gate", "--out", str(tmp_path / "new.json")]) == code
         assert records.read(tmp_path / "new.json").rows[0].us == us
     assert main(["gate", str(tmp_path / "new.json"), "--out", "x"]) == 1
+    capsys.readouterr()
+    assert main(["gate", "--out", str(baselines / "nvidia_h200.json")]) == 1
+    assert "perf gate: --out must not be the baseline, got " in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -294,6 +311,25 @@ def test_a_gpu_that_answers_no_more_ends_the_gate(bench, monkeypatch, tmp_path, 
     assert "mhc_tile left the GPU unusable at merge/inference" in said
     assert "1 failing, 1 missing of 2 cases" in said
     assert records.read(out).environment["cases_left"] == 2
+
+
+def test_a_gpu_that_answers_no_more_when_it_measures_again_ends_the_gate(baselines):
+    base = record(row(90), row(90, case=OTHER))
+    lost = record(row(None, status="failed", fault="no"), cases_left=1)
+    answers = iter([record(row(99), row(99, case=OTHER)), lost])
+    found = compare.gate(base, lambda wanted: next(answers))
+    assert {pair.verdict for pair in found.pairs} == {"failing", "regression"}
+
+
+def test_a_gpu_that_copies_otherwise_is_refused_before_it_measures(bench, monkeypatch, capsys):
+    slow = {"gpu": "NVIDIA H200", "copy_bytes_per_s": 3.9e12}
+    monkeypatch.setattr(suite, "environment", lambda bandwidth: dict(slow))
+    monkeypatch.setattr(suite, "measure", lambda *_: pytest.fail("it measures"))
+    assert main(["gate"]) == 1
+    assert "copy bandwidth: -7.1%" in capsys.readouterr().err
+    slow["copy_bytes_per_s"] = 4.5e12
+    assert main(["gate"]) == 1
+    assert "copy bandwidth: +7.1%" in capsys.readouterr().err
 
 
 def test_a_result_of_a_cpu_needs_a_baseline_by_name(files, baselines, capsys):

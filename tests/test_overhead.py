@@ -1,5 +1,6 @@
 """`mhc-tile perf overhead`: slices joined in every way, their steps, what 100% is."""
 
+import dataclasses
 import itertools
 import random
 import statistics
@@ -54,10 +55,11 @@ def test_an_overhead_is_the_mean_over_rounds(monkeypatch):
             return self.taken[-1]
 
     monkeypatch.setattr(overhead, "_Clock", Clock)
-    details = measure(PIECE, CpuBench(), output.Progress(), ["hc (l"], 16)[name].details
+    piece = dataclasses.replace(PIECE, layers=2)
+    details = measure(piece, CpuBench(), output.Progress(), ["hc (l"], 16)[name].details
     assert details["overhead_percent"] == pytest.approx(10)
     assert details["overhead_error"] == pytest.approx(0, abs=1e-9)
-    assert details["sublayer_us"] == pytest.approx(0.1 * 101 / 2)
+    assert details["sublayer_us"] == pytest.approx(0.1 * 101 / 4)
     assert details["turns_us"] == planted[name]
 
 
@@ -90,6 +92,23 @@ def test_the_peak_holds_the_gradients(monkeypatch):
     assert before == [None] * len(before)
 
 
+def test_a_step_in_tf32_is_one(monkeypatch):
+    seen, real = [], Step.__call__
+
+    def step(self):
+        with self._setting():
+            seen.append(torch.get_float32_matmul_precision())
+        real(self)
+
+    monkeypatch.setattr(Step, "__call__", step)
+    monkeypatch.setattr(overhead, "names_here", lambda device: slices.names_here("cuda"))
+    monkeypatch.setattr(slices, "names_here", lambda device: [*KINDS, name])
+    name = "hc (sublayers compiled, tf32)"
+    rows = measured(name)
+    assert [row.status for row in rows.values()] == ["ok", "ok"]
+    assert seen.count("high") == seen.count("highest") > 2
+
+
 def test_a_run_end_to_end(tmp_path, capsys):
     path = tmp_path / "steps.json"
     assert __main__.main(["perf", *COMMAND, "--out", str(path)]) == 0
@@ -112,6 +131,7 @@ def test_a_run_end_to_end(tmp_path, capsys):
         "plain residuals under torch.compile"
     )
     assert result.environment["denominator"] == {"1m/step/B1xS16/L1": words}
+    assert "cases_left" not in result.environment
     assert f"100% is {words}\n" in said.out
     assert "us a sublayer" in said.out
     assert " s  1m/step/B1xS16/L1: 2 turns of 8\n" in said.err
@@ -135,6 +155,9 @@ def test_a_contender_that_there_is_not_is_named_before_anything_is_measured(tmp_
     said = capsys.readouterr().err
     assert "perf overhead: --contender must begin one of residual (compiled), " in said
     assert said.endswith("liger-kernel, got ours\n")
+    for name in ("tile-kernels 1.2", "tile", "hc (compiled, tf32)"):  # not known, not here
+        assert main([*COMMAND, "--contender", name, "--out", str(out)]) == 1
+        assert f", got {name}\n" in capsys.readouterr().err
     assert not out.exists()
 
 
@@ -218,8 +241,39 @@ def test_layers_that_do_not_fit_are_a_row(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(overhead, "Sublayers", full)
-    (row,) = measured().values()
-    assert (row.contender, row.status) == (OURS, "out of memory")
+    rows = measured("hc (l")
+    assert list(rows) == [PLAIN, "hc (layers compiled)"]
+    assert {row.status for row in rows.values()} == {"out of memory"}
+    assert rows[PLAIN].fault.startswith("the layers do not fit: OutOfMemoryError: ")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), ValueError("no")])
+def test_a_reference_that_fails_is_not_the_others_fault(monkeypatch, error):
+    monkeypatch.setattr(slices.ReferenceConnection, "forward", stand_ins.raising(error)(None))
+    rows = measured(OURS, "hc (l")
+    assert rows["hc (layers compiled)"].turns == rows[PLAIN].turns == 2
+    full = isinstance(error, torch.OutOfMemoryError)
+    assert rows[OURS].status == ("out of memory" if full else "failed")
+    said = "the reference, which results are checked against, fails: "
+    assert rows[OURS].fault.startswith(said + type(error).__name__)
+
+
+def test_what_is_right_needs_the_memory_of_one_sublayer(monkeypatch):
+    """Nothing of a sublayer is kept for the backward pass but what it reads."""
+    sublayers = slices.Sublayers(Slice("1m", layers=2, batch=1, sequence=16, device="cpu"))
+    plain = torch.nn.Sequential(*map(slices.ReferenceConnection, sublayers.ours))
+    kept, found = [], []
+    for model in (plain, None):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            if model is None:
+                found += sublayers.truth
+            else:
+                found += slices._differentiated(model, *sublayers.inputs(OURS))
+        kept.append(None)
+    first = kept.index(None)
+    assert len(kept) - first - 2 < first  # in the backward pass, a sublayer at a time
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
 
 
 def test_without_plain_residuals_there_are_times_but_no_overhead(monkeypatch):
@@ -253,6 +307,7 @@ def test_an_interrupt_keeps_what_was_measured(monkeypatch, tmp_path, capsys, ste
     assert main([*COMMAND, *few]) == 130
     rows = records.read(out).rows
     assert [row.turns for row in rows] == ([1, 1] if steps else [0])
+    assert records.read(out).environment["cases_left"] == 1
     assert "interrupted" in capsys.readouterr().err
 
 

@@ -188,6 +188,11 @@ def test_what_steps_are_made_of():
     (axis,) = figures.added(record(plain, less, kind="overhead")).axes
     assert min(bar.get_x() + bar.get_width() for bar in axis.patches) == pytest.approx(-1.0)
     assert figures.added(record(ours, kind="overhead")) is None
+    other = plain.replace(contender="residual (layers compiled)", us=plain.us * 1.1)
+    failed = plain.replace(us=None, p20=None, p80=None, parts={}, status="failed")
+    lost = record(failed, other, ours, kind="overhead")  # the others are not what 100% is
+    assert figures.added(lost) is None
+    assert "More than with plain" not in Page(report.page(lost)).text
     assert "Where the time goes" not in Page(report.page(record(row(), kind="overhead"))).text
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("tqdm")
 
 import stand_ins
 from mhc_tile import __main__, reference
-from mhc_tile.perf import records, suite
+from mhc_tile.perf import output, records, suite
 from mhc_tile.perf.__main__ import main
 from mhc_tile.perf.bench import CpuBench
 from mhc_tile.perf.operations import OPERATIONS, Case
@@ -170,8 +170,27 @@ def test_inputs_that_do_not_fit_are_a_row(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(suite, "_Sets", full)
-    (row,) = measured(OURS, EAGER).values()
-    assert (row.contender, row.status) == (OURS, "out of memory")
+    rows = measured(OURS, EAGER).values()
+    assert [(row.contender, row.status) for row in rows] == [
+        (OURS, "out of memory"),
+        (EAGER, "out of memory"),
+    ]
+    fault = "inputs do not fit: OutOfMemoryError: CUDA out of memory"
+    assert {row.fault for row in rows} == {fault}
+    assert list(measured(EAGER)) == [EAGER]
+    monkeypatch.setattr(CpuBench, "recover", lambda self: False)
+    with pytest.raises(output.UnusableError):
+        measured(OURS)
+
+
+def test_a_package_may_be_asked_for_with_its_version(monkeypatch, tmp_path, capsys):
+    stand_ins.install(monkeypatch, "liger-kernel")
+    assert PEER in suite.names_here("cpu")
+    assert list(measured(PEER)) == [PEER]
+    few = [*QUICK, "--op", "expand", "--mode", "forward", "--out", str(tmp_path / "run.json")]
+    assert main([*few, "--contender", PEER]) == 1  # has no such op
+    said = "must leave one that has the chosen ops and modes, got liger-kernel"
+    assert said in capsys.readouterr().err
 
 
 # Errors of ours, interrupts, bad input.
@@ -286,6 +305,9 @@ def test_a_gpu_that_answers_no_more_ends_the_run(monkeypatch, tmp_path, capsys):
         (["--device", "tpu"], "--device must be cuda or cpu, got tpu"),
         (["--turns", "0"], "perf run: --turns must be at least 1, got 0"),
         (["--contender", OURS, "ligre"], "--contender must begin one of mhc_tile, reference (eag"),
+        (["--contender", "mhc_tile (layers"], "must begin one of mhc_tile, reference (eager), "),
+        (["--contender", "tile-kernels 0"], "must begin one of mhc_tile, reference (eager), "),
+        (["--contender", "reference (compiled, t"], "one that can be measured here, of mhc_tile, "),
         (["--out", "."], "perf: --out must be a file, got the folder ."),
         (["--tokens", "3"], "--op, --mode, --tokens and --hidden must leave a case, got none"),
     ],
