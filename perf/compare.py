@@ -273,8 +273,8 @@ def _compared(environment: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _by_key(rows: Iterable[Row]) -> dict[tuple[str, str], Row]:
-    """Rows by case and contender, without those of contenders that are not installed."""
-    return {(row.case, row.contender): row for row in rows if row.status != "absent"}
+    """Rows by case and contender."""
+    return {(row.case, row.contender): row for row in rows}
 
 
 def _judge(
@@ -329,7 +329,7 @@ def _fastest(first: Record, again: Record) -> Record:
 
     def chosen(row: Row) -> Row:
         other = others.get((row.case, row.contender))
-        if other is None or other.status == "absent" or row.us is None:
+        if other is None or row.us is None:
             return row
         if other.status == "ok" and (other.us is None or other.us >= row.us):
             return row

@@ -20,7 +20,7 @@ from mhc_tile.autotune.timing import Sample
 SCHEMA = 1
 KINDS = ("run", "overhead")
 OURS = "mhc_tile"
-STATUSES = ("ok", "wrong", "failed", "out of memory", "absent")
+STATUSES = ("ok", "wrong", "failed", "out of memory")
 
 
 @dataclass(frozen=True)

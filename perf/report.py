@@ -218,7 +218,7 @@ def _ops(record: Record) -> list[str]:
     for op in dict.fromkeys(row.op for row in record.rows):
         rows: list[Any] = []
         for case in record.cases:
-            own = [row for row in record.of(case) if row.op == op and row.status != "absent"]
+            own = [row for row in record.of(case) if row.op == op]
             ours = next((row for row in own if row.contender == OURS), None)
             for index, row in enumerate(sorted(own, key=lambda row: row.contender != OURS)):
                 rows.append((_cells(row, ours, copy, first=index == 0), kind(row, index)))

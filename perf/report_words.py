@@ -71,7 +71,6 @@ STATUSES = {
     "wrong": "gave wrong results",
     "failed": "failed",
     "out of memory": "ran out of memory",
-    "absent": "is not installed and was not measured",
 }
 CONTENDERS = {
     OURS: "this library's kernels",

@@ -94,7 +94,7 @@ EAGER, COMPILED = "reference (eager)", "reference (compiled)"
 
 
 def full() -> Record:
-    """A run as it is in earnest: contenders that fail, are absent or wrong, sweeps over T and C."""
+    """A run as it is in earnest: contenders that fail or are wrong, sweeps over T and C."""
     rng = random.Random(0)
     rows = []
     sweep = [(4**power, 2560) for power in range(3, 9)] + [(8192, c) for c in (640, 2048, 5120)]
@@ -118,7 +118,6 @@ def full() -> Record:
     rows[1] = row(None, case=rows[1].case, contender=PEER, status="failed", fault="<b>no & no</b>")
     rows[7] = row(None, case=rows[7].case, contender=TILE, status="wrong", fault="error 1e-1")
     rows[5] = rows[5].replace(captured=False)
-    rows += [row(None, case=rows[0].case, contender="hyper-connections 0.2", status="absent")]
     return record(*rows)
 
 
