@@ -158,15 +158,20 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def fault_of(error: Exception) -> dict[str, str]:
+def fault_of(error: Exception, what: str = "") -> dict[str, str]:
     """Status and fault of the row of a contender that failed.
+
+    Args:
+        error: that ended it.
+        what: has failed, where it is not the contender itself.
 
     Example:
         >>> fault_of(torch.OutOfMemoryError("CUDA out of memory"))["status"]
         'out of memory'
     """
     full = isinstance(error, torch.OutOfMemoryError)
-    return {"status": "out of memory" if full else "failed", "fault": one_line(error)}
+    fault = f"{what}: {one_line(error)}" if what else one_line(error)
+    return {"status": "out of memory" if full else "failed", "fault": fault}
 
 
 class UnusableError(RuntimeError):

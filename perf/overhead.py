@@ -181,11 +181,11 @@ def _measure(
     checked = [name for name in chosen if not name.startswith(UNCHECKED)]
 
     def failed(names: Sequence[str], what: str, error: Exception) -> None:
-        fault = output.fault_of(error)
+        fault = output.fault_of(error, what)
         if must_fit and fault["status"] == "out of memory":
             raise _FullError from error
         for name in names:
-            rows[name] = _row(piece, name).replace(**fault | {"fault": f"{what}: {fault['fault']}"})
+            rows[name] = _row(piece, name).replace(**fault)
         output.recover(bench, rows[names[0]])
 
     progress.say(f"{piece.key}: layers")

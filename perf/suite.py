@@ -209,7 +209,7 @@ def contenders(
     if case.streams != 4 or case.dtype != "bfloat16":
         return
     for name, adapter in ADAPTERS.items():
-        if version(name) is None or not (wanted(name) or wanted(named(name))):
+        if version(name) is None or not wanted(named(name)):
             continue  # said once, in the environment
         try:
             contender = adapter(case.op)
@@ -247,18 +247,18 @@ def measure(
     operation = OPERATIONS[case.op]
     rows = {} if rows is None else rows
     moved = operation.moved(case) if bench.device == "cuda" else None
+    taking_part = contenders(case, wanted, bench.device)
     try:
         inputs = _Sets(case, operation, bench)
     except torch.OutOfMemoryError as error:
-        fault = output.fault_of(error)
-        fault["fault"] = f"inputs do not fit: {fault['fault']}"
-        for name in filter(wanted, names_here(bench.device)):
-            rows[name] = _row(case, name, moved, **fault)
-        for row in list(rows.values())[:1]:
+        fault = output.fault_of(error, "inputs do not fit")
+        for one in taking_part:
+            row = one if isinstance(one, Row) else _row(case, one.name, moved, **fault)
+            rows[row.contender] = row
             output.recover(bench, row)
         return rows
     timers: dict[str, Any] = {}
-    for contender in contenders(case, wanted, bench.device):
+    for contender in taking_part:
         if isinstance(contender, Row):
             rows[contender.contender] = contender
             continue
