@@ -261,6 +261,29 @@ def test_one_half_arrives_and_the_other_waits():
     assert torch.equal(out, torch.full((32,), 7.0))
 
 
+def test_warps_that_read_between_different_barriers_and_do_not_wait():
+    """One writes, three read after barriers of their own, and the next round writes again."""
+    body = """
+  float* slots = (float*)pool;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int round = 0; round < 3; ++round) {
+    if (warp == 0) {
+      slots[lane] = lane + 100 * round;
+      tl::__named_barrier_arrive(1, 128);
+      tl::__sync_thread_partial(2, 128);
+    } else {
+      tl::__sync_thread_partial(1, 128);
+      for (int other = 1; other < warp; ++other) tl::__named_barrier_arrive(3 * warp + other, 32);
+      out[(round * 3 + warp - 1) * 32 + lane] = slots[31 - lane];
+      tl::__named_barrier_arrive(2, 128);
+    }
+  }"""
+    out = poisoned(3, 3, 32)
+    cuda("float* out", body, block=128, shared=128)(out=out)
+    rounds = 100 * torch.arange(3.0).view(3, 1, 1)
+    assert torch.equal(out, (rounds + torch.arange(31.0, -1, -1)).expand(3, 3, 32))
+
+
 def test_a_grid_barrier_and_a_polled_flag():
     body = """
   if (threadIdx.x == 0) part[blockIdx.x] = blockIdx.x + 1.0f;

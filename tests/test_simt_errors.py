@@ -193,6 +193,23 @@ def test_a_planted_mistake_is_reported_with_its_line(name):
     assert out.isnan().all(), "a run that fails must leave the caller's tensors alone"
 
 
+def test_the_last_to_arrive_without_waiting_is_ordered_no_further_than_others():
+    body = """
+  float* s = (float*)pool;
+  s[threadIdx.x] = x[threadIdx.x];
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    tl::__sync_thread_partial(3, 64);
+    s[threadIdx.x] = 2.0f;
+  } else {
+    tl::__named_barrier_arrive(3, 64);
+    if (threadIdx.x == 62) out[62] = s[30];
+  }"""
+    run = cuda("float* x, float* out", body, block=64, shared=256, schedules=["forward"])
+    with pytest.raises(EmulationError, match=r"writes offset 120 .* read by thread 62"):
+        run(x=torch.ones(64), out=poisoned(64))
+
+
 def test_an_error_leaves_the_emulator_usable():
     broken = cuda("float* out", "  out[1 + threadIdx.x] = 0.0f;")
     whole = cuda("float* out", "  __syncthreads();\n  out[threadIdx.x] = 1.0f;")

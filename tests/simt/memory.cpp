@@ -7,6 +7,7 @@
 // never ordered, except by a grid barrier; between blocks of a cooperative launch nothing is
 // checked, because flags in memory may order them.
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <sys/mman.h>
@@ -100,10 +101,26 @@ bool readers_ordered(const Cell& cell) {
   if ((cell.reader & ~kSeveral) != block.number) return launch->cooperative;
   if (cell.read_stamp < block.floor) return true;
   for (const Thread& thread : block.threads)
-    if (cell.read_warps >> (thread.id / kWarp) & 1 && thread.id != current->id &&
-        !ordered(block.number * kPerBlock + thread.id, cell.read_stamp))
-      return false;
+    for (const Readers& readers : cell.readers)
+      if (readers.warps >> (thread.id / kWarp) & 1 && thread.id != current->id &&
+          !ordered(block.number * kPerBlock + thread.id, readers.stamp))
+        return false;
   return true;
+}
+
+// Where there are more stamps than places, all that are left count as the latest: a race may be
+// reported that is none, but none is missed.
+void add_reader(Cell& cell, unsigned warp, uint32_t stamp) {
+  for (Readers& readers : cell.readers) {
+    if (readers.warps && readers.stamp != stamp && &readers != cell.readers + kReaders - 1) continue;
+    readers.stamp = readers.warps ? std::max(readers.stamp, stamp) : stamp;
+    readers.warps |= 1u << warp;
+    return;
+  }
+}
+
+void forget_readers(Cell& cell) {
+  for (Readers& readers : cell.readers) readers = {};
 }
 
 // "thread 5 of block 0" and the line where it was; for messages.
@@ -183,15 +200,15 @@ void note_read(const Region& region, Cell& cell, const char* address, uint32_t p
   const uint32_t self = own_name();
   if (cell.read_stamp == 0 || readers_ordered(cell)) {
     cell.reader = self;
-    cell.read_warps = 0;
+    forget_readers(cell);
   } else if (cell.reader != self) {
     const bool several = cell.reader & kSeveral;
     const uint32_t number = several ? cell.reader & ~kSeveral : cell.reader / kPerBlock;
     if (cell.reader != kSeveralBlocks) {
-      if (!several) cell.read_warps |= 1u << (cell.reader % kPerBlock / kWarp);
+      if (!several) add_reader(cell, cell.reader % kPerBlock / kWarp, cell.read_stamp);
       cell.reader = number == block.number ? kSeveral | number : kSeveralBlocks;
     }
-    cell.read_warps |= 1u << (current->id / kWarp);
+    add_reader(cell, current->id / kWarp, current->stamp);
   }
   cell.read_stamp = current->stamp;
   cell.read_pc = pc;
@@ -210,7 +227,7 @@ void note_write(const Region& region, Cell& cell, const char* address, uint32_t 
   cell.write_pc = pc;
   cell.read_stamp = 0;
   cell.reader = kNobody;
-  cell.read_warps = 0;
+  forget_readers(cell);
 }
 
 }  // namespace

@@ -61,6 +61,7 @@ struct Arrival {
 struct Barrier {
   unsigned expected = 0;
   std::vector<Arrival> arrivals;
+  uint32_t behind = 0;  // stamp of those that went on without waiting
 };
 
 // The lanes of one mask on their way to one instruction. Two sets of slots take turns: a lane can
@@ -79,11 +80,18 @@ struct Warp {
 
 // What is remembered of two bytes of memory: who wrote and who read them last. A thread is named
 // across the grid, as block number * 1024 + thread.
+constexpr unsigned kReaders = 3;  // warps that specialise read between different barriers
+
+// Warps, by bit, that read at one stamp; none: not in use.
+struct Readers {
+  uint32_t stamp, warps;
+};
+
 struct Cell {
   uint32_t write_stamp, writer, write_pc;
   uint32_t read_stamp, reader, read_pc;
-  uint32_t read_warps;  // bit by warp, where `reader` stands for several threads
-  uint32_t in_flight;   // a cp.async is about to write here
+  Readers readers[kReaders];  // where `reader` stands for several threads
+  uint32_t in_flight;         // a cp.async is about to write here
 };
 
 // Memory that a kernel may touch, between two guard zones.
