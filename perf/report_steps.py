@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from .breakdown import ATTENTION, GAPS, LAYERS, PRODUCTS
 from .markup import table, text
 from .records import OURS, Record, Row, overhead, plain_of
-from .tables import with_error
+from .tables import waits, with_error
 
 LEAST_US = 5.0  # of a difference that is shown
 OPS = ("pre", "merge", "mapping", "pre_apply", "sinkhorn")
@@ -33,9 +33,10 @@ def steps(record: Record) -> list[str]:
     said += [
         f"<li>{text(f'{case}: {what}' if case else what)}</li>" for case, what in words_of.items()
     ]
-    rows = []
+    rows, waiting = [], []
     for case in record.cases:
         own = record.of(case)
+        waiting += [f"<li>{text(case)}: {text(line)}</li>" for line in waits(own)]
         for index, row in enumerate(own):
             over = overhead(row, own)
             sublayer = row.details.get("sublayer_us")
@@ -52,7 +53,10 @@ def steps(record: Record) -> list[str]:
             rows.append((cells, kind(row, index)))
     headers = ["case", "contender", "ms a step [p20 to p80]", "overhead", "us a sublayer"]
     headers += ["peak GB", "error", ""]
-    return ["<h2>Steps</h2>", *said, "</ul>", table(headers, rows, left=2), *_parts(record)]
+    shown = ["<h2>Steps</h2>", *said, "</ul>", table(headers, rows, left=2)]
+    if waiting:
+        shown += ["<p>Not what kernels cost:</p><ul>", *waiting, "</ul>"]
+    return [*shown, *_parts(record)]
 
 
 def more_than_plain(rows: Sequence[Row]) -> list[tuple[Row, dict[str, float], float]]:

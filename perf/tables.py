@@ -4,8 +4,11 @@ from collections.abc import Mapping, Sequence
 
 from mhc_tile.autotune._extras import require
 
+from .breakdown import GAPS
 from .peers import ADAPTERS
 from .records import OURS, Record, Row, percent_of_roofline
+
+MOST_IDLE = 0.05  # of a step: compiled steps on a host that keeps up have 1 to 2%
 
 
 def run(record: Record) -> str:
@@ -85,7 +88,31 @@ def overhead(denominator: str, rows: Sequence[Row]) -> str:
         ]
         heads = ["ms under the profiler", "step", *names]
         text += [tabulate(cells, heads, disable_numparse=True), ""]
-    return "\n".join([*text, *faults(rows)])
+    return "\n".join([*text, *waits(rows), *faults(rows)])
+
+
+def waits(rows: Sequence[Row]) -> list[str]:
+    """A line for each step during which the GPU was often without a kernel.
+
+    Args:
+        rows: of one case. Kernels are as long with the profiler as without it, pauses are not: they
+            are what the step was timed to take more than its kernels.
+
+    Example:
+        >>> parts = {"merge, forward": 25_800.0, "no kernel": 13_700.0}
+        >>> what = ("3b/step/B2xS4096", "mhc_tile", "step", "training", 8192, 1280, 4, "bfloat16")
+        >>> print(*waits([Row(*what, us=31_700.0, parts=parts)]))
+        mhc_tile: the GPU waited for the host for 19% of the step; its kernels take 25.80 ms
+    """
+    lines = []
+    for row in rows:
+        kernels = sum(us for part, us in row.parts.items() if part != GAPS)
+        if row.us and row.parts and 1 - kernels / row.us > MOST_IDLE:
+            lines.append(
+                f"{row.contender}: the GPU waited for the host for {1 - kernels / row.us:.0%} of "
+                f"the step; its kernels take {kernels / 1000:.2f} ms"
+            )
+    return lines
 
 
 def with_error(percent: float | None, error: float | None) -> str:

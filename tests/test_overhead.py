@@ -347,6 +347,7 @@ def test_a_breakdown_that_fails_leaves_the_times(monkeypatch):
     text = tables.overhead("words", list(rows.values()))
     assert "ms under the profiler    step    no kernel" in text
     assert f"{PLAIN}      0.01    0.01" in text
+    assert f"{PLAIN}: the GPU waited for the host for 100% of the step" in text
 
 
 def test_a_turn_is_steps_in_a_row_under_their_own_load(monkeypatch):

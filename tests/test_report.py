@@ -168,6 +168,16 @@ def test_steps_say_what_their_overhead_is_of():
     assert "behind ± its standard error" in text
 
 
+def test_a_step_that_waits_for_the_host_says_so():
+    def shown(idle_us):
+        parts = {"merge, forward": 100.0 - idle_us, "no kernel": 30.0}
+        return Page(report.page(record(row(us=100.0, parts=parts), kind="overhead"))).text
+
+    said = "mhc_tile: the GPU waited for the host for 6% of the step; its kernels take 0.09 ms"
+    assert said in shown(6.0)
+    assert "Not what kernels cost" not in shown(4.0)
+
+
 def test_what_steps_are_made_of():
     text = Page(report.page(overhead())).text
     assert "contender as timed matrix products attention optimizer other mHC mhc_tile" in text
