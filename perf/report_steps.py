@@ -55,7 +55,7 @@ def steps(record: Record) -> list[str]:
     headers += ["peak GB", "error", ""]
     shown = ["<h2>Steps</h2>", *said, "</ul>", table(headers, rows, left=2)]
     if waiting:
-        shown += ["<p>Not what kernels cost:</p><ul>", *waiting, "</ul>"]
+        shown += ["<p>Overheads that are not what kernels cost:</p><ul>", *waiting, "</ul>"]
     return [*shown, *_parts(record)]
 
 

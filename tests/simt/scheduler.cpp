@@ -189,7 +189,7 @@ void run(std::vector<Block>& blocks) {
 
 void arrive(Barrier& barrier, const char* what, bool waits) {
   barrier.arrivals.push_back({current, current->stamp, waits});
-  if (!waits) {  // what it does from here on is not ordered; threads of a warp share the stamp
+  if (!waits) {  // what it does from here on is not ordered; they share the stamp
     if (barrier.behind <= current->stamp) barrier.behind = ++last_stamp;
     current->stamp = barrier.behind;
   }

@@ -78,8 +78,6 @@ struct Warp {
   std::vector<std::unique_ptr<Meeting>> meetings;
 };
 
-// What is remembered of two bytes of memory: who wrote and who read them last. A thread is named
-// across the grid, as block number * 1024 + thread.
 constexpr unsigned kReaders = 3;  // warps that specialise read between different barriers
 
 // Warps, by bit, that read at one stamp; none: not in use.
@@ -87,6 +85,8 @@ struct Readers {
   uint32_t stamp, warps;
 };
 
+// What is remembered of two bytes of memory: who wrote and who read them last. A thread is named
+// across the grid, as block number * 1024 + thread.
 struct Cell {
   uint32_t write_stamp, writer, write_pc;
   uint32_t read_stamp, reader, read_pc;
