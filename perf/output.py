@@ -1,8 +1,10 @@
 """What the measuring commands share: where a result goes, progress, errors in one line."""
 
+import contextlib
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,15 @@ def result_path(kind: str, environment: Mapping[str, Any], wanted: Path | None) 
     path = wanted or Path(f"{kind}-{slug(environment.get('gpu'))}.json")
     check_file("perf", "out", path)
     return path
+
+
+@contextlib.contextmanager
+def without_advice() -> Iterator[None]:
+    """Without Inductor's advice on speed, which it repeats for every graph."""
+    with warnings.catch_warnings():
+        for start in ("TensorFloat32 tensor cores", r"\s*Online softmax is disabled"):
+            warnings.filterwarnings("ignore", message=start, category=UserWarning)
+        yield
 
 
 def check_file(command: str, option: str, path: Path, *, replaced: bool = True) -> None:

@@ -117,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
     return int(lost or any(row.status != "ok" for row in ours))
 
 
+@output.without_advice()
 def measure(
     piece: Slice,
     bench: Bench,

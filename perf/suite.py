@@ -220,6 +220,7 @@ def contenders(
             yield contender
 
 
+@output.without_advice()
 def measure(
     case: Case,
     bench: Bench,

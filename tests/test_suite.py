@@ -4,6 +4,7 @@ import dataclasses
 import os
 import shutil
 import signal
+import warnings
 
 import pytest
 import torch
@@ -163,6 +164,20 @@ def test_one_that_fails_is_a_row_and_the_others_are_timed(monkeypatch, error, st
     rows = measured(OURS, "liger", turns=3)
     assert (rows[OURS].status, rows[OURS].turns) == ("ok", 3)
     assert (rows[PEER].status, rows[PEER].fault, rows[PEER].us) == (status, fault, None)
+
+
+def test_advice_of_the_compiler_is_not_repeated_for_every_graph(monkeypatch):
+    def advised(x, *_):
+        warnings.warn("\nOnline softmax is disabled on the fly since Inductor", stacklevel=1)
+        warnings.warn("TensorFloat32 tensor cores for float32 are available", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+        return x.clone()
+
+    replaced(monkeypatch, "sublayer", ours=advised, reference=advised)
+    with pytest.warns() as said:
+        rows = measured(OURS, case=dataclasses.replace(CASE, mode="inference"))
+    assert {str(one.message) for one in said} == {"something else"}
+    assert rows[OURS].status == "ok"
 
 
 def test_inputs_that_do_not_fit_are_a_row(monkeypatch):
