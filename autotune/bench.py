@@ -1,6 +1,7 @@
 """Running and timing one problem's candidates on a GPU."""
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ ROTATED_BYTES = 300e6  # several times the L2 of any GPU
 MOST_SETS = 32
 TURN_US = 1000.0  # of one turn: then the host's part of a launch is below 1% of it
 MOST_REPLAYS = 50
+WARM_S = 0.2  # what has just rested may copy a tenth slower for a moment
 RUNS = 3  # of a check: races show as bits that differ
 
 
@@ -151,6 +153,7 @@ def copy_bandwidth() -> float:
         stream.synchronize()
         return begin.elapsed_time(end) * 1000
 
-    for _ in range(5):
+    begun = time.monotonic()
+    while time.monotonic() - begun < WARM_S:
         turn()
     return 2 * source.nbytes / (impression(turn) * 1e-6)
