@@ -309,7 +309,7 @@ def _say(found: "Comparison", args: argparse.Namespace, *, complete: bool) -> in
     failed = bool(found.faults(complete=complete))
     if not (failed or found.judged):
         raise ValueError(
-            "perf compare: results must have a case of mhc_tile in common, got none among "
+            "compare: results must have a case of mhc_tile in common, got none among "
             f"{len(found.base.rows)} and {len(found.new.rows)} rows"
         )
     asked = {"markdown": args.markdown, "json": args.json}

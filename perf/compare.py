@@ -131,7 +131,7 @@ def compare(
         [('merge', 'regression', 0.1)]
     """
     if not threshold >= 0:
-        raise ValueError(f"perf compare: threshold must be at least 0, got {threshold}")
+        raise ValueError(f"compare: threshold must be at least 0, got {threshold}")
     pace = _pace(base, new)
     wrong = check_comparable(base, new, force=force)
     rows = _by_key(base.rows), _by_key(new.rows)
@@ -159,7 +159,7 @@ def check_comparable(base: Record, new: Record, *, force: bool = False) -> list[
     wrong = _disagreements(base, new, _pace(base, new))
     if wrong and not force:
         raise ValueError(
-            f"perf compare: results must agree in {', '.join(MUST_AGREE)}, got "
+            f"compare: results must agree in {', '.join(MUST_AGREE)}, got "
             f"{'; '.join(wrong)}; --force compares them all the same"
         )
     return wrong
