@@ -17,7 +17,7 @@ ROTATED_BYTES = 300e6  # several times the L2 of any GPU
 MOST_SETS = 32
 TURN_US = 1000.0  # of one turn: then the host's part of a launch is below 1% of it
 MOST_REPLAYS = 50
-WARM_S = 0.2  # what has just rested may copy a tenth slower for a moment
+WARM_S = 0.2  # before a copy counts; after 3 ms it was a tenth slower now and then
 RUNS = 3  # of a check: races show as bits that differ
 
 
