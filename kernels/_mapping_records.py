@@ -10,6 +10,7 @@ the records are not complete: the rows of h_pre wait for the dot products of `pr
 """
 
 import tilelang.language as T
+import torch
 from torch import Tensor
 
 from ._programs import (
@@ -28,6 +29,7 @@ from ._sinkhorn_walk import sigmoid, sinkhorn_replay, sinkhorn_walk_back, softma
 TOKENS_PER_BLOCK = 32
 # A word of a record that is still to come: a NaN that no arithmetic makes.
 PENDING = 0x7FC5EED5
+NO_MESSAGE = 1  # of an exchange: its first messages are even words
 
 
 def record_width(n: int) -> int:
@@ -85,12 +87,14 @@ def _maps_back(
 
 
 @program({**PASS_CONFIGS, "tl.device_compile_flags": ["-ftz=true"]})
-def tokens_program(channels, n, iters, eps, pre_eps, post_scale, complete, overlap):
+def tokens_program(channels, n, iters, eps, pre_eps, post_scale, complete, messages, overlap):
     """Per token: the maps' cotangents to its record and, for blocks of tokens, sums.
 
     With iters = 0 grad_h_res is the cotangent of the logits already. Without `complete` grad_h_pre
-    is not read: see `_maps_back`.
+    is not read: see `_maps_back`. With `messages` an exchange of the next launch is emptied: each
+    word says that no message has come yet.
     """
+    words = T.dynamic("words")
     tokens, blocks = T.dynamic("tokens"), T.dynamic("blocks")
     logits = logits_per_token(n)
     lanes = TOKENS_PER_BLOCK
@@ -108,11 +112,16 @@ def tokens_program(channels, n, iters, eps, pre_eps, post_scale, complete, overl
         bias: T.Tensor((logits,), F32),
         records: T.Tensor((tokens, width), F32),
         block_sums: T.Tensor((blocks, sums_width(n)), F32),
+        exchange: T.Tensor((words,), "int32"),
     ):
         with T.Kernel(T.ceildiv(tokens, lanes), threads=lanes) as block:
             if overlap:
                 T.pdl_trigger()
             lane = T.get_thread_binding()
+            if messages:
+                for turn in T.serial(T.ceildiv(words, blocks * lanes)):
+                    if (turn * blocks + block) * lanes + lane < words:
+                        exchange[(turn * blocks + block) * lanes + lane] = NO_MESSAGE
             token = T.alloc_var("int64")
             products = T.alloc_local((logits,), F32)
             grad_pre = T.alloc_local((n,), F32)
@@ -203,6 +212,7 @@ def token_records(
     iters: int = 0,
     sinkhorn_eps: float = 0.0,
     more_sums: int = 0,
+    exchange: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch `tokens_program`.
 
@@ -220,6 +230,7 @@ def token_records(
         iters: of Sinkhorn, or 0.
         sinkhorn_eps: see `reference.sinkhorn`.
         more_sums: rows to leave behind the blocks' sums.
+        exchange: words to empty for the next launch, int32, of any shape.
 
     Returns:
         records [T, record_width(n)] and, for blocks of tokens, sums
@@ -239,8 +250,10 @@ def token_records(
     blocks = ceil_div(tokens, TOKENS_PER_BLOCK)
     block_sums = projection.new_empty(blocks + more_sums, sums_width(n))
     constants = (channels, n, iters, float(sinkhorn_eps), float(pre_eps), float(post_scale))
-    kernel = tokens_program(arch, *constants, grad_h_pre is not None, overlaps(arch))
+    terms = (grad_h_pre is not None, exchange is not None)
+    kernel = tokens_program(arch, *constants, *terms, overlaps(arch))
     grad_h_pre = grad_h_post if grad_h_pre is None else grad_h_pre  # left unread
     maps = (grad_h_pre, grad_h_post, grad_h_res, projection, inv_rms, alpha, bias)
-    kernel(*maps, records, block_sums[:blocks])
+    words = inv_rms.view(torch.int32) if exchange is None else exchange.view(-1)
+    kernel(*maps, records, block_sums[:blocks], words)
     return records, block_sums

@@ -7,19 +7,23 @@ token's number, so that neither a row nor the four tokens of a lane's warp meet 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
+from typing import Any
 
 import tilelang.language as T
 
 from ._mapping_records import record_width
-from ._pairs import WORD, lower, upper
 from ._programs import F32, ceil_div, logits_per_token
 
 WARP = 32
 GROUP = 16  # tokens that travel together: K of the products for grad_phi
 CHUNK = 8  # elements of 16 bytes
-WARP_CHUNKS = 16  # of a warp's columns
+WARP_CHANNELS = 32  # of all streams that a warp forms columns of
 STREAMS = 4  # n: a team holds 24 rows of phi and grad_phi in registers
 ROW_TILES = 3  # of 8 rows
+RADIAL = 6  # column of a token's weights, before what undoes its scale
+ROW_WORDS = 24  # of a token's h_res: streams 0 and 1 (4 each), 4 zeros, streams 2 and 3, 4 zeros
+SUM_WARPS = STREAMS  # that sum grad_phi, a stream each
 HELPERS = 4  # warps that fetch, form dot products and complete records; tokens 4d .. 4d + 3 each
 BF16, F16 = "bfloat16", "float16"
 
@@ -41,25 +45,29 @@ class Share:
     part: str
 
     @property
-    def chunks(self) -> int:
-        """Of a token's E elements."""
-        return STREAMS * self.width // CHUNK
-
-    @property
     def warps(self) -> int:
         """Warps that form columns."""
-        return ceil_div(self.chunks, WARP_CHUNKS)
+        return self.width // WARP_CHANNELS
+
+    @property
+    def whole(self) -> bool:
+        """Whether every member has all of its channels."""
+        return self.channels % self.width == 0
+
+    def chunks(self, member: Any) -> Any:
+        """Chunks of a stream from the member's first to the last."""
+        return (self.channels - member * self.width) // CHUNK
 
     @property
     def shared_bytes(self) -> int:
         """Of a block."""
-        tiles = self.depth * (STREAMS + 1) + 2 * STREAMS * bool(self.part)
+        tiles = self.depth * (STREAMS + 1) + 2 * STREAMS
         return GROUP * tiles * self.width * 2 + WARP * 24 * 2 + 2 * WARP * 8 * 2 + GROUP * 8 * 4
 
 
-def swizzled(chunk: object, token: object) -> object:
-    """First element of a chunk of a token and stream."""
-    return (chunk ^ (2 * (token % 4))) * CHUNK
+def swizzled(chunk: Any, token: Any, stream: Any) -> Any:
+    """First element of a chunk of a token and stream, the fifth being grad_layer_input."""
+    return (chunk ^ (token % 4 * 2 + (token // 4 + stream) % 2)) * CHUNK
 
 
 def exponent_of(value: object) -> object:
@@ -68,8 +76,22 @@ def exponent_of(value: object) -> object:
     return T.min(T.max(bits, 15), 253)
 
 
-def fetch_macros(share: Share, tokens: object) -> tuple[Callable[..., None], ...]:
-    """The macros `fetch` (of x and grad_layer_input) and `fetch_streams` (of part)."""
+def largest_of(maxima: Any, count: int) -> Any:
+    """The largest of the first values."""
+    return reduce(T.max, (maxima[w] for w in range(count)))
+
+
+def unknown(weights: Any, thread: Any) -> Any:
+    """A thread's number, added to a zero in shared memory.
+
+    The compiler cannot know it. Else it keeps what follows from it, two dozen registers of a thread
+    that mixes, for the whole walk, and spills.
+    """
+    return thread + T.reinterpret(weights[0, STREAMS], "int32")
+
+
+def fetch_macro(share: Share, tokens: object) -> Callable[..., None]:
+    """The macro `fetch` (of x and grad_layer_input)."""
     C, width = share.channels, share.width
     segment_chunks = width // CHUNK
 
@@ -80,105 +102,124 @@ def fetch_macros(share: Share, tokens: object) -> tuple[Callable[..., None], ...
             place = turn * places[1] + places[2]
             if guarded:
                 T.ptx_cp_async(
-                    T.access_ptr(target[slot, place, stream, swizzled(chunk, place)], "w", CHUNK),
+                    T.access_ptr(
+                        target[slot, place, stream, swizzled(chunk, place, stream)], "w", CHUNK
+                    ),
                     T.access_ptr(source[(origin + place * count) * CHUNK], "r", CHUNK),
                     CHUNK,
                     predicate=place < present,
                 )
             else:
                 T.ptx_cp_async(
-                    T.access_ptr(target[slot, place, stream, swizzled(chunk, place)], "w", CHUNK),
+                    T.access_ptr(
+                        target[slot, place, stream, swizzled(chunk, place, stream)], "w", CHUNK
+                    ),
                     T.access_ptr(source[(origin + place * count) * CHUNK], "r", CHUNK),
                     CHUNK,
                 )
 
     @T.macro
-    def fetch_rows(source, target, slot, first, member, tx, streams, places):
-        """source[first : first + 16, :, segment] on its way into target[slot], zeros beyond it."""
+    def fetch_rows(source, target, slot, first, member, tx, streams, behind, places):
+        """source[first : first + 16, :, segment] on its way into target[slot, :, behind:].
+
+        Zeros beyond it.
+        """
         stream, chunk = tx // segment_chunks, tx % segment_chunks
         inner = T.alloc_var("int32", stream * (C // CHUNK) + member * segment_chunks + chunk)
         origin = T.alloc_var("int64", 0)  # in chunks
         present = T.alloc_var("int32", 0)
         origin = first * (streams * C // CHUNK) + T.cast(inner, "int64")
         if stream < streams:
-            if (first + GROUP <= tokens) and ((member + 1) * width <= C):
+            if (first + GROUP <= tokens) and (share.whole or ((member + 1) * width <= C)):
                 copy_rows(
-                    source, target, slot, origin, streams * C // CHUNK, stream, chunk, places,
-                    False, 0,
+                    source, target, slot, origin, streams * C // CHUNK, stream + behind, chunk,
+                    places, False, 0,
                 )  # fmt: skip
             else:
                 present = T.cast(T.min(tokens - first, GROUP), "int32")
-                if member * width + chunk * CHUNK >= C:
+                if (not share.whole) and (chunk >= share.chunks(member)):
                     present = 0
                 copy_rows(
-                    source, target, slot, origin, streams * C // CHUNK, stream, chunk, places,
-                    True, present,
+                    source, target, slot, origin, streams * C // CHUNK, stream + behind, chunk,
+                    places, True, present,
                 )  # fmt: skip
 
     @T.macro
-    def fetch_streams(source, target, slot, first, member, tx):
-        """A group of x, or of part."""
-        fetch_rows(source, target, slot, first, member, tx, STREAMS, (GROUP, 1, 0))
-
-    @T.macro
-    def fetch(x, grad_layer_input, streams, inputs, slot, first, member, tx):
-        """A group of x and of grad_layer_input."""
-        fetch_streams(x, streams, slot, first, member, tx)
+    def fetch(x, grad_layer_input, tiles, slot, first, member, tx):
+        """A group of x, and grad_layer_input as its last stream."""
+        fetch_rows(x, tiles, slot, first, member, tx, STREAMS, 0, (GROUP, 1, 0))
         places = (GROUP // HELPERS, HELPERS, tx // WARP)
-        fetch_rows(grad_layer_input, inputs, slot, first, member, tx % WARP, 1, places)
+        fetch_rows(grad_layer_input, tiles, slot, first, member, tx % WARP, 1, STREAMS, places)
 
-    return fetch, fetch_streams
+    return fetch
 
 
 def dots_macro(share: Share, slots: int) -> Callable[..., None]:
-    """The macro `send_dots(streams, inputs, slot, exchange, team, member, group, tx)`."""
-    input_chunks = share.width // CHUNK
+    """The macro `send_dots(tiles, slot, exchange, team, member, group, tx)`."""
 
     @T.macro
-    def halve(values, count, distance, lane):
-        """Half of the values, each with what the lane at `distance` has of it."""
-        for v in T.unroll(count):
-            upper = T.alloc_var(F32)
-            lower = T.alloc_var(F32)
-            lower = T.if_then_else(lane & distance == 0, values[v], values[v + count])
-            upper = T.if_then_else(lane & distance == 0, values[v + count], values[v])
-            values[v] = lower + T.shfl_xor(upper, distance)
+    def load(fragment, begin, tiles, at):
+        """Four matrices of 8 x 8."""
+        T.ptx_ldmatrix(
+            T.bool(False), 4,
+            T.access_ptr(tiles[at], "r", CHUNK),
+            T.access_ptr(fragment[begin], "w", 8),
+        )  # fmt: skip
 
     @T.macro
-    def send_dots(streams, inputs, slot, exchange, team, member, group, tx):
-        """grad_h_pre[t, i] = sum_c grad_layer_input[t, c] * x[t, i, c], the member's channels."""
+    def send_dots(tiles, slot, exchange, team, member, group, tx):
+        """grad_h_pre[t, i] = sum_c grad_layer_input[t, c] * x[t, i, c], the member's channels.
+
+        A warp has the products of all its tokens and streams of x (rows g: token g // 2, stream
+        g % 2; rows 8 + g: two streams on) with grad_layer_input of its tokens (columns, twice), and
+        sends those of equal tokens.
+        """
         lane, warp = tx % WARP, tx // WARP
-        grad = T.alloc_local((CHUNK,), BF16)
-        stream = T.alloc_local((CHUNK,), BF16)
-        grad_words = T.view(grad, (CHUNK // 2,), WORD)
-        stream_words = T.view(stream, (CHUNK // 2,), WORD)
-        dots = T.alloc_local((4 * STREAMS,), F32)
-        for v in T.unroll(4 * STREAMS):
+        g, q = lane // 4, lane % 4
+        row = lane % 8  # of what the lane names to ldmatrix
+        flat = T.view(tiles, (share.depth * GROUP * (STREAMS + 1) * share.width,), BF16)
+        x_lane = T.alloc_local((16,), BF16)
+        grad = T.alloc_local((8,), BF16)
+        dots = T.alloc_local((2 * 4,), F32)
+        total = T.alloc_var(F32, 0.0)
+        # in bits 3 to 5 a chunk: that of token and stream, see `swizzled`
+        at_x = T.alloc_var("int32", 0)
+        at_grad = T.alloc_var("int32", 0)
+        at_grad = (slot * GROUP + warp * 4) * (STREAMS + 1)
+        at_x = at_grad + row // 2 * (STREAMS + 1) + lane // 8 % 2 * 2 + row % 2
+        at_grad = at_grad + row % 4 * (STREAMS + 1) + STREAMS
+        at_x = at_x * share.width + (lane // 16 ^ row ^ warp % 2) * CHUNK
+        at_grad = at_grad * share.width + (lane // 8 ^ row % 4 * 2 ^ warp % 2) * CHUNK
+        for v in T.unroll(2 * 4):
             dots[v] = 0.0
-        if lane < input_chunks:
-            for turn in T.unroll(4):
-                for v in T.vectorized(CHUNK):
-                    grad[v] = inputs[slot, warp * 4 + turn, 0, swizzled(lane, turn) + v]
-                for i in T.unroll(STREAMS):
-                    for v in T.vectorized(CHUNK):
-                        stream[v] = streams[slot, warp * 4 + turn, i, swizzled(lane, turn) + v]
-                    for k in T.unroll(CHUNK // 2):
-                        dots[turn * STREAMS + i] += lower(grad_words[k]) * lower(stream_words[k])
-                        dots[turn * STREAMS + i] += upper(grad_words[k]) * upper(stream_words[k])
-        # 16 sums over the lanes at once; those of lanes 2v and 2v + 1 are sum v
-        halve(dots, 8, 16, lane)
-        halve(dots, 4, 8, lane)
-        halve(dots, 2, 4, lane)
-        halve(dots, 1, 2, lane)
-        dots[0] = dots[0] + T.shfl_xor(dots[0], 1)
-        if lane % 2 == 0:
+        for block in T.unroll(share.width // 64):  # a chunk's place differs within 64 channels
+            if block > 0:
+                T.sync_warp()  # else loads come earlier than there are registers
+            for half in T.unroll(2):
+                load(grad, 0, flat, (at_grad ^ (half * 4 * CHUNK)) + block * 64)
+                for k in T.unroll(2):
+                    load(x_lane, k * 8, flat, (at_x ^ ((half * 2 + k) * 2 * CHUNK)) + block * 64)
+                for k in T.unroll(2):
+                    T.ptx_mma(
+                        F32, "m16n8k16", "row", "col", "bf16", "bf16", "fp32",
+                        x_lane.data, k * 8, grad.data, k * 4, dots.data, k * 4, T.bool(False),
+                    )  # fmt: skip
+        for v in T.unroll(4):
+            dots[v] = dots[v] + dots[4 + v]
+        total = T.if_then_else(
+            q < 2,
+            T.if_then_else(g // 2 % 2 == 0, dots[0], dots[1]),
+            T.if_then_else(g // 2 % 2 == 0, dots[2], dots[3]),
+        )
+        if q % 2 == g // 4:
             T.atomic_store(
                 exchange[
-                    team, T.cast(group % slots, "int64"), member, warp * 4 * STREAMS + lane // 2
+                    team, T.cast(group % slots, "int64"), member,
+                    (warp * 4 + g // 2) * STREAMS + q // 2 * 2 + g % 2,
                 ],
-                (T.reinterpret(dots[0], "int32") & -2) | (group // slots % 2),
+                (T.reinterpret(total, "int32") & -2) | (group // slots % 2),
                 memory_order="relaxed",
-            )
+            )  # fmt: skip
 
     return send_dots
 
@@ -265,24 +306,29 @@ def receive_macros(share: Share, members: int, slots: int) -> tuple[Callable[...
 
     @T.macro
     def publish(ready, high_low, scaled, weights, tx):
-        """Leave the records of a group as the products want them."""
+        """Leave the records of a group as the products want them.
+
+        weights[token] is h_pre, two unused, radial and what undoes the token's scale and phi's.
+        """
         exponent = T.alloc_var("int32", 0)
         scale = T.alloc_var(F32, 0.0)
         row, warp = tx % 8, tx // WARP
-        column = tx % WARP // 8  # token % 4; the token is 4 * warp + column
+        quarter = tx % WARP // 8  # token % 4; the token is 4 * warp + quarter
         # a power of two that brings the largest to 2^14 or a little more
         exponent = exponent_of(ready[4])
         scale = T.reinterpret((268 - exponent) << 23, F32)
         if row <= STREAMS + 1:
             unscale = T.reinterpret((exponent - 14) << 23, F32)
-            weights[tx // 8, row] = T.if_then_else(row <= STREAMS, ready[3], unscale)
+            unscale *= T.view(scaled, (2 * WARP * 4,), F32)[3]
+            column = T.if_then_else(row < STREAMS, row, row + 2)
+            weights[tx // 8, column] = T.if_then_else(row <= STREAMS, ready[3], unscale)
         for r in T.unroll(ROW_TILES):
-            high_low[row * 4 + column, r * 4 + warp] = T.cast(ready[r], BF16)
-            high_low[row * 4 + column, (ROW_TILES + r) * 4 + warp] = T.cast(
+            high_low[row * 4 + quarter, r * 4 + warp] = T.cast(ready[r], BF16)
+            high_low[row * 4 + quarter, (ROW_TILES + r) * 4 + warp] = T.cast(
                 ready[r] - T.cast(T.cast(ready[r], BF16), F32), BF16
             )
             scaled[
-                warp // 2, (column * 2 + warp % 2) * 4 + row // 2, r * 2 + row % 2
+                warp // 2, (quarter * 2 + warp % 2) * 4 + row // 2, r * 2 + row % 2
             ] = T.cast(ready[r] * scale, F16)  # fmt: skip
 
     return ask, request, receive, publish

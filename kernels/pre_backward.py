@@ -362,21 +362,23 @@ def backward(
         config = default_config(
             tokens, channels, n, x.dtype, available, arch, batch_invariant=batch_invariant
         )
+    exchange = None
     if isinstance(config, pre_backward_team.Config):
         more_sums = config.sums
+        exchange = torch.empty(config.exchange_shape, dtype=torch.int32, device=x.device)
     else:
         *_, resident = dots_shape(channels, n, dtype_name(x), overlaps(arch))
         more_sums = min(tokens, available * resident)
     unfinished, block_sums = token_records(
         None, grad_h_post, grad_h_res, projection, inv_rms, alpha, bias,
         channels=channels, pre_eps=pre_eps, post_scale=post_scale,
-        iters=iters, sinkhorn_eps=sinkhorn_eps, more_sums=more_sums,
+        iters=iters, sinkhorn_eps=sinkhorn_eps, more_sums=more_sums, exchange=exchange,
     )  # fmt: skip
     own_sums = block_sums[-more_sums:]
     if isinstance(config, pre_backward_team.Config):
         grad_x, parts = pre_backward_team.launch(
             config, grad_layer_input, x, phi, projection, inv_rms, alpha, unfinished,
-            grad_x_part, h_res, own_sums,
+            grad_x_part, h_res, exchange, own_sums,
         )  # fmt: skip
         return grad_x, *add_parts(parts, block_sums, phi)
     records = finish_records(grad_layer_input, x, projection, inv_rms, alpha, unfinished, own_sums)

@@ -8,13 +8,14 @@ must stay on chip between the two. As in `pre_team` the blocks of the GPU form t
 a segment of the channels, all streams of it, and groups of 16 tokens flow through a ring of
 shared-memory tiles:
 
-* Four helper warps fetch a group, form the member's dot products and send them through L2 to every
-  member of the team: 64 words a group, self-validating as in `pre_team`. One round later they add
-  the members' words in the order of the members, each member for itself, complete the records and
-  leave them in shared memory in the order that the tensor cores want.
-* `lag` rounds after the dot products the other warps form grad_x from the tile, and their share of
-  grad_phi. Each holds 128 elements of nC: phi and the sums of grad_phi stay in registers for the
-  whole walk, which is why these warps take over registers from the helpers.
+* Four helper warps fetch x and grad_layer_input, form the member's dot products and send them
+  through L2 to every member of the team: 64 words a group, self-validating as in `pre_team`. One
+  round later they add the members' words in the order of the members, each member for itself,
+  complete the records and leave them in shared memory in the order that the tensor cores want.
+* `lag` rounds after the dot products the warps that mix, 32 channels each, form grad_x from the
+  tile and from part, of which each fetches its own channels a round ahead. phi stays in registers.
+* Beside them four warps, a stream each, add to their share of grad_phi, in registers for the whole
+  walk, which is why they take over registers from all others.
 
 All blocks must be resident, so the launch is cooperative. No atomics on data: a token's sums are
 formed over segments that depend on C alone, in a fixed order; a word that travels loses its last
@@ -28,6 +29,8 @@ group j + slots only once the reader has received group j, so one bit tells a sl
 
 What a round waits for. Everything that it needs was asked for a round ago, and it first asks for
 what the next one needs: the fetch of group j + 1 is on its way before group j has to be there.
+Barriers: 1 begins a round, 2 follows the records, 3 the fetch, among helpers; at 4 grad_raw is in
+registers and h_res takes its place, which the warps that mix see after 5.
 """
 
 from collections.abc import Iterator
@@ -41,10 +44,11 @@ from torch import Tensor
 
 from ._mapping_columns import ADDED, MIXED
 from ._mapping_records import record_width, sums_width
+from ._pairs import WORD
 from ._programs import F32, architecture, ceil_div, logits_per_token, overlaps, program
 from ._programs import multiprocessors as count_multiprocessors
 from ._projection import WARP_ROLE_CONFIGS, shared_limit
-from ._team_backward_columns import columns_macros
+from ._team_backward_columns import TILES, columns_macros
 from ._team_backward_roles import (
     BF16,
     CHUNK,
@@ -53,12 +57,15 @@ from ._team_backward_roles import (
     HELPERS,
     ROW_TILES,
     STREAMS,
+    SUM_WARPS,
     WARP,
     Share,
     dots_macro,
-    fetch_macros,
+    fetch_macro,
     receive_macros,
+    unknown,
 )
+from ._team_backward_sums import sums_macros
 
 WARPGROUP = 4 * WARP
 WIDEST = 256  # channels of a member: a lane of the helpers has 8
@@ -76,13 +83,13 @@ class Config:
         teams: teams that share the tokens; members * teams blocks must be resident together.
         lag: rounds from the dot products of a group to its columns. H200, 2026-11-24, 8192 x 2560:
             2 take 188 us where 1, with another group in flight, takes 199: words are on their way.
-        registers: of a helper thread, where warps hand registers over; the others take the rest.
+        registers: of a helper thread, where warps hand registers over.
     """
 
     members: int
     teams: int
     lag: int = 2
-    registers: int = 88
+    registers: int = 80
 
     def __post_init__(self) -> None:
         """Reject what cannot launch on any GPU."""
@@ -106,21 +113,33 @@ class Config:
         """Slots of the exchange, a power of two."""
         return 1 << (2 * self.lag - 1).bit_length()
 
+    @property
+    def exchange_shape(self) -> tuple[int, ...]:
+        """Of the words between members."""
+        return self.teams, self.slots, self.members, GROUP * STREAMS
+
     def share(self, channels: int, part: str = ADDED) -> Share:
         """The share of a member."""
         width = ceil_div(ceil_div(channels, self.members), LINE) * LINE
         return Share(channels, width, self.lag + 2, part)
 
-    def threads(self, channels: int) -> tuple[int, int]:
-        """First thread of the helpers, and one past the last: whole warpgroups."""
-        columns = ceil_div(self.share(channels).warps * WARP, WARPGROUP) * WARPGROUP
-        return columns, columns + HELPERS * WARP
+    def threads(self, channels: int) -> tuple[int, int, int]:
+        """First thread of those that sum grad_phi, first helper, one past the last.
 
-    def column_registers(self, channels: int) -> int:
-        """Registers of a thread that forms columns once the helpers have given theirs up."""
-        first, threads = self.threads(channels)
-        granted = 65536 // threads // 8 * 8 * threads - self.registers * (threads - first)
-        return min(240, granted // first // 8 * 8)
+        Whole warpgroups each.
+        """
+        mixers = ceil_div(self.share(channels).warps * WARP, WARPGROUP) * WARPGROUP
+        return mixers, mixers + SUM_WARPS * WARP, mixers + (SUM_WARPS + HELPERS) * WARP
+
+    def handed(self, channels: int) -> tuple[int, int, int]:
+        """Registers of a thread: before any is handed over, then of those that mix and that sum."""
+        mixers, _, threads = self.threads(channels)
+        before = 65536 // threads // 8 * 8
+        # besides sums; 104 are left to those that mix 256 channels
+        others = max(24, min(32, 112 - self.registers))
+        sums = self.share(channels).width // 16 * ROW_TILES * 4 + others
+        left = before * threads - (self.registers + sums) * WARPGROUP
+        return before, min(240, left // mixers // 8 * 8), sums
 
     def launches(self, channels: int, arch: str) -> bool:
         """Whether shared memory and registers allow the kernel."""
@@ -128,7 +147,17 @@ class Config:
         if not overlaps(arch) or share.width > WIDEST:  # no handing over of registers
             return False
         fits = share.shared_bytes <= shared_limit(arch)
-        return fits and self.column_registers(channels) >= 200 and self.members <= MOST_MEMBERS
+        return fits and self.handed(channels)[1] >= 96 and self.members <= MOST_MEMBERS
+
+
+def first_token(group: Any, teams: int, team: Any) -> Any:
+    """Of a team's group, none below zero.
+
+    Products that may wrap as far as the compiler knows: else it takes the sum apart, keeps the
+    parts for the whole walk, and spills.
+    """
+    number = T.cast(group, WORD) * T.uint32(teams) + T.cast(team, WORD)
+    return T.cast(number, "int64") * GROUP
 
 
 @lru_cache(maxsize=1024)
@@ -150,9 +179,7 @@ def candidates(channels: int, n: int, multiprocessors: int, arch: str) -> Iterat
     for width in (256, 192, 128):
         members = ceil_div(channels, width)
         if 2 <= members <= multiprocessors:
-            # 28 members' words do not fit into 88 registers of sm_90a
-            registers = 104 if members > 24 and arch == "sm_90a" else 88
-            config = Config(members, multiprocessors // members, registers=registers)
+            config = Config(members, multiprocessors // members)
             if config.launches(channels, arch):
                 yield config
 
@@ -165,17 +192,17 @@ def team_program(channels: int, part_is: str, config: Config, handover: bool) ->
     lag, slots = config.lag, config.slots
     share, with_part = config.share(C, part_is), bool(part_is)
     depth = share.depth
-    helpers_first, threads = config.threads(C)
+    sums_first, helpers_first, threads = config.threads(C)
     column_threads = share.warps * WARP
-    meeting = column_threads + HELPERS * WARP  # threads that wait for what was fetched
-    column_registers = config.column_registers(C)
+    registers, mixing_registers, sums_registers = config.handed(C)
+    sums_size = share.width // 16 * ROW_TILES * 4
     logits, width, sums_row = logits_per_token(n), record_width(n), sums_width(n)
     tokens = T.dynamic("tokens")
-    fetch, fetch_part = fetch_macros(share, tokens)
+    fetch = fetch_macro(share, tokens)
     send_dots = dots_macro(share, slots)
     ask, request, receive, publish = receive_macros(share, members, slots)
-    load_phi, form, add_phi = columns_macros(share, tokens)
-    words_each = slots * HELPERS * 4 * n  # of a member
+    load_phi, form = columns_macros(share, tokens)
+    fetch_part, mixing_words, add_group, flush = sums_macros(share, tokens)
 
     @T.prim_func
     def mhc_pre_backward_team(
@@ -189,15 +216,14 @@ def team_program(channels: int, part_is: str, config: Config, handover: bool) ->
         h_res: T.Tensor((tokens, n * n), F32),
         phi: T.Tensor((logits, n, C), F32),
         alpha: T.Tensor((3,), F32),
-        exchange: T.Tensor((teams, slots, members, GROUP * n), "int32"),
+        exchange: T.Tensor(config.exchange_shape, "int32"),
         grad_x: T.Tensor((tokens * (n * C),), BF16),
         grad_phi_parts: T.Tensor((teams * logits * n * C,), F32),
         block_sums: T.Tensor((teams * HELPERS, sums_row), F32),
     ):
         with T.Kernel(members, teams, threads=threads) as (member, team):
             tx = T.get_thread_binding()
-            streams = T.alloc_shared((depth, GROUP, n, share.width), BF16)
-            inputs = T.alloc_shared((depth, GROUP, 1, share.width), BF16)
+            tiles = T.alloc_shared((depth, GROUP, n + 1, share.width), BF16)
             staged = T.alloc_shared((2, GROUP, n, share.width), BF16)
             high_low = T.alloc_shared((WARP, ROW_TILES * 8), BF16)
             scaled = T.alloc_shared((2, WARP, 8), F16)
@@ -206,44 +232,75 @@ def team_program(channels: int, part_is: str, config: Config, handover: bool) ->
             rounds = T.alloc_var("int32", (T.ceildiv(tokens, GROUP) + teams - 1 - team) // teams)
             turns = T.alloc_var("int32", T.max(rounds, 1))  # a team without tokens leaves zeros
 
-            if tx < helpers_first:
-                if handover:
-                    T.set_max_nreg(column_registers, 1)
-                phi_tile = T.alloc_local((2 * 4 * ROW_TILES * 4,), F16)
-                grad_phi = T.alloc_local((2 * 4 * ROW_TILES * 4,), F32)
-                # no message yet: the first use of a slot expects an even word
-                for p in T.unroll(ceil_div(words_each, helpers_first)):
-                    entry = p * helpers_first + tx
-                    if entry < words_each:
-                        exchange[team, entry // (GROUP * n), member, entry % (GROUP * n)] = 1
-                if tx < column_threads:
-                    load_phi(phi_tile, weights, phi, member, tx)
-                for v in T.unroll(2 * 4 * ROW_TILES * 4):
-                    grad_phi[v] = 0.0
+            if tx == 0:
+                weights[0, n] = 0.0  # see `unknown`
+            T.sync_threads()
+            if turns == 0:  # never: that it is here makes the launch cooperative
                 T.sync_grid()
-                for j in T.serial(turns + lag):
-                    T.sync_threads(1, threads)
-                    if j >= lag:
-                        T.sync_threads(2, threads)
-                    if tx < column_threads:
-                        first = T.cast((j - lag) * teams + team, "int64") * GROUP
-                        if (j >= lag) and (first < tokens):
-                            form(
-                                grad_x, grad_phi, phi_tile, streams, inputs, staged, h_res,
-                                high_low, scaled, weights,
-                                (j - lag) % depth, (j - lag) % 2, first, member, tx, meeting,
-                            )  # fmt: skip
-                        else:
-                            T.sync_threads(3, meeting)
-                        # sums of the tensor cores lose digits as they grow: a new one begins
-                        last = j == turns + lag - 1
-                        if (j >= lag) and (last or ((j - lag) % FLUSH == FLUSH - 1)):
-                            add_phi(grad_phi_parts, grad_phi, j - lag >= FLUSH, team, member, tx)
+            if tx < sums_first:
+                phi_tile = T.alloc_local((TILES * ROW_TILES * 4,), F16)
+                # two rounds of the helpers do not need what follows
+                T.named_barrier_arrive(1, threads)
+                T.sync_threads(2, threads)
+                T.named_barrier_arrive(1, threads)
+                if tx < column_threads:
+                    load_phi(phi_tile, scaled, high_low, phi, member, tx)
+                if handover:
+                    T.set_max_nreg(mixing_registers, int(mixing_registers > registers))
+                for _ in T.serial(1, lag):
+                    T.sync_threads(2, threads)
+                    T.named_barrier_arrive(1, threads)
+                for group in T.serial(turns):
+                    lane = T.alloc_var("int32", unknown(weights, tx))
+                    T.sync_threads(2, threads)
+                    first = first_token(group, teams, team)
+                    if (tx < column_threads) and (first < tokens):
+                        form(
+                            grad_x, phi_tile, tiles, staged, high_low, scaled, weights,
+                            group % depth, group % 2, first, member, lane, threads,
+                        )  # fmt: skip
+                    elif group < turns - 1:
+                        T.named_barrier_arrive(1, threads)
+            elif tx < helpers_first:
+                T.named_barrier_arrive(1, threads)
+                T.sync_threads(2, threads)
+                T.named_barrier_arrive(1, threads)
+                if handover:
+                    T.set_max_nreg(sums_registers, int(sums_registers > registers))
+                grad_phi = T.alloc_local((sums_size,), F32)
+                mixing = T.alloc_local((2,), WORD)
+                for v in T.unroll(sums_size):
+                    grad_phi[v] = 0.0
+                for j in T.serial(1, turns + lag):
+                    thread = T.alloc_var("int32", unknown(weights, tx - sums_first))
+                    first = T.cast((j - lag) * teams + team, "int64") * GROUP
+                    if part_is == MIXED:
+                        mixing_words(mixing, h_res, first, thread)
+                    if with_part:
+                        T.ptx_wait_group(0)  # the part that the last round asked for
+                    T.sync_threads(2, threads)
+                    if (j >= lag) and (j - lag < rounds):
+                        add_group(
+                            grad_phi, tiles, high_low, mixing, (j - lag) % depth, thread,
+                            column_threads + SUM_WARPS * WARP,
+                        )  # fmt: skip
+                    if j < turns + lag - 1:
+                        T.named_barrier_arrive(1, threads)
+                    # the slot's last results were read before the second barrier
+                    if with_part:
+                        T.sync_warp()
+                        thread = unknown(weights, tx - sums_first)  # not kept until here
+                        first = T.cast((j + 1 - lag) * teams + team, "int64") * GROUP
+                        fetch_part(part, staged, (j + 1 + lag) % 2, first, member, thread)
+                        T.ptx_commit_group()
+                    # sums of the tensor cores lose digits as they grow: a new one begins
+                    if (j == turns + lag - 1) or ((j >= lag) and ((j - lag) % FLUSH == FLUSH - 1)):
+                        flush(grad_phi_parts, grad_phi, j - lag >= FLUSH, team, member, thread)
             else:
                 if handover:
                     T.set_max_nreg(config.registers, 0)
-                thread = tx - helpers_first
-                lane = thread % WARP
+                thread = T.alloc_var("int32", tx - helpers_first)
+                lane = (tx - helpers_first) % WARP
                 words = T.alloc_local((ceil_div(members, 2),), "int32")
                 record = T.alloc_local((6,), F32)
                 ready = T.alloc_local((5,), F32)
@@ -258,43 +315,37 @@ def team_program(channels: int, part_is: str, config: Config, handover: bool) ->
                     ready[v] = 0.0
                 sums[0] = 0.0
                 sums[1] = 0.0
-                # read with the rest, never used
+                # read with the rest; the first place is for what undoes the scale of phi
                 scaled[thread // 64, thread // 2 % WARP, 6 + thread % 2] = T.cast(0.0, F16)
                 first = T.cast(team, "int64") * GROUP
-                fetch(x, grad_layer_input, streams, inputs, 0, first, member, thread)
+                fetch(x, grad_layer_input, tiles, 0, first, member, thread)
                 T.ptx_commit_group()
-                T.sync_grid()
                 for j in T.serial(turns + lag):
+                    thread = unknown(weights, tx - helpers_first)
                     T.sync_threads(1, threads)
                     if j >= lag:
                         publish(ready, high_low, scaled, weights, thread)
-                        T.sync_threads(2, threads)
+                    T.named_barrier_arrive(2, threads)
                     group = j + 1 - lag
-                    if (group >= 0) and (group < (rounds if with_part else 0)):
-                        first = T.cast(group * teams + team, "int64") * GROUP
-                        fetch_part(part, staged, group % 2, first, member, thread)
                     if j + 1 < rounds:
-                        first = T.cast((j + 1) * teams + team, "int64") * GROUP
-                        fetch(
-                            x, grad_layer_input, streams, inputs, (j + 1) % depth, first, member,
-                            thread,
-                        )  # fmt: skip
+                        first = first_token(j + 1, teams, team)
+                        fetch(x, grad_layer_input, tiles, (j + 1) % depth, first, member, thread)
                     T.ptx_commit_group()
-                    # what the previous round asked for is here: x of group j, part of group j - lag
+                    if (group >= 0) and (group < rounds):  # here once the dot products are sent
+                        first = first_token(group, teams, team)
+                        request(record, unfinished, projection, inv_rms, first, tokens, thread)
+                        ask(words, exchange, team, group, thread)
+                    # what the previous round asked for is here: group j
                     T.ptx_wait_group(1)
-                    T.sync_threads(3, meeting)
+                    T.sync_threads(3, HELPERS * WARP)
                     if j < rounds:
-                        send_dots(streams, inputs, j % depth, exchange, team, member, j, thread)
+                        send_dots(tiles, j % depth, exchange, team, member, j, thread)
                     if (group >= 0) and (group < rounds):
-                        first = T.cast(group * teams + team, "int64") * GROUP
+                        first = first_token(group, teams, team)
                         receive(
                             words, record, ready, exchange, gate, sums, team, group, first,
                             tokens, thread,
                         )  # fmt: skip
-                    if (group >= -1) and (group < rounds - 1):
-                        first = T.cast((group + 1) * teams + team, "int64") * GROUP
-                        request(record, unfinished, projection, inv_rms, first, tokens, thread)
-                        ask(words, exchange, team, group + 1, thread)
                 # grad_bias of h_pre's logits and their part of grad_alpha, of every token once
                 for v in T.unroll(2):
                     sums[v] = sums[v] + T.shfl_xor(sums[v], 8)
@@ -323,6 +374,7 @@ def launch(
     unfinished: Tensor,
     grad_x_part: Tensor | None,
     h_res: Tensor | None,
+    exchange: Tensor,
     block_sums: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Launch the team kernel on at least one token.
@@ -338,6 +390,7 @@ def launch(
         unfinished: [T, record_width(n)], fp32, of `token_records` without grad_h_pre.
         grad_x_part: [T, n, C], bf16, or None.
         h_res: [T, n, n], fp32, with which grad_x_part is mixed, or None.
+        exchange: config.exchange_shape, int32, emptied by `token_records`.
         block_sums: [config.teams * HELPERS, sums_width(n)], fp32; written.
 
     Returns:
@@ -354,9 +407,6 @@ def launch(
         )
     grad_x = torch.empty_like(x)
     parts = phi.new_empty(config.teams, phi.shape[0], n, channels)
-    exchange = torch.empty(
-        config.teams, config.slots, config.members, GROUP * n, dtype=torch.int32, device=x.device
-    )
     part_is = "" if grad_x_part is None else ADDED if h_res is None else MIXED
     kernel = team_program(arch, channels, part_is, config, overlaps(arch))
     # what a program leaves unread still has its shape
