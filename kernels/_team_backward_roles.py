@@ -12,7 +12,8 @@ from typing import Any
 
 import tilelang.language as T
 
-from ._mapping_records import record_width
+from ._mapping_records import record_width, sums_width
+from ._pairs import WORD
 from ._programs import F32, ceil_div, logits_per_token
 
 WARP = 32
@@ -88,6 +89,16 @@ def unknown(weights: Any, thread: Any) -> Any:
     that mixes, for the whole walk, and spills.
     """
     return thread + T.reinterpret(weights[0, STREAMS], "int32")
+
+
+def first_token(group: Any, teams: int, team: Any) -> Any:
+    """Of a team's group, none below zero.
+
+    Products that may wrap as far as the compiler knows: else it takes the sum apart, keeps the
+    parts for the whole walk, and spills.
+    """
+    number = T.cast(group, WORD) * T.uint32(teams) + T.cast(team, WORD)
+    return T.cast(number, "int64") * GROUP
 
 
 def fetch_macro(share: Share, tokens: object) -> Callable[..., None]:
@@ -225,7 +236,7 @@ def dots_macro(share: Share, slots: int) -> Callable[..., None]:
 
 
 def receive_macros(share: Share, members: int, slots: int) -> tuple[Callable[..., None], ...]:
-    """The macros `ask`, `request`, `receive` and `publish`.
+    """The macros `ask`, `request`, `receive`, `publish` and `leave_sums`.
 
     Lane 8 * t + k of warp d has rows k, k + 8 and k + 16 of token 4 * d + t.
     """
@@ -331,4 +342,20 @@ def receive_macros(share: Share, members: int, slots: int) -> tuple[Callable[...
                 warp // 2, (quarter * 2 + warp % 2) * 4 + row // 2, r * 2 + row % 2
             ] = T.cast(ready[r] * scale, F16)  # fmt: skip
 
-    return ask, request, receive, publish
+    @T.macro
+    def leave_sums(block_sums, sums, first_row, tx):
+        """grad_bias of h_pre's logits and their part of grad_alpha, of every token once."""
+        lane = tx % WARP
+        for v in T.unroll(2):
+            sums[v] = sums[v] + T.shfl_xor(sums[v], 8)
+            sums[v] = sums[v] + T.shfl_xor(sums[v], 16)
+        sums[1] = sums[1] + T.shfl_xor(sums[1], 1)
+        sums[1] = sums[1] + T.shfl_xor(sums[1], 2)
+        sums[1] = T.shfl_sync(sums[1], 0)
+        for q in T.unroll(sums_width(STREAMS) // WARP):
+            column = q * WARP + lane
+            block_sums[first_row + tx // WARP, column] = T.if_then_else(
+                column == logits, sums[1], T.if_then_else(column < STREAMS, sums[0], 0.0)
+            )
+
+    return ask, request, receive, publish, leave_sums

@@ -362,13 +362,11 @@ def backward(
         config = default_config(
             tokens, channels, n, x.dtype, available, arch, batch_invariant=batch_invariant
         )
-    exchange = None
     if isinstance(config, pre_backward_team.Config):
-        more_sums = config.sums
-        exchange = torch.empty(config.exchange_shape, dtype=torch.int32, device=x.device)
+        more_sums, exchange = config.sums, config.exchange(x.device)
     else:
         *_, resident = dots_shape(channels, n, dtype_name(x), overlaps(arch))
-        more_sums = min(tokens, available * resident)
+        more_sums, exchange = min(tokens, available * resident), None
     unfinished, block_sums = token_records(
         None, grad_h_post, grad_h_res, projection, inv_rms, alpha, bias,
         channels=channels, pre_eps=pre_eps, post_scale=post_scale,

@@ -13,9 +13,9 @@ shared-memory tiles:
   round later they add the members' words in the order of the members, each member for itself,
   complete the records and leave them in shared memory in the order that the tensor cores want.
 * `lag` rounds after the dot products the warps that mix, 32 channels each, form grad_x from the
-  tile and from part, of which each fetches its own channels a round ahead. phi stays in registers.
+  tile and from part. phi stays in registers.
 * Beside them four warps, a stream each, add to their share of grad_phi, in registers for the whole
-  walk, which is why they take over registers from all others.
+  walk, which is why they take over registers from all others, and fetch part a round ahead.
 
 All blocks must be resident, so the launch is cooperative. No atomics on data: a token's sums are
 formed over segments that depend on C alone, in a fixed order; a word that travels loses its last
@@ -27,8 +27,10 @@ and had received group j - 2 * lag, whose slot may be used again: slots >= 2 * l
 for group j from round j + lag - 1 on; it has then received group j - slots, and a sender comes to
 group j + slots only once the reader has received group j, so one bit tells a slot's groups apart.
 
-What a round waits for. Everything that it needs was asked for a round ago, and it first asks for
-what the next one needs: the fetch of group j + 1 is on its way before group j has to be there.
+What a round waits for. Tiles were asked for a round ago: the fetch of group j + 1 is on its way
+before group j has to be there. The members' words of group j + 1 - lag, sent a round ago, and the
+rest of its records are asked for before the dot products of group j and used after them: asked for
+earlier they would be stale more often, and take registers from the dot products.
 Barriers: 1 begins a round, 2 follows the records, 3 the fetch, among helpers; at 4 grad_raw is in
 registers and h_res takes its place, which the warps that mix see after 5.
 """
@@ -62,6 +64,7 @@ from ._team_backward_roles import (
     Share,
     dots_macro,
     fetch_macro,
+    first_token,
     receive_macros,
     unknown,
 )
@@ -82,8 +85,9 @@ class Config:
         members: blocks of a team; each owns ceil(C / members) channels of every stream.
         teams: teams that share the tokens; members * teams blocks must be resident together.
         lag: rounds from the dot products of a group to its columns. H200, 2026-11-24, 8192 x 2560:
-            2 take 188 us where 1, with another group in flight, takes 199: words are on their way.
-        registers: of a helper thread, where warps hand registers over.
+            2 take 188 us where 1, with another group in flight, takes 199.
+        registers: of a helper thread, where warps hand registers over; 16 fewer beside warps that
+            mix a part, for at most 16 members.
     """
 
     members: int
@@ -95,8 +99,8 @@ class Config:
         """Reject what cannot launch on any GPU."""
         if self.members < 2 or self.teams < 1 or self.lag < 2:
             raise ValueError(f"pre_backward: config must be one that can launch, got {self}")
-        if self.registers % 8 or not 24 <= self.registers <= 168:
-            raise ValueError(f"pre_backward: config.registers must be 24 to 168, got {self}")
+        if self.registers % 8 or not 40 <= self.registers <= 168:
+            raise ValueError(f"pre_backward: config.registers must be 40 to 168, got {self}")
 
     @property
     def group(self) -> int:
@@ -118,46 +122,39 @@ class Config:
         """Of the words between members."""
         return self.teams, self.slots, self.members, GROUP * STREAMS
 
+    def exchange(self, device: torch.device) -> Tensor:
+        """Words between members, which the launch ahead empties."""
+        return torch.empty(self.exchange_shape, dtype=torch.int32, device=device)
+
     def share(self, channels: int, part: str = ADDED) -> Share:
         """The share of a member."""
         width = ceil_div(ceil_div(channels, self.members), LINE) * LINE
         return Share(channels, width, self.lag + 2, part)
 
     def threads(self, channels: int) -> tuple[int, int, int]:
-        """First thread of those that sum grad_phi, first helper, one past the last.
-
-        Whole warpgroups each.
-        """
+        """First thread of those that sum grad_phi, first helper, one past the last: warpgroups."""
         mixers = ceil_div(self.share(channels).warps * WARP, WARPGROUP) * WARPGROUP
         return mixers, mixers + SUM_WARPS * WARP, mixers + (SUM_WARPS + HELPERS) * WARP
 
-    def handed(self, channels: int) -> tuple[int, int, int]:
-        """Registers of a thread: before any is handed over, then of those that mix and that sum."""
+    def handed(self, channels: int, part: str = ADDED) -> tuple[int, int, int, int]:
+        """Registers of a thread: before any is handed over, then of mixers, sums and helpers."""
         mixers, _, threads = self.threads(channels)
+        width = self.share(channels).width
         before = 65536 // threads // 8 * 8
-        # besides sums; 104 are left to those that mix 256 channels
-        others = max(24, min(32, 112 - self.registers))
-        sums = self.share(channels).width // 16 * ROW_TILES * 4 + others
-        left = before * threads - (self.registers + sums) * WARPGROUP
-        return before, min(240, left // mixers // 8 * 8), sums
+        others = max(24, min(32, 112 - self.registers)) if width > 192 else 48
+        sums = width // 16 * ROW_TILES * 4 + others
+        # 112 are left to those that mix, which is what they take, instead of 104
+        fewer = 16 if part == MIXED and self.members <= 16 else 0
+        helping = self.registers - fewer
+        left = before * threads - (helping + sums) * WARPGROUP
+        return before, min(240, left // mixers // 8 * 8), sums, helping
 
     def launches(self, channels: int, arch: str) -> bool:
         """Whether shared memory and registers allow the kernel."""
         share = self.share(channels)
-        if not overlaps(arch) or share.width > WIDEST:  # no handing over of registers
-            return False
-        fits = share.shared_bytes <= shared_limit(arch)
+        fits = share.shared_bytes <= shared_limit(arch) and share.width <= WIDEST
+        fits = fits and overlaps(arch)  # else no handing over of registers
         return fits and self.handed(channels)[1] >= 96 and self.members <= MOST_MEMBERS
-
-
-def first_token(group: Any, teams: int, team: Any) -> Any:
-    """Of a team's group, none below zero.
-
-    Products that may wrap as far as the compiler knows: else it takes the sum apart, keeps the
-    parts for the whole walk, and spills.
-    """
-    number = T.cast(group, WORD) * T.uint32(teams) + T.cast(team, WORD)
-    return T.cast(number, "int64") * GROUP
 
 
 @lru_cache(maxsize=1024)
@@ -168,7 +165,7 @@ def _launches(config: Config, channels: int, arch: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def default_config(channels: int, n: int, multiprocessors: int, arch: str) -> Config | None:
-    """The first of `candidates`: members of 256 channels; None where no team can run."""
+    """The first of `candidates`; None where no team can run."""
     return next(candidates(channels, n, multiprocessors, arch), None)
 
 
@@ -176,7 +173,8 @@ def candidates(channels: int, n: int, multiprocessors: int, arch: str) -> Iterat
     """Every configuration worth timing; impossible ones never leave."""
     if n != STREAMS or channels % CHUNK:
         return
-    for width in (256, 192, 128):
+    # on sm_100a, where nothing is measured, more than 128 channels spill a word or some
+    for width in (256, 192, 128) if arch == "sm_90a" else (128, 192, 256):
         members = ceil_div(channels, width)
         if 2 <= members <= multiprocessors:
             config = Config(members, multiprocessors // members)
@@ -194,13 +192,13 @@ def team_program(channels: int, part_is: str, config: Config, handover: bool) ->
     depth = share.depth
     sums_first, helpers_first, threads = config.threads(C)
     column_threads = share.warps * WARP
-    registers, mixing_registers, sums_registers = config.handed(C)
+    registers, mixing_registers, sums_registers, helping_registers = config.handed(C, part_is)
     sums_size = share.width // 16 * ROW_TILES * 4
     logits, width, sums_row = logits_per_token(n), record_width(n), sums_width(n)
     tokens = T.dynamic("tokens")
     fetch = fetch_macro(share, tokens)
     send_dots = dots_macro(share, slots)
-    ask, request, receive, publish = receive_macros(share, members, slots)
+    ask, request, receive, publish, leave_sums = receive_macros(share, members, slots)
     load_phi, form = columns_macros(share, tokens)
     fetch_part, mixing_words, add_group, flush = sums_macros(share, tokens)
 
@@ -269,8 +267,7 @@ def team_program(channels: int, part_is: str, config: Config, handover: bool) ->
                     T.set_max_nreg(sums_registers, int(sums_registers > registers))
                 grad_phi = T.alloc_local((sums_size,), F32)
                 mixing = T.alloc_local((2,), WORD)
-                for v in T.unroll(sums_size):
-                    grad_phi[v] = 0.0
+                T.clear(grad_phi)
                 for j in T.serial(1, turns + lag):
                     thread = T.alloc_var("int32", unknown(weights, tx - sums_first))
                     first = T.cast((j - lag) * teams + team, "int64") * GROUP
@@ -298,27 +295,21 @@ def team_program(channels: int, part_is: str, config: Config, handover: bool) ->
                         flush(grad_phi_parts, grad_phi, j - lag >= FLUSH, team, member, thread)
             else:
                 if handover:
-                    T.set_max_nreg(config.registers, 0)
+                    T.set_max_nreg(helping_registers, 0)
                 thread = T.alloc_var("int32", tx - helpers_first)
-                lane = (tx - helpers_first) % WARP
                 words = T.alloc_local((ceil_div(members, 2),), "int32")
                 record = T.alloc_local((6,), F32)
                 ready = T.alloc_local((5,), F32)
                 sums = T.alloc_local((2,), F32)
                 gate = T.alloc_var(F32, alpha[0])
                 group = T.alloc_var("int32", 0)
-                for m in T.unroll(ceil_div(members, 2)):
-                    words[m] = 0
-                for v in T.unroll(6):
-                    record[v] = 0.0
-                for v in T.unroll(5):
-                    ready[v] = 0.0
-                sums[0] = 0.0
-                sums[1] = 0.0
+                T.clear(words)
+                T.clear(record)
+                T.clear(ready)
+                T.clear(sums)
                 # read with the rest; the first place is for what undoes the scale of phi
                 scaled[thread // 64, thread // 2 % WARP, 6 + thread % 2] = T.cast(0.0, F16)
-                first = T.cast(team, "int64") * GROUP
-                fetch(x, grad_layer_input, tiles, 0, first, member, thread)
+                fetch(x, grad_layer_input, tiles, 0, first_token(0, teams, team), member, thread)
                 T.ptx_commit_group()
                 for j in T.serial(turns + lag):
                     thread = unknown(weights, tx - helpers_first)
@@ -346,19 +337,8 @@ def team_program(channels: int, part_is: str, config: Config, handover: bool) ->
                             words, record, ready, exchange, gate, sums, team, group, first,
                             tokens, thread,
                         )  # fmt: skip
-                # grad_bias of h_pre's logits and their part of grad_alpha, of every token once
-                for v in T.unroll(2):
-                    sums[v] = sums[v] + T.shfl_xor(sums[v], 8)
-                    sums[v] = sums[v] + T.shfl_xor(sums[v], 16)
-                sums[1] = sums[1] + T.shfl_xor(sums[1], 1)
-                sums[1] = sums[1] + T.shfl_xor(sums[1], 2)
-                sums[1] = T.shfl_sync(sums[1], 0)
                 if member == 0:
-                    for q in T.unroll(sums_row // WARP):
-                        column = q * WARP + lane
-                        block_sums[team * HELPERS + thread // WARP, column] = T.if_then_else(
-                            column == logits, sums[1], T.if_then_else(column < n, sums[0], 0.0)
-                        )
+                    leave_sums(block_sums, sums, team * HELPERS, thread)
 
     return mhc_pre_backward_team
 
