@@ -13,8 +13,8 @@ what shared memory holds token by token, and `stmatrix` puts results back. With 
 
 Column 2q + b of the first kind and column 2q + s of the second are of one lane, and so are elements
 2q + s of a fragment of x and 2q + b of one of grad_layer_input: radial * x and h_pre *
-grad_layer_input, of one element each, are plain FMAs with nothing moved between lanes. As products
-with two thirds of zeros they kept the tensor cores busy for longer than memory needs.
+grad_layer_input, of one element each, are plain FMAs with nothing moved between lanes. Products
+with zeros between tokens would take more registers for fragments, and spill.
 A token of a part to mix that is not finite reaches the other three.
 
 `_team_backward_roles.publish` and `leave_words` leave grad_raw and weights in this order.
@@ -44,6 +44,7 @@ from ._team_backward_roles import (
     Share,
     exponent_of,
     largest_of,
+    load_macro,
     unknown,
 )
 
@@ -60,6 +61,7 @@ def columns_macros(share: Share, tokens: object) -> tuple[Callable[..., None], .
     """The macros `load_phi` and `form` of warps that mix."""
     C, width = share.channels, share.width
     threads, token_size = share.warps * WARP, (STREAMS + 1) * width
+    load = load_macro(transposed=True)
 
     @T.macro
     def load_phi(phi_tile, scaled, high_low, phi, member, tx):
@@ -98,15 +100,6 @@ def columns_macros(share: Share, tokens: object) -> tuple[Callable[..., None], .
             T.view(scaled, (2 * WARP * 4,), F32)[3] = T.reinterpret((exponent - 14) << 23, F32)
         for v in T.unroll(TILES * ROW_TILES * 4):
             phi_tile[v] = T.cast(values[v] * largest, F16)
-
-    @T.macro
-    def load(fragment, begin, tiles, at):
-        """Four matrices of 8 x 8, transposed."""
-        T.ptx_ldmatrix(
-            T.bool(True), 4,
-            T.access_ptr(tiles[at], "r", CHUNK),
-            T.access_ptr(fragment[begin], "w", 8),
-        )  # fmt: skip
 
     @T.macro
     def begin(rows, scaled, lane, u):

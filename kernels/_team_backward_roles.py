@@ -101,6 +101,21 @@ def first_token(group: Any, teams: int, team: Any) -> Any:
     return T.cast(number, "int64") * GROUP
 
 
+def load_macro(*, transposed: bool) -> Callable[..., None]:
+    """The macro `load`: four matrices of 8 x 8 by `ldmatrix`."""
+
+    @T.macro
+    def load(fragment, begin, tiles, at):
+        """Of the rows that the lanes name."""
+        T.ptx_ldmatrix(
+            T.bool(transposed), 4,
+            T.access_ptr(tiles[at], "r", CHUNK),
+            T.access_ptr(fragment[begin], "w", 8),
+        )  # fmt: skip
+
+    return load
+
+
 def fetch_macro(share: Share, tokens: object) -> Callable[..., None]:
     """The macro `fetch` (of x and grad_layer_input)."""
     C, width = share.channels, share.width
@@ -167,15 +182,7 @@ def fetch_macro(share: Share, tokens: object) -> Callable[..., None]:
 
 def dots_macro(share: Share, slots: int) -> Callable[..., None]:
     """The macro `send_dots(tiles, slot, exchange, team, member, group, tx)`."""
-
-    @T.macro
-    def load(fragment, begin, tiles, at):
-        """Four matrices of 8 x 8."""
-        T.ptx_ldmatrix(
-            T.bool(False), 4,
-            T.access_ptr(tiles[at], "r", CHUNK),
-            T.access_ptr(fragment[begin], "w", 8),
-        )  # fmt: skip
+    load = load_macro(transposed=False)
 
     @T.macro
     def send_dots(tiles, slot, exchange, team, member, group, tx):

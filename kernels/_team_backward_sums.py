@@ -22,6 +22,7 @@ from ._team_backward_roles import (
     SUM_WARPS,
     WARP,
     Share,
+    load_macro,
     swizzled,
 )
 
@@ -30,15 +31,7 @@ def sums_macros(share: Share, tokens: object) -> tuple[Callable[..., None], ...]
     """The macros `fetch_part`, `mixing_words`, `add_group` and `flush`."""
     C, width, logits = share.channels, share.width, logits_per_token(STREAMS)
     token_size = (STREAMS + 1) * width
-
-    @T.macro
-    def load(fragment, begin, tiles, at):
-        """Four matrices of 8 x 8, transposed."""
-        T.ptx_ldmatrix(
-            T.bool(True), 4,
-            T.access_ptr(tiles[at], "r", CHUNK),
-            T.access_ptr(fragment[begin], "w", 8),
-        )  # fmt: skip
+    load = load_macro(transposed=True)
 
     @T.macro
     def fetch_part(part, staged, slot, first, member, tx):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import emulator
+import emulator_launch
 from cases import Shape, call, cotangents
 from compare import BACKWARD, PAIRS, K, compare
 from mhc_tile import gradients, reference
@@ -299,15 +300,18 @@ def test_a_token_without_leading_dims_through_the_implementation_of_the_op(dtype
         (1, 72, 2, 2, 2, "added"),
         (150, 72, 2, 2, 2, "added"),  # several rounds a team, the second member of few channels
         (70, 72, 2, 1, 3, "mixed"),
-        (100, 264, 2, 1, 2, "mixed"),  # six warps that mix
+        (100, 264, 2, 1, 2, ""),  # six warps that mix
+        (40, 264, 2, 1, 2, "mixed"),
         (100, 136, 2, 1, 2, ""),
+        (70, 128, 2, 2, 2, "mixed"),  # every member has all of its channels
         (40, 136, 2, 1, 2, "mixed"),
     ],
 )
 def test_backward_of_pre_in_one_pass(tokens, width, members, teams, lag, part_is, monkeypatch):
     team = kernel("pre_backward_team")
     monkeypatch.setattr(team.Config, "launches", lambda *_: True)  # sm_80 hands over no registers
-    monkeypatch.setattr("emulator_launch.shared_memory_limit", lambda _: 232448)
+    limit = emulator_launch.shared_memory_limit("sm_90a")  # the kernel is for that and later
+    monkeypatch.setattr(emulator_launch, "shared_memory_limit", lambda _: limit)
     monkeypatch.setattr(team, "FLUSH", 2)
     inputs = call("pre", Shape("team", tokens=(tokens,), width=width), torch.bfloat16).inputs
     x, *parameters = wide(*inputs)
