@@ -117,8 +117,10 @@ class Segment:
         """Shared memory of a ring of `tiles` tiles and of the sums of so many groups."""
         return self.group * (tiles * self.row * 2 + sums * self.warps * self.sums_row * 4)
 
-    def load_macro(self, dtype: str) -> Callable[..., None]:
-        """The macro `load_phi(fragments, phi, member, tx)`."""
+    def load_macro(
+        self, dtype: str, first: int = 0, last: int | None = None
+    ) -> Callable[..., None]:
+        """The macro `load_phi(fragments, phi, member, tx)`, of some or all of a warp's steps."""
         n, C, rows, width, steps = self.n, self.channels, self.rows, self.width, self.steps
         phi_tiles = self.phi_tiles
 
@@ -127,7 +129,7 @@ class Segment:
             """phi[:, :, segment] into registers, high and low parts, in the A operand's order."""
             values = T.alloc_local((8,), F32)
             lane_row = tx % WARP // 4
-            for step in T.unroll(steps):
+            for step in T.unroll(first, steps if last is None else last):
                 inner = (tx // WARP * steps + step) * STEP + tx % 4 * 8
                 stream = inner // width
                 channel = member * width + inner % width

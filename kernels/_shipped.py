@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import (
     _toolchain,
+    boundary,
     mapping,
     mapping_backward,
     merge,
@@ -43,6 +44,7 @@ def launch_all(tokens: int, n: int, channels: int, dtype: torch.dtype, device: s
     mapping.forward(x, *parameters, norm_eps=1e-6, **scales)
     mapping_backward.backward(post, post, res, x, *parameters, *saved, **scales)
     pre.forward(x, *parameters, norm_eps=1e-6, **scales, **steps)
+    boundary.forward(x, hidden, post, res, *parameters, norm_eps=1e-6, **scales, **steps)
     for part in ((), (x,), (x, res)):
         pre_backward.backward(hidden, post, res, x, *parameters, *saved, *part, **scales, **steps)
 

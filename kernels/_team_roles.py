@@ -209,6 +209,67 @@ def apply_macro(
     return pre_apply
 
 
+def help_macro(
+    segment: Segment, members: int, teams: int, owners: int, slots: int, lag: int, meeting: int,
+    tokens: object, constants: tuple[float, float, float, int, float],
+) -> Callable[..., None]:  # fmt: skip
+    """The macro `help(exchange, answers, weights, outputs .., team, member, rounds, .., lane)`.
+
+    One warp receives h_pre and meets the others every round, `meeting` threads at barrier 2;
+    `owners` warps own tokens and run freely.
+    """
+    norm_eps, pre_eps, post_scale, iters, sinkhorn_eps = constants
+    G, n = segment.group, segment.n
+    most = ceil_div(G, members)  # tokens of a group that a member owns, at most
+    own = owner_macro(segment, members, slots, norm_eps, pre_eps, post_scale)
+    request, receive = receive_macros(segment, slots)
+    residual = residual_macro(segment, iters, sinkhorn_eps)
+
+    @T.macro
+    def help(
+        exchange, answers, weights, h_post, h_res, projection, inv_rms, alpha, bias, team, member,
+        rounds, last, role, lane,
+    ):  # fmt: skip
+        """All rounds of a warp that receives or owns."""
+        if role == 0:
+            words = T.alloc_local((ceil_div(G * n, WARP),), "int32")
+            for p in T.unroll(ceil_div(G * n, WARP)):
+                words[p] = 0
+            for j in T.serial(rounds + lag):
+                T.sync_threads(2, meeting)
+                group = j + 1 - lag
+                if (group >= 0) and (group < rounds):
+                    receive(words, weights, answers, team, group, lane)
+                if (group >= -1) and (group < rounds - 1):
+                    request(words, answers, team, group + 1, lane)
+        elif role <= owners:
+            shares = (rounds * most + owners - role) // owners
+            for turn in T.serial(shares):
+                share = turn * owners + role - 1
+                group = share // most
+                first = (member + members - group * G % members) % members
+                place = first + share % most * members
+                token = T.cast(last - group * teams, "int64") * G + place
+                if place < G:
+                    own(
+                        exchange, answers, h_post, projection, inv_rms, alpha, bias, team,
+                        group, place, token, tokens, lane,
+                    )  # fmt: skip
+            # h_res of the warp's tokens, a lane a token, while the last groups are applied
+            T.sync_warp()
+            share = T.alloc_var("int32", lane * owners + role - 1)
+            while share < rounds * most:
+                group = share // most
+                first = (member + members - group * G % members) % members
+                place = first + share % most * members
+                token = (last - group * teams) * G + place
+                if (place < G) and (token < tokens):
+                    residual(token, alpha, bias, projection, h_res)
+                share = share + owners * WARP
+
+    return help
+
+
 def residual_macro(segment: Segment, iters: int, sinkhorn_eps: float) -> Callable[..., None]:
     """The macro `residual(token, alpha, bias, projection, h_res)`."""
     n = segment.n

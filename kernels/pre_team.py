@@ -32,7 +32,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import tilelang.language as T
 import torch
@@ -43,9 +43,7 @@ from ._programs import multiprocessors as count_multiprocessors
 from ._projection import WARP, WARP_ROLE_CONFIGS, Segment, segment_width, shared_limit
 from ._team_roles import (
     apply_macro,
-    owner_macro,
-    receive_macros,
-    residual_macro,
+    help_macro,
     send_macros,
     word_columns,
 )
@@ -83,6 +81,7 @@ class Config:
     apply_warps: int = 4
     owners: int = 3
     registers: int = 80
+    spare: ClassVar[int] = 32  # registers of a projecting thread for all but phi and sums
 
     def __post_init__(self) -> None:
         """Reject what cannot launch on any GPU."""
@@ -136,16 +135,20 @@ class Config:
         """Words [team, slot, member, token, column] that pass between members."""
         return self.teams, self.slots, self.members, self.group, word_columns(n)
 
+    def shared_bytes(self, n: int, channels: int) -> int:
+        """Shared memory of a block."""
+        return self.segment(n, channels).shared_bytes(self.depth, 1) + 8 * n * self.group
+
     def launches(self, n: int, channels: int, arch: str) -> bool:
         """Whether shared memory, registers and threads allow the kernel."""
         segment = self.segment(n, channels)
         threads = self.roles(n, channels)[2]
-        needed = segment.fragment_registers + self.batches * 4 * (segment.phi_tiles + 1) + 32
+        needed = segment.fragment_registers + self.batches * 4 * (segment.phi_tiles + 1)
         granted = 65536 // max(threads, 1) // 8 * 8
         if overlaps(arch):
             granted = self.project_registers(n, channels)
-        shared = segment.shared_bytes(self.depth, 1) + 8 * n * self.group
-        return shared <= shared_limit(arch) and threads <= 1024 and needed <= granted
+        fits = self.shared_bytes(n, channels) <= shared_limit(arch)
+        return fits and threads <= 1024 and needed + self.spare <= granted
 
 
 @lru_cache(maxsize=1024)
@@ -224,7 +227,6 @@ def team_program(
     rows, warps, main_threads = segment.rows, segment.warps, segment.threads
     apply_first, receive_first, threads = config.roles(n, C)
     owners, apply_warps = config.owners, config.apply_warps
-    most = ceil_div(G, members)  # tokens of a group that a member owns, at most
     meeting = receive_first + WARP  # threads that meet every round: all but the owners
     project_registers = config.project_registers(n, C)
     exchange_shape = config.exchange_shape(n)
@@ -232,10 +234,9 @@ def team_program(
     load_phi, project = segment.load_macro(dtype), segment.project_macro(dtype)
     fetch = segment.fetch_macro(tokens, WARP * apply_warps)
     clear, send = send_macros(segment, slots, threads)
-    own = owner_macro(segment, members, slots, norm_eps, pre_eps, post_scale)
-    request, receive = receive_macros(segment, slots)
     pre_apply = apply_macro(segment, depth, dtype, tokens, WARP * apply_warps)
-    residual = residual_macro(segment, iters, sinkhorn_eps)
+    constants = norm_eps, pre_eps, post_scale, iters, sinkhorn_eps
+    help = help_macro(segment, members, teams, owners, slots, lag, meeting, tokens, constants)
 
     @T.prim_func
     def mhc_pre_team(
@@ -307,40 +308,10 @@ def team_program(
                     T.set_max_nreg(config.registers, 0)
                 role = (tx - receive_first) // WARP
                 T.sync_grid()
-                if role == 0:
-                    words = T.alloc_local((ceil_div(G * n, WARP),), "int32")
-                    for p in T.unroll(ceil_div(G * n, WARP)):
-                        words[p] = 0
-                    for j in T.serial(rounds + lag):
-                        T.sync_threads(2, meeting)
-                        group = j + 1 - lag
-                        if (group >= 0) and (group < rounds):
-                            receive(words, weights, answers, team, group, lane)
-                        if (group >= -1) and (group < rounds - 1):
-                            request(words, answers, team, group + 1, lane)
-                elif role <= owners:
-                    shares = (rounds * most + owners - role) // owners
-                    for turn in T.serial(shares):
-                        share = turn * owners + role - 1
-                        group = share // most
-                        first = (member + members - group * G % members) % members
-                        place = first + share % most * members
-                        token = T.cast(last - group * teams, "int64") * G + place
-                        if place < G:
-                            own(
-                                exchange, answers, h_post, projection, inv_rms, alpha, bias, team,
-                                group, place, token, tokens, lane,
-                            )  # fmt: skip
-                    # h_res of the warp's tokens, a lane a token, while the last groups are applied
-                    T.sync_warp()
-                    for p in T.serial(T.ceildiv(shares, WARP)):
-                        share = (p * WARP + lane) * owners + role - 1
-                        group = share // most
-                        first = (member + members - group * G % members) % members
-                        place = first + share % most * members
-                        token = T.cast(last - group * teams, "int64") * G + place
-                        if (group < rounds) and (place < G) and (token < tokens):
-                            residual(token, alpha, bias, projection, h_res)
+                help(
+                    exchange, answers, weights, h_post, h_res, projection, inv_rms, alpha, bias,
+                    team, member, rounds, last, role, lane,
+                )  # fmt: skip
 
     return mhc_pre_team
 
@@ -368,15 +339,25 @@ def launch(
     """
     _, n, channels = x.shape
     arch, available = architecture(x.device), count_multiprocessors(x.device)
-    if config.members * config.teams > available or not _launches(config, n, channels, arch):
-        raise ValueError(
-            f"pre: config must launch for n {n}, C {channels} on the {available} multiprocessors "
-            f"of this {arch} GPU, got {config}"
-        )
-    shapes = config.exchange_shape(n), (config.teams, config.slots, config.group, n)
-    sums, answers = math.prod(shapes[0]), math.prod(shapes[1])
-    workspace = torch.empty(sums + answers, dtype=torch.int32, device=x.device)
-    messages = workspace[:sums].view(shapes[0]), workspace[sums:].view(shapes[1])
+    check("pre", config, n, channels, arch, available)
+    messages = exchange(config, n, x.device)
     kernel = team_program(arch, n, channels, dtype_name(x), config, *constants, overlaps(arch))
     phi = phi.view(logits_per_token(n), n, channels)
     kernel(x, phi, alpha, bias, *messages, *outputs)
+
+
+def check(op: str, config: Config, n: int, channels: int, arch: str, available: int) -> None:
+    """Reject what does not launch on a GPU of so many multiprocessors."""
+    if config.members * config.teams > available or not _launches(config, n, channels, arch):
+        raise ValueError(
+            f"{op}: config must launch for n {n}, C {channels} on the {available} multiprocessors "
+            f"of this {arch} GPU, got {config}"
+        )
+
+
+def exchange(config: Config, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Room for the words that pass between members: partial sums, and the owners' answers."""
+    shapes = config.exchange_shape(n), (config.teams, config.slots, config.group, n)
+    sums, answers = math.prod(shapes[0]), math.prod(shapes[1])
+    workspace = torch.empty(sums + answers, dtype=torch.int32, device=device)
+    return workspace[:sums].view(shapes[0]), workspace[sums:].view(shapes[1])

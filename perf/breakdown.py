@@ -9,10 +9,12 @@ import torch
 
 PRODUCTS, ATTENTION = "matrix products", "attention"
 # Parts by the names of kernels, the first that fits: ours, then tile-kernels' and liger-kernel's.
-# Our `pre` is mapping, Sinkhorn and pre-apply in one or two kernels; its backward likewise. What
+# Our `pre` is mapping, Sinkhorn and pre-apply in one or two kernels; its backward likewise;
+# merge and the next sublayer's `pre` are one kernel where many tokens are. What
 # PyTorch computes of a connection is among "matrix products" and "other kernels", beside the
 # layers' own: it is what those are more than with plain residuals.
 KERNELS = {
+    "merge and pre, forward": r"mhc_boundary",
     "pre, forward": r"mhc_pre_team|mhc_pre_finish|mhc_project|mhc_pre_big_fuse",
     "pre, backward": r"mhc_pre_backward|pre_backward|mapping_backward",
     "merge, forward": r"merge_forward|mhc_post_(res_)?fwd",

@@ -25,6 +25,7 @@ REFERENCES = ((GREY, "x"), ("#4D4D4D", "+"), ("#000000", "1"))
 # What the layers do is grey; of an op the forward is dark and the backward light.
 PARTS = {
     PRODUCTS: "#7A7A7A", ATTENTION: "#A3A3A3", LAYERS: "#CACACA", GAPS: "#EEEEEE",
+    "merge and pre, forward": "#332288",
     "pre, forward": "#0072B2", "pre, backward": "#56B4E9",
     "merge, forward": "#D55E00", "merge, backward": "#F0A35E",
     "mapping, forward": "#00694C", "mapping, backward": "#4DC3A0",

@@ -11,7 +11,7 @@ from .tables import waits, with_error
 LEAST_US = 5.0  # of a difference that is shown
 OPS = ("pre", "merge", "mapping", "pre_apply", "sinkhorn")
 PARTS = (
-    PRODUCTS, ATTENTION, LAYERS, GAPS,
+    PRODUCTS, ATTENTION, LAYERS, GAPS, "merge and pre, forward",
     *(f"{op}, {way}" for op in OPS for way in ("forward", "backward")),
 )  # fmt: skip
 """The parts of a step as they are shown: the layers', then those of connections."""

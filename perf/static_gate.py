@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mhc_tile._library import OPS
 from mhc_tile.autotune.problems import Problem
 from mhc_tile.autotune.registry import KERNELS
-from mhc_tile.kernels import _gate, _static, _toolchain
+from mhc_tile.kernels import _gate, _static, _toolchain, boundary
 from mhc_tile.kernels._programs import catalogue
 from mhc_tile.ops import _dispatch
 from mhc_tile.ops.merge import merge_backward_maps
@@ -43,7 +43,6 @@ PARTED = " with grad_x_part"  # an op that is given what it may do without
 PARTS = {
     "expand_backward": ("collapse",),
     "collapse_backward": ("expand",),
-    "boundary": ("merge", "pre"),
     "boundary_backward": ("pre_backward", "merge_backward"),
     f"pre_backward{PARTED}": ("pre_backward",),
 }
@@ -111,6 +110,8 @@ def must_move(op: str, tokens: int) -> int:
         op: of `names()`.
         tokens: T.
     """
+    if op == "boundary":
+        return boundary.traffic(tokens, STREAMS, CHANNELS, DTYPE)["bytes"]
     moved = 0
     for part in PARTS.get(op, (op,)):
         kernel = KERNELS[part]

@@ -36,6 +36,7 @@ def test_every_kernel_of_ours_has_a_part():
 @pytest.mark.parametrize(
     ("kernel", "part"),
     [
+        ("mhc_boundary_kernel", "merge and pre, forward"),
         ("mhc_pre_big_fuse_kernel", "pre, forward"),
         ("_mhc_pre_norm_fn_fwd_mul_kernel_kernel", "mapping, forward"),
         ("_mhc_pre_norm_fn_bwd_norm_kernel_kernel", "mapping, backward"),

@@ -134,6 +134,31 @@ def test_pre_is_one_launch_for_many_tokens_and_two_for_few():
     )
 
 
+def test_boundary_is_one_launch_where_pre_is_and_adds_like_it():
+    pytest.importorskip("tilelang")
+    pre = importlib.import_module("mhc_tile.kernels.pre")
+    boundary = importlib.import_module("mhc_tile.kernels.boundary")
+
+    def form(tokens, channels=2560, n=4, arch="sm_90a", **others):
+        own = pre.default_config(tokens, n, channels, arch=arch, multiprocessors=132, **others)
+        return own, boundary.beside(own, n, channels, arch)
+
+    for channels in (1280, 1920, 2560, 4096, 5120, 7168):
+        own, one = form(8192, channels)
+        assert one.segment(4, channels) == own.segment(4, channels)
+        assert (one.members, one.teams) == (own.members, own.teams)
+        assert one.project_registers(4, channels) == 128  # in which nothing spills
+    assert form(1, batch_invariant=True)[1] == form(8192)[1]
+    for two in (
+        form(311),
+        form(8192, n=2),
+        form(8192, arch="sm_80"),
+        form(8192, arch="sm_100a"),
+        form(8192, channels=264),
+    ):
+        assert two[1] is None
+
+
 @pytest.mark.parametrize(
     ("channels", "n", "dtype", "threads"),
     [

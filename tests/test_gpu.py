@@ -41,6 +41,18 @@ def same(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("tokens", "width", "dtype"),
+    [(2100, 1280, BF16), (1999, 1048, torch.float16), (400, 7168, BF16), (64, 2560, BF16)],
+)
+def test_boundary_has_the_bits_of_merge_and_pre(tokens, width, dtype):
+    made = call("boundary", Shape("boundary", (tokens,), width=width), dtype, "cuda")
+    x_next = merge(*made.inputs[:4])
+    apart = (x_next, *pre(x_next, *made.inputs[4:], **made.others))
+    for _ in range(3):
+        assert same(made.run(), apart)
+
+
 def test_what_a_sublayer_keeps_for_backward():
     x, *parameters = call("pre", Shape("memory", (4096,), width=2560), BF16, "cuda").inputs
     kept: dict[int, int] = {}  # bytes of every storage, however many tensors share it

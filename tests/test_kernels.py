@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 )
 KERNELS = ("merge", "pre_apply", "sinkhorn", "streams", "mapping", "pre", "mapping_backward")
 KERNELS += ("_mapping_columns", "_mapping_records", "_projection_any", "pre_backward", "pre_team")
-KERNELS += ("pre_backward_team",)
+KERNELS += ("pre_backward_team", "boundary")
 
 SHAPES = [
     Shape("ragged tokens", tokens=(37,), width=72),
@@ -242,6 +242,29 @@ def test_pre_in_one_launch(tokens, members, teams, owners):
     saved = reference.normalised_projection(x, phi, 1e-6)
     truth = (*reference.pre_from_projection(x, saved[0], alpha, bias, **CONSTANTS), *saved)
     check("pre in one launch", results, truth, shape.scale, PAIRS["pre"])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "members", "teams", "steps", "dtype"),
+    [
+        (1, 64, 2, 2, 1, torch.bfloat16),
+        (90, 72, 2, 2, 2, torch.bfloat16),  # the second member has fewer channels, rows have a pad
+        (100, 64, 3, 1, 1, torch.float16),
+        (40, 520, 3, 1, 4, torch.bfloat16),  # nothing is spared: a lane a chunk
+    ],
+)
+def test_boundary_in_one_launch(tokens, width, members, teams, steps, dtype, monkeypatch):
+    boundary, team = kernel("boundary"), kernel("pre_team")
+    monkeypatch.setattr(team, "_launches", lambda *_: True)  # sm_80 hands over no registers
+    shape = Shape("team", tokens=(tokens,), width=width)
+    inputs = call("boundary", shape, dtype).inputs
+    config = boundary.Config(members, teams, steps=steps, group=8, owners=2)
+    results = boundary.forward(*inputs, norm_eps=1e-6, **CONSTANTS, config=config)
+    x_next = kernel("merge").forward(*inputs[:4])
+    assert torch.equal(results[0], x_next)
+    alone = team.Config(members, teams, steps=steps, group=8)
+    same = kernel("pre").forward(x_next, *inputs[4:], norm_eps=1e-6, **CONSTANTS, config=alone)
+    assert all(torch.equal(one, other) for one, other in zip(results[1:], same, strict=True))
 
 
 def test_the_slots_of_the_exchange_keep_owners_apart_from_old_words():

@@ -49,11 +49,23 @@ def test_an_op_of_parts_launches_what_its_parts_do(now, arch, tokens):
     def of(name):
         return now[arch][f"{name} at {tokens}"]
 
-    for op in ("boundary", "boundary_backward", "expand_backward", "collapse_backward"):
+    for op in ("boundary_backward", "expand_backward", "collapse_backward"):
         parts = static_gate.PARTS[op]
         others = [f"{part} with grad_x_part" if part == "pre_backward" else part for part in parts]
         for key in ("launches", "bytes", "passed"):
             assert of(op)[key] == sum(of(part)[key] for part in others), (op, key)
+
+
+def test_boundary_moves_x_next_once_and_launches_once_where_pre_does(now):
+    for arch, counted in now.items():
+        for tokens in static_gate.TOKENS:
+            one, merge, pre = (counted[f"{op} at {tokens}"] for op in ("boundary", "merge", "pre"))
+            x_next = tokens * 4 * 2560 * 2
+            assert one["bytes"] == merge["bytes"] + pre["bytes"] - x_next
+            fused = arch == "sm_90a" and tokens == 8192
+            apart = merge["launches"] + pre["launches"]
+            assert one["launches"] == (1 if fused else apart)
+            assert one["passed"] == merge["passed"] + pre["passed"] - fused * x_next
 
 
 def test_numbers_that_are_known(now):

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from .. import gradients, reference
 from .._library import define, derive, rounded
-from ._dispatch import on_cuda
+from . import _dispatch
+from ._dispatch import flat, leading, on_cuda, tuned
 from ._saved import given, keep_projection
 from .merge import check_merge, merge_backward_kernel, merge_kernel
 from .pre import (
@@ -35,6 +36,10 @@ def boundary(
     sinkhorn_eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`merge` of a sublayer, then `pre` of the next one on the result (eqs. 7 and 14-19).
+
+    On GPUs of sm_90a many tokens of n = 4 streams in bf16 or fp16
+    take one launch, which moves 10C elements a token where the two ops move 14C; the bits are
+    theirs.
 
     `x_next[o, c] = sum_i h_res[o, i] * x[i, c] + h_post[o] * layer_output[c]`
     `layer_input, h_post_next, h_res_next = pre(x_next, phi, alpha, bias)`
@@ -96,6 +101,19 @@ def _cuda(
     *parameters: Tensor,
     **constants: Any,
 ) -> tuple[Tensor, ...]:
+    from ..kernels import boundary as kernel
+
+    inputs = (flat(x, 2), flat(layer_output, 1), flat(h_post, 1), flat(h_res, 2), *parameters)
+    pinned = _dispatch.BATCH_INVARIANT
+    # `pre`'s entry of the table: its sums, and so its bits
+    results = tuned(
+        "pre",
+        x,
+        inputs[0].shape,
+        lambda config: kernel.forward(*inputs, **constants, config=config, batch_invariant=pinned),
+    )
+    if results is not None:
+        return tuple(leading(value, x.shape[:-2]) for value in results)
     x_next = merge_kernel(x, layer_output, h_post, h_res)
     return (x_next, *pre_kernel(x_next, *parameters, **constants))
 
