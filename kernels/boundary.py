@@ -28,6 +28,7 @@ from ._programs import (
     F32,
     ITEM_BYTES,
     architecture,
+    ceil_div,
     dtype_name,
     logits_per_token,
     multiprocessors,
@@ -76,7 +77,8 @@ def beside(config: Any, n: int, channels: int, arch: str) -> Config | None:
     """The configuration that adds as `pre` does with one of its own; None where two launches run.
 
     H200, 2026-11-28, us, `merge` and `pre` / one launch: 8192 x 1280 89 / 78, 8192 x 2560
-    163 / 140, 8192 x 4096 256 / 216, 4096 x 7168 250 / 217, 512 x 2560 20.5 / 17.4.
+    163 / 140, 8192 x 4096 256 / 216, 4096 x 7168 250 / 217, 512 x 2560 20.5 / 17.4. Members of
+    fewer channels than a warp's lanes hold are slower: 32 of them at 4096 x 7168 236 / 267.
 
     Args:
         config: of `pre`; its form by teams, which is for many tokens, has a counterpart.
@@ -87,7 +89,8 @@ def beside(config: Any, n: int, channels: int, arch: str) -> Config | None:
     if not isinstance(config, pre_team.Config):
         return None
     own = Config(config.members, config.teams, config.steps, config.group)
-    return own if arch in MEASURED and own.launches(n, channels, arch) else None
+    full = own.members == ceil_div(channels, WARP * CHUNK)
+    return own if full and arch in MEASURED and own.launches(n, channels, arch) else None
 
 
 def unknown(sums: Any, value: Any) -> Any:
@@ -283,8 +286,8 @@ def forward(
     Returns:
         x_next [T, n, C] and layer_input [T, C] in x's dtype; h_post_next [T, n], h_res_next
         [T, n, n], projection [T, n*n + 2n], inv_rms [T], fp32. None where `merge` and `pre` are to
-        be called: with few tokens, n other than 4, fp32, a C that is no multiple of 8, or a GPU
-        other than those `MEASURED`.
+        be called: with few tokens, n other than 4, fp32, a C that is no multiple of 8, members
+        of less than 256 channels or a GPU other than those `MEASURED`.
 
     Raises:
         ValueError: A `Config` of this module does not launch on this GPU.

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -149,6 +150,7 @@ def test_boundary_is_one_launch_where_pre_is_and_adds_like_it():
         assert (one.members, one.teams) == (own.members, own.teams)
         assert one.project_registers(4, channels) == 128  # in which nothing spills
     assert form(1, batch_invariant=True)[1] == form(8192)[1]
+    assert boundary.beside(replace(form(8192, 7168)[0], members=32), 4, 7168, "sm_90a") is None
     for two in (
         form(311),
         form(8192, n=2),
