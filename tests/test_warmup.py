@@ -1,10 +1,14 @@
 """Warming up and asking for configurations, without a GPU."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mhc_tile
-from mhc_tile import MHCConfig
+from mhc_tile import Collapse, Expand, HyperConnectedStack, ManifoldHyperConnection, MHCConfig
 from mhc_tile.autotune import lookup
 from mhc_tile.autotune.registry import KERNELS
 from mhc_tile.ops import _dispatch, _warmup
@@ -20,6 +24,44 @@ def test_the_calls_of_a_warmup_are_those_of_a_model(n):
     assert calls["pre"].keywords["sinkhorn_eps"] == 1e-6
     for op in ("pre", "merge", "expand", "collapse"):
         assert {op, f"{op}_backward"} <= set(calls)
+
+
+class Launching(TorchDispatchMode):
+    """Calls the launchers of every op that runs, so that a catalogue has their programs."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "mhc_tile":
+            given = zip(func._schema.arguments, args, strict=False)
+            rest = func._schema.arguments[len(args) :]
+            left_out = {a.name: a.default_value for a in rest if a.has_default_value()}
+            keywords = {**left_out, **(kwargs or {})}
+            positional = [value for a, value in given if not a.kwarg_only]
+            _dispatch.LAUNCHERS[func._schema.name.split("::")[1].lstrip("_")](
+                *positional, **keywords
+            )
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tokens", [64, 4096])
+def test_a_warm_model_compiles_nothing(tokens):
+    """On meta tensors: programs that a stack asks for on an H200 are among a warmup's."""
+    pytest.importorskip("tilelang")
+    from mhc_tile.kernels._programs import catalogue
+
+    def programs(run: Callable[[], Any]) -> set[Any]:
+        with catalogue("sm_90a", 132) as asked, Launching():
+            run()
+        return {(factory, constants) for factory, constants, _ in asked.programs}
+
+    config, width, meta = MHCConfig.paper(), 1280, torch.device("meta")
+    calls = _warmup._calls(config, width, tokens, torch.bfloat16, meta)
+    layers = (torch.nn.Identity() for _ in range(3))
+    stack = HyperConnectedStack(ManifoldHyperConnection(each, width, config) for each in layers)
+    model = torch.nn.Sequential(Expand(config.num_streams), stack, Collapse()).to(meta)
+    hidden = torch.empty(tokens, width, dtype=torch.bfloat16, device=meta, requires_grad=True)
+    needed = programs(lambda: model(hidden).sum().backward())
+    assert needed
+    assert needed <= programs(lambda: [call() for call in calls.values()])
 
 
 def test_on_a_cpu_there_is_nothing_to_do(monkeypatch):

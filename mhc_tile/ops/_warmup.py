@@ -146,7 +146,7 @@ def _counts(
 def _calls(
     config: MHCConfig, hidden_size: int, tokens: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Callable[[], Any]]:
-    """Calls of the ops of a model, by name: `pre` and `merge` are those of `boundary`, too."""
+    """Calls of the ops of a model, by name."""
     n, width = config.num_streams, hidden_size
 
     def normal(*size: int, kind: torch.dtype = torch.float32) -> Tensor:
@@ -169,6 +169,9 @@ def _calls(
         "pre_backward with a part of grad_x": functools.partial(backward, grad_x_part=x),
         "pre_backward of a sublayer": functools.partial(backward, grad_x_part=x, h_res=h_res),
         "merge": functools.partial(OPS["merge"], x, hidden, h_post, h_res),
+        "boundary": functools.partial(
+            OPS["boundary"], x, hidden, h_post, h_res, *parameters, **constants
+        ),
         "merge_backward": functools.partial(OPS["merge_backward"], x, x, hidden, h_post, h_res),
         "merge_backward of a sublayer": functools.partial(
             merge_backward_maps, x, x, hidden, h_post
