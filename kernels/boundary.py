@@ -11,7 +11,8 @@ launches. A token moves 5C in and 5C out (n = 4) where merge and `pre` move 14C.
 
 Projecting follows merging a round later, not within the round, where each would wait for the other.
 The ring has the depth of `pre_team`'s, with layer_output beside it for one round and the maps for
-two: a lane takes its layer_output into registers as a round begins and asks for the next.
+two: a lane takes its layer_output into registers as a round begins and asks for the next. Sums leave a round later than
+in `pre_team`, after h_pre of a later group has come, so the slots that keep messages apart suffice.
 """
 
 from dataclasses import dataclass
@@ -94,7 +95,10 @@ def beside(config: Any, n: int, channels: int, arch: str) -> Config | None:
 
 
 def unknown(sums: Any, value: Any) -> Any:
-    """An integer plus a zero from shared memory: what follows from it is not kept in registers."""
+    """An integer plus a zero from shared memory: what follows from it is not kept in registers.
+
+    Not for addresses of stores: nvcc then splits 16-byte ones, in the whole function.
+    """
     return value + T.reinterpret(sums[0, 0, 0, logits_per_token(STREAMS) + 1], "int32")
 
 
