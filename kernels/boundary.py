@@ -12,8 +12,8 @@ launches. A token moves 5C in and 5C out (n = 4) where merge and `pre` move 14C.
 Projecting follows merging a round later, not within the round, where each would wait for the other.
 The ring has the depth of `pre_team`'s, with layer_output beside it for one round and the maps for
 two: a lane takes its layer_output into registers as a round begins and asks for the next. Sums
-leave a round later than in `pre_team`, after h_pre of a later group has come, so the slots that keep
-messages apart suffice.
+leave a round later than in `pre_team`, after h_pre of a later group has come, so the slots that
+keep messages apart suffice.
 """
 
 from dataclasses import dataclass
