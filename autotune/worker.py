@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,7 @@ def pooled(
     seconds: float,
     arguments: tuple[Any, ...] = (),
     log: Path | None = None,
-) -> Iterator[tuple[Any, Any]]:
+) -> Generator[tuple[Any, Any], None, None]:
     """Hand tasks, of one answer each, to several workers.
 
     Args:
@@ -186,11 +186,12 @@ def pooled(
             heard = wait(list(busy), timeout=max(0.0, soonest - time.monotonic()))
             late = [at for at, entry in busy.items() if entry[2] <= time.monotonic()]
             for connection in dict.fromkeys((*heard, *late)):
-                worker, task, _ = busy.pop(connection)
+                worker, task, _ = busy[connection]  # there until it has answered, to be killed
                 said, alive = answer(worker)
                 if said == READY:
                     busy[connection] = worker, task, time.monotonic() + seconds
                     continue
+                del busy[connection]
                 if left:
                     start(alive)
                 elif alive:
