@@ -21,7 +21,7 @@ from torch import Tensor
 from mhc_tile.autotune._extras import require
 from mhc_tile.autotune.timing import rounds
 
-from . import output, tables
+from . import output, tables, warm
 from .accuracy import TOLERANCE, as_tuple, check, leaves_of
 from .bench import Bench, bench_of
 from .compare import check_comparable
@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--contender", nargs="+", default=[], help="by the beginnings of their names; default: all")
     turns = f"of each contender (default: {TURNS}, {QUICK_TURNS} with --quick)"
     add("--turns", type=int, metavar="N", help=turns)
+    warm.add_arguments(parser)
     add("--out", type=Path, metavar="FILE", help="result file (default: perf-<gpu>.json)")
     add("--figures", type=Path, metavar="DIR", help="roofline and scaling as PNG, too")
 
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
         KeyboardInterrupt: After Ctrl-C, with what was measured in the file.
     """
     output.check_positive("perf run", turns=args.turns)
+    warm.check_arguments(args)
     output.check_names("perf run", args.contender, NAMES, names_here(args.device))
     bench = bench_of(args.device)
     chosen = _chosen(args)
@@ -76,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
     path = output.result_path("perf", where, args.out)
     turns = args.turns or (QUICK_TURNS if args.quick else TURNS)
     wanted = functools.partial(_wanted, names=tuple(args.contender))
+    if args.warm:
+        warm.compile_first(chosen, wanted, args.device, args.jobs)
     record, lost = measure_all(chosen, bench, wanted, turns, where, path)
     if not record.rows:
         raise ValueError(

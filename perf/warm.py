@@ -1,0 +1,127 @@
+"""`mhc-tile perf run --warm`: what a run compiles, compiled by several processes before it.
+
+torch.compile and Triton compile on one core, while the GPU waits, and some packages compile anew
+for every shape: minutes each. So here each process takes the cases of one shape, as `perf run`
+would, with one turn. What it measures beside the others is thrown away; what it compiled stays in
+the caches of torch, Triton and TileLang, where the run finds it.
+"""
+
+import argparse
+import contextlib
+import os
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from mhc_tile.autotune import worker
+
+from . import output
+from .operations import Case
+
+SECONDS = 3600.0  # for a shape: the slowest takes five minutes of one core that it has for itself
+MEMORY = 6 * 2**30  # of the GPU, for a process; more have less than have more
+_HANDLER = f"{__name__}:handler"
+
+Shape = tuple[int, int]
+"""T, C."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `mhc-tile perf run` that are about compiling."""
+    first = "compile side by side first: with cold caches, minutes instead of an hour"
+    parser.add_argument("--warm", action="store_true", help=first)
+    jobs = "processes of --warm (default: one a core, or fewer, as the GPU's memory allows)"
+    parser.add_argument("--jobs", type=int, metavar="N", help=jobs)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what cannot be.
+
+    Raises:
+        ValueError: The argument, the rule and the value.
+    """
+    output.check_positive("perf run", jobs=args.jobs)
+    if args.jobs and not args.warm:
+        raise ValueError(f"perf run: --jobs must come with --warm, got --jobs {args.jobs} alone")
+
+
+def compile_first(
+    chosen: Sequence[Case],
+    wanted: Callable[[str], bool],
+    device: str,
+    jobs: int | None = None,
+) -> None:
+    """Compile what cases need; who fails here fails in the run, where it is shown.
+
+    Args:
+        chosen: the cases.
+        wanted: which contenders, by name; it is pickled.
+        device: "cuda" or "cpu".
+        jobs: processes; a choice by cores and memory if None.
+    """
+    start, progress = time.monotonic(), output.Progress()
+    shapes = by_shape(chosen)
+    jobs = min(jobs or _processes(device), len(shapes))
+    tasks = worker.pooled(
+        _HANDLER, shapes.items(), jobs=jobs, seconds=SECONDS, arguments=(device, wanted)
+    )
+    with contextlib.closing(tasks):  # whatever ends it, the processes end
+        for ((tokens, width), _), said in tasks:
+            left = [str(said)] if isinstance(said, Exception) else said
+            progress.note(f"{tokens}x{width}: " + ("; ".join(left) or "compiled"))
+    taken = time.monotonic() - start
+    progress.note(f"{len(shapes)} shapes compiled by {jobs} processes in {taken:.0f} s")
+
+
+def by_shape(chosen: Sequence[Case]) -> dict[Shape, list[Case]]:
+    """Cases by T and C, in the order of what takes long: wide ones, then those of many cases.
+
+    Example:
+        >>> [*by_shape([Case("merge", "forward", 8, 64), Case("merge", "forward", 8, 128)])]
+        [(8, 128), (8, 64)]
+    """
+    found: dict[Shape, list[Case]] = {}
+    for case in chosen:
+        found.setdefault((case.tokens, case.hidden_size), []).append(case)
+    return dict(sorted(found.items(), key=lambda item: (-item[0][1], -len(item[1]))))
+
+
+def handler(
+    device: str, wanted: Callable[[str], bool]
+) -> Callable[[tuple[Shape, list[Case]]], list[list[str]]]:
+    """What a process runs: from a shape and its cases to what it could not compile.
+
+    Args:
+        device: "cuda" or "cpu".
+        wanted: which contenders, by name.
+    """
+    import torch._inductor.config as inductor
+
+    from . import suite
+    from .bench import bench_of
+
+    inductor.compile_threads = 1  # the processes have the cores
+    bench = bench_of(device)
+
+    def compiled(task: tuple[Shape, list[Case]]) -> list[list[str]]:
+        left: dict[str, None] = {}
+        for case in task[1]:
+            try:
+                rows = suite.measure(case, bench, wanted, turns=1)
+            except output.UnusableError as error:
+                return [[str(error)]]
+            short = [name for name, row in rows.items() if row.status == "out of memory"]
+            left |= {f"{name} had no memory beside the others": None for name in short}
+            if device == "cuda":
+                torch.cuda.empty_cache()
+        return [list(left)]
+
+    return compiled
+
+
+def _processes(device: str) -> int:
+    count = os.cpu_count() or 1
+    if device == "cuda":
+        count = min(count, torch.cuda.mem_get_info()[0] // MEMORY)
+    return max(1, count)
