@@ -15,10 +15,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+DONE_SECONDS = 60.0  # from the answer to a task until the worker can take another
 START_SECONDS = 180.0  # to import torch and TileLang and to open the GPU, on a busy machine
 DONE = "done"
 GO_ON = "go on"
@@ -51,7 +53,8 @@ class Worker:
         self._process = context.Process(
             target=_serve, args=(theirs, handler, arguments, log), daemon=True
         )
-        self._process.start()
+        with _deaf_to_ctrl_c():
+            self._process.start()
         theirs.close()
         self._ready = False
 
@@ -173,7 +176,7 @@ def pooled(
         if said != READY:
             try:
                 worker.send(GO_ON)
-                assert worker.message(seconds) == DONE  # tasks of a pool have one answer
+                assert worker.message(DONE_SECONDS) == DONE  # tasks of a pool have one answer
             except (WorkerDied, WorkerHung):
                 return said, None
         return said, worker
@@ -223,6 +226,24 @@ def _serve(
                 connection.send(message)
                 connection.recv()  # GO_ON
             connection.send(DONE)
+
+
+@contextlib.contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """A process that is started meanwhile never hears of Ctrl-C, which the terminal sends to all.
+
+    It would break off its imports with a traceback before `_serve` could ignore it. This process
+    hears of it behind the block.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # which unblocks the signal where it must start first
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _die_with_parent() -> None:

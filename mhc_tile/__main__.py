@@ -52,15 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 for an error that was printed, 2 for wrong usage, 3 for a regression
         that `perf` found, 130 after Ctrl-C.
     """
-    from .autotune._extras import MissingExtraError
-
-    args = build_parser().parse_args(argv)
     try:
-        return args.run(args)
-    except (ValueError, OSError, MissingExtraError) as error:
-        sys.stderr.write(f"mhc-tile: {error}\n")
-        return 1
-    except KeyboardInterrupt:
+        from .autotune._extras import MissingExtraError
+
+        args = build_parser().parse_args(argv)
+        try:
+            return args.run(args)
+        except (ValueError, OSError, MissingExtraError) as error:
+            sys.stderr.write(f"mhc-tile: {error}\n")
+            return 1
+    except KeyboardInterrupt:  # also while it imports
         sys.stderr.write("\nmhc-tile: interrupted\n")
         return 130
 

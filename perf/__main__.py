@@ -22,11 +22,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m mhc_tile.perf", description="Measure, compare, judge and report."
     )
-    cli.add_arguments(parser)
     try:
+        cli.add_arguments(parser)  # imports torch
         return cli.run(parser.parse_args(argv))
     except (ValueError, OSError, MissingExtraError) as error:
-        sys.stderr.write(f"perf: {str(error).removeprefix('perf: ')}\n")
+        said = str(error).removeprefix("perf: ")
+        sys.stderr.write(f"{said}\n" if said.startswith("perf ") else f"perf: {said}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("\nperf: interrupted\n")
