@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,7 @@ def test_a_baseline_that_is_included_is_one(path):
     assert base.kind == "run"
     assert cli.baseline_path(base.environment["gpu"]).name == path.name
     assert "cases_left" not in base.environment
+    assert re.fullmatch("[0-9a-f]{12}", base.environment["commit"])  # nothing uncommitted
     own = {one.case for one in base.rows if one.contender == records.OURS and one.us}
     assert own == {case.key for case in cases()}
 
