@@ -160,6 +160,7 @@ def _compare(args: argparse.Namespace) -> int:
     from . import compare, records
 
     base, new = records.read(args.base), records.read(args.new)
+    _check_output(args, "perf compare", base=args.base, new=args.new)
     found = compare.compare(base, new, threshold=args.threshold / 100, force=args.force)
     return _say(found, args, complete=False)
 
@@ -170,6 +171,8 @@ def _gate(args: argparse.Namespace) -> int:
     for name in ("arch", "fresh", "write"):
         if getattr(args, name):
             raise ValueError(f"perf gate: --{name} must come with --static, got no --static")
+    from mhc_tile.autotune._extras import require
+
     from . import compare, records
 
     options = {"threshold": args.threshold / 100, "force": args.force}
@@ -180,12 +183,14 @@ def _gate(args: argparse.Namespace) -> int:
         _check_commit(new, args)
         _check_alone(new, args.result, args)
         base = _baseline(args, new.environment.get("gpu"))
+        _check_output(args, "perf gate", result=args.result, baseline=args.baseline)
         return _say(compare.compare(base, new, **options), args, complete=True)
     gpu = _gpu_here()
     base = _baseline(args, gpu)
     nothing = records.Record("run", {"gpu": gpu}, [])
     compare.check_comparable(base, nothing, force=args.force)
-    _check_output(args)
+    _check_output(args, "perf gate", baseline=args.baseline or baseline_path(gpu))
+    require("tqdm", "mhc-tile perf gate", "perf")
     again = False
 
     def measure(wanted: records.Record) -> records.Record:
@@ -200,24 +205,26 @@ def _gate(args: argparse.Namespace) -> int:
     return _say(found, args, complete=True)
 
 
-def _check_output(args: argparse.Namespace) -> None:
-    """Fail for what would fail after minutes of measuring."""
+def _check_output(args: argparse.Namespace, command: str, **read: Path | None) -> None:
+    """Fail for what would fail after minutes of measuring, or lose the verdict."""
     from mhc_tile.autotune._extras import require
 
     from . import output
 
-    for package in ("tabulate", "tqdm"):
-        require(package, "mhc-tile perf gate", "perf")
-    for name in ("out", "markdown", "json"):
-        path = getattr(args, name)
-        if path and path != "-":
-            output.check_file("perf gate", name, Path(path), replaced=name == "out")
+    require("tabulate", f"mhc-tile {command}", "perf")
+    asked = {name: getattr(args, name, None) for name in ("out", "markdown", "json")}
+    paths = {name: Path(path) for name, path in asked.items() if path and path != "-"}
+    output.check_apart(command, read, paths)
+    for name, path in paths.items():
+        output.check_file(command, name, path, replaced=name == "out")
 
 
 def _gate_static(args: argparse.Namespace) -> int:
     for name in ("result", "baseline", "out", "markdown", "json"):
         if getattr(args, name):
-            raise ValueError(f"perf gate: --static must come without {name}, got {name}")
+            what = name if name == "result" else f"--{name}"
+            value = getattr(args, name)
+            raise ValueError(f"perf gate: --static must come without {what}, got {value}")
     from mhc_tile.kernels import _static
 
     if args.arch and args.arch not in _static.ARCHITECTURES:
@@ -314,25 +321,31 @@ def _say(found: "Comparison", args: argparse.Namespace, *, complete: bool) -> in
         )
     asked = {"markdown": args.markdown, "json": args.json}
     write = {"markdown": summary.markdown, "json": summary.as_json}
-    for name, target in asked.items():
-        if target and target != "-":
-            Path(target).write_text(write[name](found, complete=complete))
     shown = [name for name, target in asked.items() if target == "-"]
     for name in shown:
         sys.stdout.write(write[name](found, complete=complete))
     if not shown:
         head = summary.headline(found, complete=complete)
         sys.stdout.write("\n".join([summary.table(found), "", *summary.lines(found), head]) + "\n")
+    sys.stdout.flush()  # a disk that is full does not take the verdict with it
+    for name, target in asked.items():
+        if target and target != "-":
+            Path(target).write_text(write[name](found, complete=complete))
     return REGRESSION if failed else 0
 
 
 def _report_page(args: argparse.Namespace) -> int:
-    from . import compare, records, report
+    from . import compare, output, records, report
 
     record, found = records.read(args.result), None
+    path = args.out or args.result.with_suffix(".html")
+    output.check_apart(
+        "perf report", {"result": args.result, "baseline": args.baseline}, {"out": path}
+    )
+    output.check_file("perf report", "out", path)
+    output.check_figures("perf report", args.figures)
     if args.baseline:
         found = compare.compare(records.read(args.baseline), record, force=args.force)
-    path = args.out or args.result.with_suffix(".html")
     report.write(record, path, found, args.figures)
     sys.stdout.write(f"{path}\n")
     return 0

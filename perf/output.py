@@ -14,7 +14,7 @@ import torch
 from mhc_tile.autotune._extras import require
 
 from .bench import Bench
-from .records import Record, Row, slug, write
+from .records import Record, Row, read, slug, write
 
 
 def result_path(kind: str, environment: Mapping[str, Any], wanted: Path | None) -> Path:
@@ -62,15 +62,78 @@ def check_file(command: str, option: str, path: Path, *, replaced: bool = True) 
         if replaced:
             raise ValueError(f"{command}: --{option} must be a file, got the device {path}")
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=path.parent):
-        pass
+    check_folder(command, option, path.parent, path)
+
+
+def check_folder(command: str, option: str, folder: Path, path: Path | None = None) -> None:
+    """Fail if no file could be written in a folder; it is made.
+
+    Args:
+        command: for the message.
+        option: that names it, or a file in it.
+        folder: where files are to be.
+        path: what the option names, where it is a file.
+
+    Raises:
+        OSError: Nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        what = f"{command}: --{option} must be where files can be written, got {path or folder}"
+        raise OSError(f"{what} ({error.strerror or error})") from error
+
+
+def check_figures(command: str, folder: Path | None) -> None:
+    """Fail if pictures could not be drawn or saved, before minutes are spent.
+
+    Args:
+        command: for the message.
+        folder: of --figures; None asks for none.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        OSError: The folder cannot be made, or nothing written there.
+    """
+    if folder:
+        require("matplotlib", f"mhc-tile {command}", "perf")
+        check_folder(command, "figures", folder)
+
+
+def check_apart(command: str, read: Mapping[str, Path | None], written: Mapping[str, Path]) -> None:
+    """Refuse to write over a file that is read, or over another one that is written.
+
+    Args:
+        command: for the message.
+        read: files by argument; None where it is not given.
+        written: files by option.
+
+    Raises:
+        ValueError: Two are the same.
+
+    Example:
+        >>> check_apart("perf compare", {"base": Path("a")}, {"json": Path("./a")})
+        Traceback (most recent call last):
+        ValueError: perf compare: --json must be another file than base, got a
+    """
+    taken = {path.resolve(): name for name, path in read.items() if path}
+    for option, path in written.items():
+        if path.exists() and not path.is_file():
+            continue  # a device takes everything
+        if other := taken.get(path.resolve()):
+            raise ValueError(f"{command}: --{option} must be another file than {other}, got {path}")
+        taken[path.resolve()] = f"--{option}"
 
 
 def keep(
     kind: str, environment: Mapping[str, Any], parts: Iterable[Mapping[str, Row]], path: Path | None
 ) -> Record:
     """Write what is measured so far; nothing yet does not replace a file.
+
+    A run that has not ended does not take the place of a file of one that has, or of another kind
+    of file: it is kept beside that one, as `kept_at` says, until it ends.
 
     Args:
         kind: of the result.
@@ -84,8 +147,43 @@ def keep(
     rows = [row for part in parts for row in part.values()]
     record = Record(kind, dict(environment), rows)
     if path and (rows or not path.exists()):
-        write(record, path)
+        write(record, kept_at(record, path))
+    if path and "cases_left" not in environment:
+        _beside(path).unlink(missing_ok=True)
     return record
+
+
+def kept_at(record: Record, path: Path) -> Path:
+    """The file that `keep` writes: beside the path while that holds something whole.
+
+    Args:
+        record: the result so far.
+        path: where it is to be in the end.
+    """
+    if "cases_left" not in record.environment or not path.exists():
+        return path
+    try:
+        whole = "cases_left" not in read(path).environment
+    except (ValueError, OSError):
+        whole = True  # whatever it is
+    return _beside(path) if whole else path
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.partial{path.suffix}")
+
+
+def say_unfinished(record: Record, path: Path | None) -> None:
+    """Say of a run that did not end where what was measured is; of one that did, nothing.
+
+    Args:
+        record: the result.
+        path: as in `keep`.
+    """
+    left = record.environment.get("cases_left")
+    if path and left and record.rows:
+        cases = f"{left} case{'s' * (left != 1)}"
+        sys.stderr.write(f"\n{cases} left; what was measured is in {kept_at(record, path)}\n")
 
 
 def draw(record: Record, folder: Path) -> None:
@@ -101,8 +199,22 @@ def draw(record: Record, folder: Path) -> None:
     """
     from . import figures
 
+    save(figures.draw(record), folder)
+
+
+def save(drawn: Mapping[str, Any], folder: Path) -> None:
+    """Save pictures as PNG and say where.
+
+    Args:
+        drawn: figures by name.
+        folder: where; it is made.
+
+    Raises:
+        OSError: They cannot be written.
+    """
+    from . import figures
+
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = figures.draw(record)
     for name, figure in drawn.items():
         figures.save(figure, folder / f"{name}.png", "png")
         say(f"picture: {folder / name}.png")

@@ -28,7 +28,7 @@ from mhc_tile.models import CONFIGS
 from . import environment, output, tables
 from .bench import Bench, bench_of
 from .breakdown import breakdown, steps_under_load
-from .records import OURS, Row
+from .records import Row, is_ours
 from .slices import (
     BATCH,
     LAYERS,
@@ -81,13 +81,13 @@ def run(args: argparse.Namespace) -> int:
     output.check_positive("perf overhead", **numbers)
     output.check_names("perf overhead", args.contender, NAMES, names_here(args.device))
     bench = bench_of(args.device)
-    for package in ("tabulate", *(["matplotlib"] if args.figures else [])):
-        require(package, "mhc-tile perf overhead", "perf")  # before minutes are spent
+    require("tabulate", "mhc-tile perf overhead", "perf")  # before minutes are spent
     shape = (args.layers or LAYERS, args.batch, args.sequence, args.optimizer, args.device)
     slices = [Slice(model, *shape) for model in dict.fromkeys(args.model)]
     where = environment.environment(bench.bandwidth(), args.device)
     where |= {"denominator": {}, "cases_left": len(slices)}
     path = output.result_path("overhead", where, args.out)
+    output.check_figures("perf overhead", args.figures)
     progress, parts, lost = output.Progress(), list[dict[str, Row]](), False
     try:
         for piece in slices:
@@ -110,10 +110,11 @@ def run(args: argparse.Namespace) -> int:
         lost = True
     finally:  # whatever ends the run, what was measured is kept
         record = output.keep("overhead", where, parts, path)
-    output.say(f"result: {path}")
+        output.say_unfinished(record, path)
+    output.say(f"result: {output.kept_at(record, path)}")
     if args.figures:
         output.draw(record, args.figures)
-    ours = (row for row in record.rows if row.contender.startswith(OURS))
+    ours = (row for row in record.rows if is_ours(row.contender))
     return int(lost or any(row.status != "ok" for row in ours))
 
 

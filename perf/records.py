@@ -119,6 +119,16 @@ class Record:
         return list(dict.fromkeys(row.case for row in self.rows))
 
 
+def is_ours(contender: str) -> bool:
+    """Whether a contender is this library, in whatever way it is compiled.
+
+    Example:
+        >>> is_ours("mhc_tile (layers compiled)"), is_ours("tile-kernels 1.0.0")
+        (True, False)
+    """
+    return contender == OURS or contender.startswith(f"{OURS} (")
+
+
 def plain_of(steps: Sequence[Row]) -> Row | None:
     """The step with plain residuals, the first whose contender says so; None without one.
 
@@ -208,6 +218,9 @@ def read(path: Path) -> Record:
     """
     try:
         data = json.loads(path.read_text())
+    except OSError as error:
+        what = f"perf: {path} must be a result file that can be read, got: {error.strerror}"
+        raise OSError(what) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"perf: {path} must be a JSON result file, got {error}") from error
     if not isinstance(data, dict) or "schema" not in data:

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import figures, summary
+from . import figures, output, summary
 from .compare import Comparison
 from .markup import document, picture, table, text, words
-from .records import OURS, Record, Row, overhead, percent_of_roofline
+from .records import OURS, Record, Row, is_ours, overhead, percent_of_roofline
 from .report_steps import in_words, kind, spread, steps
 from .report_words import CAPTIONS, INTRODUCTION, READING, READING_STEPS, STATUSES, glossary
 from .tables import faults, with_error
@@ -88,9 +88,7 @@ def write(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(whole, encoding="utf-8")
     if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, drawn in pictures.items():
-            figures.save(drawn, folder / f"{name}.png", "png")
+        output.save(pictures, folder)
 
 
 def geometric_mean(values: Iterable[float]) -> float | None:
@@ -123,7 +121,7 @@ def best_other(rows: Sequence[Row], *, reference: bool) -> Row | None:
 
 
 def _ours(record: Record) -> list[Row]:
-    return [row for row in record.rows if row.contender == OURS]
+    return [row for row in record.rows if is_ours(row.contender)]
 
 
 def _cards(record: Record, comparison: Comparison | None) -> str:
@@ -148,9 +146,8 @@ def _cards(record: Record, comparison: Comparison | None) -> str:
         cards += [card for who in (False, True) if (card := _against(record, good, who))]
     for row in good if record.kind == "overhead" else []:
         if (over := overhead(row, record.of(row.case))) is not None:
-            said = (
-                f"what mhc_tile adds to a step; 100% is {in_words(row.case)} with plain residuals"
-            )
+            said = f"what {row.contender} adds to a step; 100% is {in_words(row.case)} with plain "
+            said += "residuals"
             cards.append((with_error(100 * over, row.details.get("overhead_error")), said, False))
     if copy:
         cards.append((f"{copy / 1e12:.2f} TB/s", "bandwidth of a copy in this run", False))

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from .breakdown import ATTENTION, GAPS, LAYERS, PRODUCTS
 from .markup import table, text
-from .records import OURS, Record, Row, overhead, plain_of
+from .records import Record, Row, is_ours, overhead, plain_of
 from .tables import waits, with_error
 
 LEAST_US = 5.0  # of a difference that is shown
@@ -154,7 +154,7 @@ def _table(headers: Sequence[str], rows: Sequence[tuple[Row, list[str]]]) -> str
 
 def kind(row: Row, index: int) -> str:
     """The class of a row: whether it is ours, and the first of its case."""
-    return " ".join(["ours"] * (row.contender == OURS) + ["first"] * (index == 0))
+    return " ".join(["ours"] * is_ours(row.contender) + ["first"] * (index == 0))
 
 
 def spread(row: Row, unit: float) -> str:

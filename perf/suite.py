@@ -41,7 +41,7 @@ LONG_S = 30.0  # until a contender can be timed; longer is said
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `mhc-tile perf run`."""
     add = parser.add_argument
-    add("--quick", action="store_true", help="the main sizes only: under 3 minutes, warm")
+    add("--quick", action="store_true", help="the main sizes only: under 3 minutes, all compiled")
     add("--device", default="cuda", help="cuda, or cpu for small sizes (default: cuda)")
     add("--op", nargs="+", choices=tuple(OPERATIONS), default=[], help="these only")
     add("--mode", nargs="+", choices=MODES, default=[], help="these only")
@@ -72,21 +72,23 @@ def run(args: argparse.Namespace) -> int:
     output.check_names("perf run", args.contender, NAMES, names_here(args.device))
     bench = bench_of(args.device)
     chosen = _chosen(args)
-    for package in ("tabulate", "tqdm", *(["matplotlib"] if args.figures else [])):
+    for package in ("tabulate", "tqdm"):
         require(package, "mhc-tile perf run", "perf")  # before minutes are spent
     where = environment(bench.bandwidth(), args.device)
     path = output.result_path("perf", where, args.out)
+    output.check_figures("perf run", args.figures)
     turns = args.turns or (QUICK_TURNS if args.quick else TURNS)
     wanted = functools.partial(_wanted, names=tuple(args.contender))
     if args.warm:
         warm.compile_first(chosen, wanted, args.device, args.jobs)
+        where["copy_bytes_per_s"] = bench.bandwidth()  # minutes later
     record, lost = measure_all(chosen, bench, wanted, turns, where, path)
     if not record.rows:
         raise ValueError(
             "perf run: --contender must leave one that has the chosen ops and modes, got "
             f"{', '.join(args.contender)}"
         )
-    output.say(tables.run(record), f"\nresult: {path}")
+    output.say(tables.run(record), f"\nresult: {output.kept_at(record, path)}")
     if args.figures:
         output.draw(record, args.figures)
     return int(lost or any(row.status != "ok" for row in record.rows if row.contender == OURS))
@@ -137,6 +139,7 @@ def measure_all(
         lost = True
     finally:  # whatever ends the run, what was measured is kept
         record = keep()
+        output.say_unfinished(record, path)
     return record, lost
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from mhc_tile.autotune._extras import require
 
-from .compare import VERDICTS, Comparison, Pair
+from .compare import ERRORS, OVERHEAD_DRIFT, VERDICTS, Comparison, Pair
 from .records import Record, Row
 
 HEADERS = ("", "case", "contender", "base us", "new us", "change", "allowed", "")
@@ -43,12 +43,21 @@ def lines(found: Comparison) -> list[str]:
         f"base: {_origin(found.base)}",
         f"new:  {_origin(found.new)}",
         f"GPU {base.get('gpu') or 'none'}, copy {_copy(base)} -> {_copy(new)} TB/s",
-        f"A case may be slower by {found.threshold:.0%}, or by noise where that is more"
-        + (f"; {found.pace - 1:.1%} more, as the copy is slower." if found.pace > 1.0005 else "."),
+        _rule(found),
     ]
     if found.mean_change is not None:
         said.append(f"mhc_tile over all cases: {found.mean_change:+.1%} time (geometric mean).")
     return said + [f"differs: {difference}" for difference in found.differences]
+
+
+def _rule(found: Comparison) -> str:
+    if found.new.kind == "overhead":
+        return (
+            f"An overhead may grow by {OVERHEAD_DRIFT:.0%} of the plain step, or by {ERRORS:g} "
+            "standard errors where that is more."
+        )
+    more = f"; {found.pace - 1:.1%} more, as the copy is slower." if found.pace > 1.0005 else "."
+    return f"A case may be slower by {found.threshold:.0%}, or by noise where that is more{more}"
 
 
 def table(found: Comparison) -> str:
@@ -151,7 +160,10 @@ def _time(row: Row | None) -> str:
 def _origin(record: Record) -> str:
     environment = record.environment
     commit = environment.get("commit") or "no commit"
-    return f"{commit}, {environment.get('date') or 'no date'}, {len(record.cases)} cases"
+    count = f"{len(record.cases)} case{'s' * (len(record.cases) != 1)}"
+    if left := environment.get("cases_left"):
+        count += f", did not end: {left} left"
+    return f"{commit}, {environment.get('date') or 'no date'}, {count}"
 
 
 def _copy(environment: Any) -> str:

@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -63,6 +63,7 @@ def compile_first(
     start, progress = time.monotonic(), output.Progress()
     shapes = by_shape(chosen)
     jobs = min(jobs or _processes(device), len(shapes))
+    progress.note(f"{_count(len(shapes), 'shape')} to compile, {_count(jobs, 'process')}")
     tasks = worker.pooled(
         _HANDLER, shapes.items(), jobs=jobs, seconds=SECONDS, arguments=(device, wanted)
     )
@@ -70,8 +71,7 @@ def compile_first(
         for ((tokens, width), _), said in tasks:
             left = [str(said)] if isinstance(said, Exception) else said
             progress.note(f"{tokens}x{width}: " + ("; ".join(left) or "compiled"))
-    taken = time.monotonic() - start
-    progress.note(f"{len(shapes)} shapes compiled by {jobs} processes in {taken:.0f} s")
+    progress.note(f"compiled in {time.monotonic() - start:.0f} s; now the run")
 
 
 def by_shape(chosen: Sequence[Case]) -> dict[Shape, list[Case]]:
@@ -89,8 +89,8 @@ def by_shape(chosen: Sequence[Case]) -> dict[Shape, list[Case]]:
 
 def handler(
     device: str, wanted: Callable[[str], bool]
-) -> Callable[[tuple[Shape, list[Case]]], list[list[str]]]:
-    """What a process runs: from a shape and its cases to what it could not compile.
+) -> Callable[[tuple[Shape, list[Case]]], Iterator[list[str]]]:
+    """What a process runs: from a shape and its cases to what the run must compile itself.
 
     Args:
         device: "cuda" or "cpu".
@@ -104,24 +104,40 @@ def handler(
     inductor.compile_threads = 1  # the processes have the cores
     bench = bench_of(device)
 
-    def compiled(task: tuple[Shape, list[Case]]) -> list[list[str]]:
+    def compiled(task: tuple[Shape, list[Case]]) -> Iterator[list[str]]:
         left: dict[str, None] = {}
         for case in task[1]:
             try:
                 rows = suite.measure(case, bench, wanted, turns=1)
             except output.UnusableError as error:
-                return [[str(error)]]
-            short = [name for name, row in rows.items() if row.status == "out of memory"]
-            left |= {f"{name} had no memory beside the others": None for name in short}
+                yield [*left, str(error)]
+                raise SystemExit(1) from error  # the next shape needs a GPU that answers
+            except Exception as error:
+                left[f"{case.key}: {output.one_line(error)}"] = None
+                continue
+            for name, row in rows.items():
+                if row.status == "out of memory":
+                    left[f"{name} had no memory beside the others"] = None
+                elif row.status == "failed":
+                    left[f"{name} failed, which the run will show"] = None
             if device == "cuda":
                 torch.cuda.empty_cache()
-        return [list(left)]
+        yield list(left)
 
     return compiled
 
 
 def _processes(device: str) -> int:
-    count = os.cpu_count() or 1
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
     if device == "cuda":
-        count = min(count, torch.cuda.mem_get_info()[0] // MEMORY)
-    return max(1, count)
+        torch.cuda.empty_cache()  # what measuring the copy has left
+        cores = min(cores, torch.cuda.mem_get_info()[0] // MEMORY)
+    return max(1, cores)
+
+
+def _count(number: int, what: str) -> str:
+    """A number and what of, "1 shape" or "3 processes"."""
+    ending = "es" if what.endswith("s") else "s"
+    return f"{number} {what}{ending * (number != 1)}"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mhc_tile import __main__
-from mhc_tile.perf import compare, summary
+from mhc_tile.perf import compare, environment, summary
 from mhc_tile.perf.__main__ import main
 from results import ENVIRONMENT, OTHER, record, row
 
@@ -135,7 +135,93 @@ def test_the_mean_is_over_our_cases():
     assert compare.compare(record(), record()).mean_change is None
 
 
+def step(percent, error=0.3, contender="mhc_tile", us=56e3):
+    details = {"overhead_percent": percent, "overhead_error": error}
+    case = "step/training/8192x2560/n4/bfloat16"
+    return row(us, case=case, contender=contender, captured=False, details=details)
+
+
+@pytest.mark.parametrize(
+    ("base", "new", "expected"),
+    [
+        (step(6.2), step(6.7), "same"),
+        (step(6.2), step(10.5), "regression"),  # 4% of the time of the whole step
+        (step(6.2, 1.5), step(10.5, 1.5), "same"),  # three errors are 6.4
+        (step(6.2), step(7.4), "same"),  # three errors are 1.3
+        (step(6.2, 0.1), step(7.4, 0.1), "regression"),
+        (step(6.2), step(4.0), "improvement"),
+        (step(6.2), step(6.2, us=70e3), "same"),  # the plain step is slower, too
+    ],
+)
+def test_of_a_step_the_overhead_is_judged(base, new, expected):
+    found = compare.compare(*(record(one, kind="overhead") for one in (base, new)))
+    (pair,) = found.pairs
+    assert pair.verdict == expected
+    change = new.details["overhead_percent"] - base.details["overhead_percent"]
+    assert pair.change == pytest.approx(change / 100)
+    assert found.mean_change == pytest.approx(new.us / base.us - 1)
+
+
+def test_all_ways_to_compile_ours_are_ours(files, capsys):
+    layers = "mhc_tile (layers compiled)"
+    base = record(step(6.2), step(6.2, contender=layers), step(9, contender="hc"), kind="overhead")
+    new = record(step(6.2), step(50, contender=layers), step(70, contender="hc"), kind="overhead")
+    assert main(["compare", *files(base=base, new=new)]) == 3
+    out = capsys.readouterr().out
+    assert out.endswith("1 regression of 1 case\n")
+    assert "An overhead may grow by 1% of the plain step, or by 3 standard errors" in out
+
+
+def test_a_run_that_did_not_end_is_said():
+    found = compare.compare(record(row()), record(row(), cases_left=5))
+    assert any("1 case, did not end: 5 left" in line for line in summary.lines(found))
+
+
 # The commands.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "{base}", "{new}", "--json", "{new}"], "compare: --json must be another file"),
+        (
+            ["compare", "{base}", "{new}", "--markdown", "x", "--json", "./x"],
+            "than --markdown, got",
+        ),
+        (["gate", "{new}", "--baseline", "{base}", "--markdown", "{base}"], "file than baseline"),
+        (["report", "{new}", "--out", "{new}"], "perf report: --out must be another file than res"),
+        (
+            ["report", "{new}", "--figures", "{base}"],
+            "--figures must be where files can be written",
+        ),
+        (["compare", "{base}", "{new}", "--json", "{base}/x"], "--json must be where files can be"),
+        (["compare", "{base}", "none.json"], "perf: none.json must be a result file that can be"),
+    ],
+)
+def test_nothing_is_written_over_what_is_read(arguments, message, files, capsys, monkeypatch):
+    base, new = files(base=record(row(90)), new=record(row(99)))
+    before = [Path(path).read_bytes() for path in (base, new)]
+    monkeypatch.setattr(environment, "commit", lambda: ENVIRONMENT["commit"])
+    monkeypatch.chdir(Path(base).parent)
+    asked = [word.format(base=base, new=new) for word in arguments]
+    assert main(asked) == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.startswith("perf")
+    assert "perf: perf" not in said
+    assert [Path(path).read_bytes() for path in (base, new)] == before
+
+
+def test_a_verdict_is_said_before_files_are_written(files, capsys, monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    base, slow = files(base=record(row()), slow=record(row(99)))
+    assert main(["compare", base, slow, "--markdown", str(tmp_path / "x.md")]) == 1
+    said = capsys.readouterr()
+    assert "1 regression of 1 case\n" in said.out
+    assert "No space left on device" in said.err
 
 
 def test_compare_prints_a_table_and_says_so_in_its_exit_code(files, capsys):

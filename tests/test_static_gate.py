@@ -190,7 +190,7 @@ def test_the_command(place, capsys):
 def test_arguments_that_do_not_fit(capsys, monkeypatch):
     for arguments, why in (
         (["--write"], "--write must come with --static"),
-        (["--static", "--json", "-"], "--static must come without json"),
+        (["--static", "--json", "-"], "--static must come without --json, got -"),
         (["--static", "--arch", "sm_70"], "--arch must be one of sm_80, "),
     ):
         assert main(["gate", *arguments]) == 1

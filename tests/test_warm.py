@@ -3,12 +3,16 @@
 import dataclasses
 import functools
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
+import torch
+import torch._inductor.config as inductor
 
 pytest.importorskip("tabulate")
 pytest.importorskip("tqdm")
@@ -60,9 +64,10 @@ def test_a_run_says_what_it_compiles_first(tmp_path, capsys):
     assert main([*RUN, "--contender", OURS, "--warm", "--jobs", "2", "--out", str(out)]) == 0
     assert [row.turns for row in records.read(out).rows] == [2, 2]
     said = [line[7:] for line in capsys.readouterr().err.splitlines()]
-    assert {" s  64x64: compiled", " s  256x128: compiled"} < {*said}
-    assert said[2].startswith(" s  2 shapes compiled by 2 processes in ")
-    assert said[3] == " s  merge/inference/64x64/n4/float32"
+    assert said[0] == " s  2 shapes to compile, 2 processes"
+    assert {*said[1:3]} == {" s  64x64: compiled", " s  256x128: compiled"}
+    assert re.fullmatch(r" s  compiled in \d+ s; now the run", said[3])
+    assert said[4] == " s  merge/inference/64x64/n4/float32"
 
 
 def test_a_process_that_dies_is_said_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
@@ -99,21 +104,61 @@ def test_an_interrupt_ends_the_processes(tmp_path, monkeypatch, capsys):
     assert not out.exists()
 
 
-def test_who_has_no_memory_beside_the_others_is_said_once(monkeypatch):
-    row = suite._row(SMALL, OURS, None, status="out of memory", fault="CUDA out of memory")
-    monkeypatch.setattr(suite, "measure", lambda *_, **__: {OURS: row})
-    again = dataclasses.replace(SMALL, mode="training")
-    (left,) = warm.handler("cpu", OURS_ALONE)(((8, 16), [SMALL, again]))
-    assert left == [f"{OURS} had no memory beside the others"]
+def left(monkeypatch, *measured):
+    """What a process says of a shape whose cases end so: rows, or errors."""
+    ends = iter(measured)
+
+    def measure(*_, **__):
+        end = next(ends)
+        if isinstance(end, Exception):
+            raise end
+        return {row.contender: row for row in end}
+
+    monkeypatch.setattr(suite, "measure", measure)
+    (said,) = warm.handler("cpu", OURS_ALONE)(((8, 16), [SMALL] * len(measured)))
+    return said
 
 
-def test_a_gpu_that_answers_no_more_ends_a_shape(monkeypatch):
-    def lost(*_, **__):
-        raise output.UnusableError("mhc_tile left the GPU unusable")
+def test_what_is_not_compiled_is_said_once(monkeypatch):
+    def row(name, status):
+        return suite._row(SMALL, name, None, status=status, fault="" if status == "ok" else "why")
 
-    monkeypatch.setattr(suite, "measure", lost)
-    (left,) = warm.handler("cpu", OURS_ALONE)(((8, 16), [SMALL]))
-    assert left == ["mhc_tile left the GPU unusable"]
+    full, failed = row(OURS, "out of memory"), row(COMPILED, "failed")
+    said = left(monkeypatch, [full], [row(OURS, "ok"), failed], [full, row(EAGER, "wrong")])
+    assert said == [
+        f"{OURS} had no memory beside the others",
+        f"{COMPILED} failed, which the run will show",
+    ]
+
+
+def test_a_case_that_breaks_costs_no_other(monkeypatch):
+    said = left(monkeypatch, RuntimeError("no inputs\nfor it"), [])
+    assert said == [f"{SMALL.key}: RuntimeError: no inputs"]
+
+
+def test_a_gpu_that_answers_no_more_costs_one_shape(monkeypatch):
+    monkeypatch.setattr(warm, "_HANDLER", f"{__name__}:losing")
+    shapes = [dataclasses.replace(SMALL, hidden_size=width) for width in (64, 32, 16)]
+    said = []
+    monkeypatch.setattr(output.Progress, "note", lambda self, text: said.append(text))
+    warm.compile_first(shapes, OURS_ALONE, "cpu", 1)
+    assert said[1:4] == ["8x64: mhc_tile left the GPU unusable", "8x32: compiled", "8x16: compiled"]
+
+
+def losing(device, wanted):
+    """A process whose GPU is lost with C = 64, and stays so."""
+
+    def measure(case, *_, **__):
+        if case.hidden_size == 64:
+            suite.measure = broken
+            raise output.UnusableError("mhc_tile left the GPU unusable")
+        return {}
+
+    def broken(*_, **__):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    suite.measure = measure
+    return warm.handler(device, wanted)
 
 
 def test_one_turn_of_those_that_are_wanted(monkeypatch):
@@ -124,8 +169,44 @@ def test_one_turn_of_those_that_are_wanted(monkeypatch):
         return dataclasses.replace(found, timer=lambda: turns.append(1) or 1.0)
 
     monkeypatch.setattr(CpuBench, "timed", timed)
-    assert warm.handler("cpu", OURS_ALONE)(((8, 16), [SMALL])) == [[]]
+    monkeypatch.setattr(inductor, "compile_threads", 7)
+    assert list(warm.handler("cpu", OURS_ALONE)(((8, 16), [SMALL]))) == [[]]
     assert turns == [1]
+    assert inductor.compile_threads == 1
+
+
+@pytest.mark.parametrize(("free", "expected"), [(140, 16), (80, 13), (1, 1)])
+def test_processes_are_as_many_as_cores_and_memory_allow(monkeypatch, free, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 2**30, 140 * 2**30))
+    assert warm._processes("cuda") == expected
+    assert warm._processes("cpu") == 16
+
+
+def test_a_terminal_s_ctrl_c_is_the_parent_s_alone(tmp_path):
+    out = tmp_path / "run.json"
+    asked = [*RUN, "--contender", OURS, "--warm", "--jobs", "2", "--out", str(out)]
+    group = subprocess.Popen(
+        [sys.executable, "-c", SIGINT_ANYWAY, "-m", *asked], start_new_session=True,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in group.stderr:
+        if "to compile" in line:
+            break
+    time.sleep(0.5)  # its processes import
+    os.killpg(group.pid, signal.SIGINT)
+    said = group.stderr.read()
+    assert group.wait() == 130
+    assert said == "\nperf: interrupted\n"
+
+
+SIGINT_ANYWAY = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs it behind &
+from mhc_tile.perf.__main__ import main
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[2:]))
+"""
 
 
 @pytest.mark.parametrize(
