@@ -130,8 +130,8 @@ def _outside_autocast(op: torch._ops.OpOverload, device: str) -> Formula:
 def derive(function: Formula) -> dict[str, Formula]:
     """The autograd formula of an op, by differentiating a function that computes the same.
 
-    It gives the backward ops their own gradient, so that second derivatives work; nothing that
-    trains without them ever runs it.
+    It gives the backward ops their own gradient, so that second derivatives work, and third ones;
+    nothing that trains without them ever runs it.
 
     Args:
         function: takes the op's arguments, returns its results, differentiable.
@@ -148,9 +148,16 @@ def derive(function: Formula) -> dict[str, Formula]:
     def backward(ctx: Any, *grads: Tensor) -> Any:
         # the dispatcher dropped arguments that equal their defaults: they need no gradient
         needs = (*ctx.needs_input_grad, *[False] * (len(ctx.others) - len(ctx.needs_input_grad)))
+        again = torch.is_grad_enabled()  # this, too, is to be differentiated
+
+        def leaf(value: Tensor, needed: bool) -> Tensor:
+            if again and needed:
+                return value.view_as(value)  # of its own, or what leads to it would count as well
+            return value.detach().requires_grad_(needed)
+
         with torch.enable_grad():
             inputs = [
-                other if value is None else value.detach().requires_grad_(needed)
+                other if value is None else leaf(value, needed)
                 for value, other, needed in zip(ctx.saved_tensors, ctx.others, needs, strict=True)
             ]
             outputs = function(*inputs, **ctx.keywords)
@@ -163,6 +170,7 @@ def derive(function: Formula) -> dict[str, Formula]:
             [inputs[index] for index in wanted],
             [grad for _, grad in pairs],
             allow_unused=True,
+            create_graph=again,
         )
         for index, grad in zip(wanted, derived, strict=True):
             result[index] = grad

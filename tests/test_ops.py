@@ -100,6 +100,20 @@ def test_gradcheck_and_gradgradcheck(name):
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("name", ["sinkhorn", "mapping", "merge", "pre", "boundary"])
+def test_third_derivatives(name):
+    made = call(name, Shape("small", tokens=(1,), n=2, width=3), torch.float64)
+    if "iters" in made.others:
+        made.others["iters"] = 2
+
+    def gradients(*inputs):
+        found = Call(name, inputs, made.others).run()
+        total = sum((value**2).sum() for value in found)
+        return torch.autograd.grad(total, inputs, create_graph=True)
+
+    assert torch.autograd.gradgradcheck(gradients, made.to(grad=True).inputs, fast_mode=True)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_each_output_may_be_unused(name, device):
     made = call(name, ORDINARY, device=device).to(grad=True)
