@@ -220,7 +220,7 @@ def read(path: Path) -> Record:
         data = json.loads(path.read_text())
     except OSError as error:
         what = f"perf: {path} must be a result file that can be read, got: {error.strerror}"
-        raise OSError(what) from error
+        raise type(error)(what) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"perf: {path} must be a JSON result file, got {error}") from error
     if not isinstance(data, dict) or "schema" not in data:
