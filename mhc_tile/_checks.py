@@ -5,6 +5,7 @@ public call, and hand back the sizes they derived.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,9 +95,17 @@ def parameters(op: str, x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> 
     return num_streams, width
 
 
+def count(op: str, **values: int) -> None:
+    """Check integers that must be at least 1."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < 1:
+            raise ValueError(f"{op}: {name} must be an integer of at least 1, got {value!r}")
+
+
 def at_least(op: str, minimum: float, **values: float) -> None:
     """Check numbers against a lower bound, NaN included."""
     for name, value in values.items():
+        _is_number(op, name, value)
         if not minimum <= value < math.inf:
             raise ValueError(f"{op}: {name} must be finite and at least {minimum}, got {value}")
 
@@ -104,5 +113,11 @@ def at_least(op: str, minimum: float, **values: float) -> None:
 def positive(op: str, **values: float) -> None:
     """Check numbers that must be above 0, NaN included."""
     for name, value in values.items():
+        _is_number(op, name, value)
         if not 0 < value < math.inf:
             raise ValueError(f"{op}: {name} must be finite and above 0, got {value}")
+
+
+def _is_number(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise ValueError(f"{op}: {name} must be a number, got {value!r}")

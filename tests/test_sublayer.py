@@ -213,3 +213,17 @@ def test_a_non_contiguous_x():
     grads = [torch.autograd.grad(r, v, grad)[0] for r, v in zip(results, (x, turned), strict=True)]
     assert torch.equal(*results)
     assert torch.allclose(*grads)
+
+
+def test_a_layer_under_autocast_may_return_another_dtype(device):
+    made = leaves(dtype=torch.float32, device=device)
+    weight = torch.randn(64, 64, device=device)
+
+    def function(x: Tensor, *parameters: Tensor) -> Tensor:
+        return sublayer(x, lambda value: value @ weight, *parameters, **PRE)
+
+    with torch.autocast(device, torch.bfloat16):
+        x_next = function(*made.inputs)
+    assert x_next.dtype == torch.float32
+    truth = function(*made.inputs)
+    assert 0 < (x_next - truth).norm() < 0.02 * truth.norm()

@@ -135,9 +135,9 @@ def _counts(
     counts = [tokens] if isinstance(tokens, int) else list(tokens)
     if not counts:
         raise ValueError(f"{op}: tokens must be a number or some numbers, got {tokens!r}")
-    _checks.at_least(op, 1, hidden_size=hidden_size)
+    _checks.count(op, hidden_size=hidden_size)
     for count in counts:
-        _checks.at_least(op, 1, tokens=count)
+        _checks.count(op, tokens=count)
     if dtype not in DTYPES:
         raise ValueError(f"{op}: dtype must be one of {[str(d) for d in DTYPES]}, got {dtype}")
     return counts

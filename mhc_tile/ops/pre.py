@@ -85,7 +85,7 @@ def check_pre(
     _checks.parameters(op, x, phi, alpha, bias)
     _checks.at_least(op, 0, norm_eps=norm_eps, pre_eps=pre_eps, sinkhorn_eps=sinkhorn_eps)
     _checks.positive(op, post_scale=post_scale)
-    _checks.at_least(op, 1, iters=iters)
+    _checks.count(op, iters=iters)
     return {
         "norm_eps": norm_eps,
         "pre_eps": pre_eps,

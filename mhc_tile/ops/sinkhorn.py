@@ -15,8 +15,8 @@ def sinkhorn(logits: Tensor, *, iters: int = 20, eps: float = 0.0) -> Tensor:
     `M = exp(logits)`; `iters` times `M[o, i] /= sum_o M[o, i]`, `M[o, i] /= sum_i M[o, i]`
 
     The iteration ends on rows: without eps they sum to 1 exactly (forward gain 1), and how far the
-    column sums are from 1 tells how far it has converged. Logits of any finite size are safe. With
-    eps (DeepSeek-V4's convention), eps is added to the entries after the first column
+    column sums are from 1 tells how far it has converged. Logits of any size below 1.7e38 are
+    safe. With eps (DeepSeek-V4's convention), eps is added to the entries after the first column
     normalisation and to every later denominator.
 
     Args:
@@ -37,7 +37,7 @@ def sinkhorn(logits: Tensor, *, iters: int = 20, eps: float = 0.0) -> Tensor:
         True
     """
     _checks.square("sinkhorn", "logits", logits)
-    _checks.at_least("sinkhorn", 1, iters=iters)
+    _checks.count("sinkhorn", iters=iters)
     _checks.at_least("sinkhorn", 0, eps=eps)
     return _sinkhorn(logits, iters=iters, eps=eps)
 

@@ -32,7 +32,7 @@ def expand(hidden: Tensor, num_streams: int) -> Tensor:
         torch.Size([2, 5, 4, 64])
     """
     _checks.hidden("expand", "hidden", hidden)
-    _checks.at_least("expand", 1, num_streams=num_streams)
+    _checks.count("expand", num_streams=num_streams)
     return _expand(hidden, num_streams)
 
 

@@ -41,7 +41,8 @@ def sublayer(
 
     Args:
         x: [..., n, C], bf16, fp16, fp32 or fp64. A copy is made if it is not contiguous.
-        layer: from [..., C] in x's dtype to the same shape and dtype.
+        layer: from [..., C] in x's dtype to the same shape and dtype; under autocast the dtype may
+            be another one and is brought back.
         phi: [n*n + 2n, n*C], as alpha [3] and bias [n*n + 2n]; see `pre`.
         alpha: see there.
         bias: see there.
@@ -68,8 +69,14 @@ def sublayer(
     )
     opened = _open(x, phi, alpha, bias, constants)
     layer_output = layer(opened.layer_input)
+    if _under_autocast(x) and isinstance(layer_output, Tensor):
+        layer_output = layer_output.to(x.dtype)
     check_merge("sublayer", x, layer_output, opened.h_post, opened.h_res)
     return _finish(opened, layer_output)
+
+
+def _under_autocast(x: Tensor) -> bool:
+    return x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
 
 
 class Open(NamedTuple):
