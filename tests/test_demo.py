@@ -101,6 +101,51 @@ def test_an_interrupted_demo_continues_to_the_same_numbers(text, tmp_path, monke
     assert losses(part) == losses(whole)
 
 
+def test_ctrl_c_in_the_last_validation_of_a_leg_ends_the_demo(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "draw_all", lambda _folder, _legs: {})
+    monkeypatch.setattr(DemoSettings, "legs", small_legs)
+    start_demo(tmp_path, DemoSettings(steps=6, stress_steps=3, corpus=text))
+
+    def listener(name, _config):
+        def on_rows(rows):
+            last = rows[-1]
+            if name == "residual" and (last["kind"], last["step"]) == ("validation", 6):
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return on_rows
+
+    result = run_legs(tmp_path, listener)
+    assert ([leg.name for leg in result.legs], result.report) == (["residual"], None)
+    result = run_legs(tmp_path, listen_to_nothing)
+    assert [leg.name for leg in result.legs] == LEGS
+    assert result.report is not None
+
+
+def test_damaged_records_are_named(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(DemoSettings, "legs", small_legs)
+    monkeypatch.setattr(demo, "draw_all", lambda _folder, _legs: {})
+    start_demo(tmp_path, DemoSettings(steps=6, stress_steps=3, corpus=text))
+    run_legs(tmp_path, listen_to_nothing)
+    metrics = tmp_path / "residual" / "metrics.jsonl"
+    metrics.unlink()
+    with pytest.raises(ValueError, match="demo: metrics must hold the steps of residual") as error:
+        run_legs(tmp_path, listen_to_nothing)
+    assert str(metrics) in str(error.value)
+    for settings in ('{"st', '{"stops": 3}'):
+        (tmp_path / "demo.json").write_text(settings)
+        with pytest.raises(ValueError, match=r"demo: resume must be .* with its settings, got"):
+            run_legs(tmp_path, listen_to_nothing)
+
+
+def test_resume_refuses_what_it_would_ignore(tmp_path, capsys):
+    resume = ["demo", "--resume", str(tmp_path)]
+    assert main([*resume, "--stress-steps", "7"]) == 1
+    said = capsys.readouterr().err
+    assert "demo: --stress-steps must be left out with --resume, got 7" in said
+    assert main([*resume, "--threads", str(torch.get_num_threads())]) == 1
+    assert "demo: resume must be the folder of a demo" in capsys.readouterr().err
+
+
 def test_resuming_what_is_no_demo_is_refused(tmp_path, capsys):
     assert main(["demo", "--resume", str(tmp_path)]) != 0
     assert "demo: resume must be the folder of a demo" in capsys.readouterr().err

@@ -69,6 +69,26 @@ def test_binary_hidden_and_empty_files_of_a_folder_are_left_out(folder):
     assert load_corpus(folder).fingerprint == before.fingerprint
 
 
+@pytest.mark.parametrize("record", ["metrics.jsonl", "demo.json"])
+def test_runs_below_the_folder_are_left_out(folder, record):
+    before = load_corpus(folder)
+    run = folder / "runs" / "first"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "note.txt").write_text("of the run")
+    (run / record).write_text("{}")
+    assert load_corpus(folder).fingerprint == before.fingerprint
+    (folder / "runs" / "note.txt").write_text("of no run")
+    assert load_corpus(folder).fingerprint != before.fingerprint
+
+
+def test_a_folder_that_is_asked_for_by_name_may_be_a_run(folder):
+    before = load_corpus(folder)
+    (folder / "metrics.jsonl").write_text("{}")
+    assert len(load_corpus(folder).train) + len(load_corpus(folder).validation) > len(
+        before.train
+    ) + len(before.validation)
+
+
 def test_the_default_is_the_standard_library():
     corpus = load_corpus()
     assert len(corpus.train) > 5_000_000
@@ -107,6 +127,9 @@ def test_refusals(tmp_path):
         load_corpus(tmp_path)
     with pytest.raises(ValueError, match="must be UTF-8 text, got the binary file"):
         load_corpus(tmp_path / "a.bin")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 20)
+    with pytest.raises(ValueError, match="must be UTF-8 text, got bytes that are not UTF-8 in"):
+        load_corpus(tmp_path / "latin.txt")
     (tmp_path / "empty.txt").touch()
     with pytest.raises(ValueError, match="must hold at least 20 bytes of text, got 0"):
         load_corpus(tmp_path / "empty.txt")

@@ -118,6 +118,17 @@ def test_resuming_drops_later_rows_and_a_cut_off_line(tmp_path):
     assert path.read_text().endswith(to_json_line({"kind": "step", "step": 4, "again": True}))
 
 
+@pytest.mark.parametrize("line", [b'{"kind": "st', b"caf\xe9", b"[1]", b'{"step": 2}', b'"kind"'])
+def test_a_damaged_line_is_named_and_the_file_stays_as_it_is(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    whole = to_json_line({"kind": "step", "step": 1}).encode()
+    path.write_bytes(whole + line + b"\n" + whole)
+    with pytest.raises(ValueError, match="metrics: every line must be a JSON object") as error:
+        MetricsLog(tmp_path, resumed_step=1)
+    assert f"got {line!r} in line 2 of '{path}'" in str(error.value)
+    assert path.read_bytes() == whole + line + b"\n" + whole
+
+
 def test_a_missing_package_names_the_extra():
     with pytest.raises(RuntimeError, match=r"figures: .*'no_such_package'.*mhc-tile\[train\]"):
         require("no_such_package.part", "figures")

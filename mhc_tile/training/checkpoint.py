@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 
+from .config import TrainConfig
+
 FORMAT = "mhc_tile.training/1"
 FOLDER = "checkpoints"
+_PARTS = ("step", "config", "corpus", "model", "optimizer")
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -82,6 +85,29 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(_refusal(path, "a file of another kind"))
     return state
+
+
+def stored_config(path: Path, state: dict[str, Any]) -> TrainConfig:
+    """The configuration of a run, from a checkpoint that has all that `resume` needs.
+
+    Args:
+        path: of the checkpoint, for the message.
+        state: what `load_checkpoint` read from it.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: A part is missing, or the configuration is not one of this version.
+    """
+    for part in _PARTS:
+        if part not in state:
+            raise ValueError(_refusal(path, f"a file without {part!r}"))
+    try:
+        return TrainConfig.from_dict(state["config"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"a file with another configuration ({type(error).__name__}: {error})"
+        raise ValueError(_refusal(path, reason)) from error
 
 
 def find_checkpoint(path: Path) -> Path:

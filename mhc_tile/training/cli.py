@@ -71,7 +71,7 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `mhc-tile demo`."""
     defaults = DemoSettings()
     add = parser.add_argument
-    add("--resume", metavar="DIR", help="folder of a demo to continue; no other option")
+    add("--resume", metavar="DIR", help="folder of a demo to continue; no option but --threads")
     add("--out", metavar="DIR", help="folder, must not exist (default: runs/<time>)")
     add("--seed", type=int, default=defaults.seed, help=f"(default: {defaults.seed})")
     add(
@@ -103,6 +103,7 @@ def run_train(args: argparse.Namespace) -> int:
         ValueError: Bad input.
         RuntimeError: A package of the extra is missing.
     """
+    _refuse_beside_resume("train", args, add_train_arguments)
     out = Path(args.resume or args.out or _new_folder())
 
     def start() -> int:
@@ -129,6 +130,7 @@ def run_demo(args: argparse.Namespace) -> int:
         ValueError: Bad input.
         RuntimeError: A package of the extra is missing.
     """
+    _refuse_beside_resume("demo", args, add_demo_arguments, used=("threads",))
     out = Path(args.resume or args.out or _new_folder())
     hint = _resume_hint("demo", out)
 
@@ -150,6 +152,24 @@ def run_demo(args: argparse.Namespace) -> int:
         return 0
 
     return _guarded(start, lambda: hint if (out / "demo.json").exists() else "")
+
+
+def _refuse_beside_resume(
+    command: str,
+    args: argparse.Namespace,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    used: tuple[str, ...] = (),
+) -> None:
+    """Refuse what --resume would ignore: the run goes on with the options it was started with."""
+    if not args.resume:
+        return
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    for name, default in vars(parser.parse_args([])).items():
+        value = getattr(args, name)
+        if name not in ("resume", *used) and value != default:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{command}: {flag} must be left out with --resume, got {value!r}")
 
 
 def _guarded(start: Callable[[], int], hint: Callable[[], str]) -> int:
@@ -181,8 +201,9 @@ def _finish_train(result: TrainResult) -> int:
     if result.status == "diverged":
         say(f"step {result.step}: the loss is not finite; {_last_checkpoint(result.run_dir)}")
         return _FAILED
-    say(f"validation loss {result.validation_loss:.4f} nats per byte; written to {result.run_dir}")
-    return 0
+    loss = "-" if result.validation_loss is None else f"{result.validation_loss:.4f}"
+    say(f"validation loss {loss} nats per byte; written to {result.run_dir}")
+    return INTERRUPTED if result.stop_requested else 0
 
 
 def _last_checkpoint(run_dir: Path) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..config import MHCConfig
@@ -19,7 +20,7 @@ class TrainConfig:
         model: shape of the decoder; its vocabulary must hold the 256 bytes.
         residual: "residual", "hc" or "mhc".
         connection: constants of the connections.
-        corpus: a file or folder; None for the Python standard library's sources.
+        corpus: a file or folder, stored as a str; None for the Python standard library's sources.
         steps: optimizer steps.
         batch_size: sequences per step.
         sequence_length: predicted tokens per sequence, at most the model's context_length.
@@ -27,7 +28,7 @@ class TrainConfig:
         warmup_steps: steps of linear warm-up.
         weight_decay: of matrices, see `mhc_tile.training.optimizer.build_optimizer`.
         clip: gradients are scaled down to this global norm; 0 clips nothing.
-        seed: of the initialisation and of the order of the data.
+        seed: of the initialisation and of the order of the data; below 2**64.
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
         precision: "auto" (bf16 autocast on CUDA, else fp32), "fp32" or "bf16".
         log_every: steps between writes of metrics, each of which waits for the device once.
@@ -38,13 +39,13 @@ class TrainConfig:
         tensorboard: also write event files for TensorBoard.
 
     Raises:
-        ValueError: A value is out of range; the message names it.
+        ValueError: A value is of another type or out of range; the message names it.
     """
 
     model: ModelConfig = field(default_factory=lambda: model_config("1m"))
     residual: str = "mhc"
     connection: MHCConfig = field(default_factory=MHCConfig.paper)
-    corpus: str | None = None
+    corpus: str | Path | None = None
     steps: int = 1000
     batch_size: int = 8
     sequence_length: int = 128
@@ -64,10 +65,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Reject what no run could use."""
+        self._check_types()
+        if isinstance(self.corpus, Path):
+            object.__setattr__(self, "corpus", str(self.corpus))
         for name in ("steps", "batch_size", "sequence_length", "log_every", "eval_batches"):
             self._check(name, getattr(self, name) >= 1, "be at least 1")
         for name in ("warmup_steps", "monitor_every", "eval_every", "checkpoint_every", "seed"):
             self._check(name, getattr(self, name) >= 0, "be at least 0")
+        self._check("seed", self.seed < 2**64, "be below 2**64")
         for name in ("weight_decay", "clip", "learning_rate"):
             value = getattr(self, name)
             self._check(name, math.isfinite(value) and value >= 0, "be finite and at least 0")
@@ -84,6 +89,20 @@ class TrainConfig:
                 f"TrainConfig: model.vocab_size must be at least 256 for bytes, "
                 f"got {self.model.vocab_size}"
             )
+
+    def _check_types(self) -> None:
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            if entry.type is int:
+                whole = isinstance(value, int) and not isinstance(value, bool)
+                self._check(entry.name, whole, "be an integer")
+            elif entry.type is float:
+                self._check(entry.name, isinstance(value, int | float), "be a number")
+        for name, kind in (("model", ModelConfig), ("connection", MHCConfig)):
+            self._check(name, isinstance(getattr(self, name), kind), f"be of {kind.__name__}")
+        self._check("corpus", isinstance(self.corpus, str | Path | None), "be a path or None")
+        self._check("device", isinstance(self.device, str), "be the name of a device")
+        self._check("tensorboard", isinstance(self.tensorboard, bool), "be True or False")
 
     def _check(self, name: str, holds: bool, rule: str) -> None:
         if not holds:

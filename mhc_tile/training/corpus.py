@@ -15,6 +15,7 @@ from torch import Tensor
 
 VOCAB_SIZE = 256
 HELD_OUT = 20  # one file in HELD_OUT, or the last 1 / HELD_OUT of a single file, is held out
+_OF_A_RUN = {"metrics.jsonl", "demo.json"}
 _SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib"}
 
 
@@ -120,10 +121,11 @@ def is_held_out(relative_path: str) -> bool:
 def load_corpus(path: str | Path | None = None) -> Corpus:
     """Read a text file, a folder of text files, or the sources of Python's standard library.
 
-    Of a folder, every text file counts, in the order of its path; hidden ones and binary ones are
-    left out, and one in twenty is held out by the hash of its path. A folder that would hold out
-    none or all holds out its last one. Of a single file, the last twentieth is held out. Text is
-    UTF-8 without zero bytes.
+    Of a folder, every text file counts, in the order of its path; hidden ones, binary ones and
+    every directory below it with a run's `metrics.jsonl` or `demo.json` are left out, and one in
+    twenty is held out by the hash of its path. A folder that would hold out none or all holds out
+    its last one. Of a single file, the last twentieth is held out. Text is UTF-8 without zero
+    bytes.
 
     Args:
         path: a file or folder; None for the standard library's `.py` files (tests left out).
@@ -155,6 +157,9 @@ def load_corpus(path: str | Path | None = None) -> Corpus:
         for file in root.rglob("*")
         if file.is_file() and not any(p.startswith(".") for p in file.relative_to(root).parts)
     ]
+    # Runs are recorded under the working directory, which may be the corpus: it must not grow.
+    runs = {file.parent for file in files if file.name in _OF_A_RUN} - {root}
+    files = [file for file in files if runs.isdisjoint(file.parents)]
     return _from_folder(root, files, str(root))
 
 
@@ -175,7 +180,8 @@ def _tokens(documents: list[bytes]) -> Tensor:
 def _from_file(path: Path) -> Corpus:
     content = path.read_bytes()
     if not _is_text(content):
-        raise ValueError(f"corpus: path must be UTF-8 text, got the binary file {str(path)!r}")
+        kind = "the binary file" if b"\0" in content else "bytes that are not UTF-8 in"
+        raise ValueError(f"corpus: path must be UTF-8 text, got {kind} {str(path)!r}")
     cut = len(content) - len(content) // HELD_OUT
     if cut == len(content):
         raise ValueError(

@@ -111,12 +111,18 @@ def stored_settings(out: Path) -> DemoSettings:
     """The settings that `start_demo` stored.
 
     Raises:
-        ValueError: The folder is not a demo's.
+        ValueError: The folder is not a demo's, or the settings are damaged.
     """
     path = out / "demo.json"
     if not path.is_file():
         raise ValueError(f"demo: resume must be the folder of a demo, got {str(out)!r}")
-    return DemoSettings(**json.loads(path.read_text(encoding="utf-8")))
+    try:
+        return DemoSettings(**json.loads(path.read_bytes()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"demo: resume must be the folder of a demo with its settings, "
+            f"got {str(path)!r} ({type(error).__name__}: {error})"
+        ) from error
 
 
 def run_legs(out: Path, listener: Callable[[str, TrainConfig], OnRows]) -> DemoResult:
@@ -129,15 +135,23 @@ def run_legs(out: Path, listener: Callable[[str, TrainConfig], OnRows]) -> DemoR
 
     Returns:
         The result.
+
+    Raises:
+        ValueError: The records of a leg are damaged.
     """
     legs: list[Leg] = []
     for name, config in stored_settings(out).legs().items():
         result = _run_leg(out / name, config, listener(name, config))
-        rows = read_metrics(result.run_dir / "metrics.jsonl")
+        metrics = result.run_dir / "metrics.jsonl"
+        rows = read_metrics(metrics)
+        if not any(row["kind"] == "step" for row in rows):
+            raise ValueError(
+                f"demo: metrics must hold the steps of {name}, got none in {str(metrics)!r}"
+            )
         legs.append(_summarise(name, config, result, rows))
         combined = [{"run": leg.name, **row} for leg in legs for row in leg.rows]
         replace_metrics(out / "metrics.jsonl", combined)
-        if result.status == "interrupted":
+        if result.stop_requested:
             return DemoResult(legs, None)
     figures = draw_all(out, legs)
     return DemoResult(legs, write_report(out, legs, figures, result.corpus.name))

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models import Decoder
-from .checkpoint import Checkpoints, find_checkpoint, load_checkpoint
+from .checkpoint import Checkpoints, find_checkpoint, load_checkpoint, stored_config
 from .config import TrainConfig
 from .corpus import Corpus, load_corpus
 from .metrics import MetricsLog, Row
@@ -42,6 +42,8 @@ class TrainResult:
         model: as it stands.
         corpus: it was trained on.
         validation_loss: the last one, nats per byte; None if there was none.
+        stop_requested: whether Ctrl-C came; in the last step, validation or save of a run that is
+            "done", it is for the caller to act on.
     """
 
     status: str
@@ -50,6 +52,7 @@ class TrainResult:
     model: Decoder
     corpus: Corpus
     validation_loss: float | None
+    stop_requested: bool = False
 
 
 def train(
@@ -89,11 +92,12 @@ def resume(path: str | Path, *, on_rows: OnRows | None = None) -> TrainResult:
         The result, as of `train`.
 
     Raises:
-        ValueError: There is no checkpoint, it is truncated or foreign, or the corpus has changed.
+        ValueError: There is no checkpoint, it is truncated, foreign or incomplete, the metrics are
+            damaged, or the corpus has changed.
     """
     checkpoint = find_checkpoint(Path(path)).resolve()
     state = load_checkpoint(checkpoint)
-    config = TrainConfig.from_dict(state["config"])
+    config = stored_config(checkpoint, state)
     return _Run(config, checkpoint.parent.parent, on_rows, (checkpoint, state)).train()
 
 
@@ -181,9 +185,9 @@ class _Run:
 
     def train(self) -> TrainResult:
         """Run the remaining steps."""
-        config = self.config
+        config, stop = self.config, _StopRequest()
         try:
-            with _StopRequest() as stop:
+            with stop:
                 self._start_clock()
                 stopping = False
                 while self.step < config.steps and not stopping:
@@ -194,7 +198,7 @@ class _Run:
                     evaluating = last or self._due(config.eval_every)
                     writing = saving or evaluating or self._due(config.log_every)
                     if writing and not self._flush():
-                        return self._result("diverged")
+                        return self._result("diverged", stop)
                     if evaluating:
                         self._evaluate()
                     if saving:
@@ -202,7 +206,7 @@ class _Run:
         finally:
             self.log.close()
             self.monitor.remove()
-        return self._result("done" if self.step == config.steps else "interrupted")
+        return self._result("done" if self.step == config.steps else "interrupted", stop)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -302,7 +306,7 @@ class _Run:
         losses = {row["step"]: row["loss"] for row in rows if row["kind"] == "step"}
         for row in rows:
             if row["kind"] == "gain":
-                self.rule.update(row, losses[row["step"]])
+                self.rule.update(row, losses.get(row["step"]))
             elif row["kind"] == "validation":
                 self.validation_loss = row["loss"]
         if self.on_rows is not None:
@@ -332,7 +336,13 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
 
-    def _result(self, status: str) -> TrainResult:
+    def _result(self, status: str, stop: _StopRequest) -> TrainResult:
         return TrainResult(
-            status, self.step, self.run_dir, self.model, self.corpus, self.validation_loss
+            status,
+            self.step,
+            self.run_dir,
+            self.model,
+            self.corpus,
+            self.validation_loss,
+            stop.pending,
         )

@@ -33,9 +33,32 @@ def to_json_line(row: Row) -> str:
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The rows of a metrics file; a last line that was cut off by a power failure is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    """The rows of a metrics file; a last line that was cut off by a power failure is left out.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        One row per line.
+
+    Raises:
+        ValueError: Another line is damaged; the message names the file and the line.
+    """
+    lines = path.read_bytes().split(b"\n")
+    return [_row(path, number, line) for number, line in enumerate(lines[:-1], 1)]
+
+
+def _row(path: Path, number: int, line: bytes) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError:  # bad JSON or bad UTF-8
+        row = None
+    if not isinstance(row, dict) or "kind" not in row or not isinstance(row.get("step"), int):
+        raise ValueError(
+            f"metrics: every line must be a JSON object with 'kind' and 'step', "
+            f"got {line[:40]!r} in line {number} of {str(path)!r}"
+        )
+    return row
 
 
 def replace_metrics(path: Path, rows: list[Row]) -> None:
