@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..kernels import _static, _toolchain
+from ..kernels import _lowering, _static, _toolchain
 from . import compiling, journal, report, table, tuner
 from ._extras import require
 from .device import Device, describe, driver_version, identity
@@ -101,6 +101,11 @@ def _target(args: argparse.Namespace) -> tuple[Device | None, Target]:
             raise ValueError("autotune: --arch must come with --compile-only or --dry-run")
         if not re.fullmatch(r"sm_\d+[a-z]?", args.arch):
             raise ValueError(f"autotune: --arch must be such as sm_90a, got {args.arch}")
+        try:
+            _lowering.shared_memory_limit(args.arch)
+        except ValueError as error:  # before all is compiled
+            said = str(error).partition(": ")[2]
+            raise ValueError(f"autotune: --{said}") from error
         known = _toolchain.MULTIPROCESSORS.get(args.arch)
         if not (number := args.multiprocessors or known):
             raise ValueError(

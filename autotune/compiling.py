@@ -25,6 +25,7 @@ from .table import write
 
 SECONDS = 300.0  # for one program; the slowest take 10 on one core
 _LIBRARY = "executable.so"  # of a kernel in TileLang's cache, with its cubin
+_FORMAT = "2"  # of what records say; older ones are not read
 _HANDLER = f"{__name__}:handler"
 _KERNELS = Path(_toolchain.__file__).parent
 
@@ -54,7 +55,7 @@ class Job:
     def path(self) -> Path:
         """The file of its record."""
         digest = program_fingerprint(self.module)
-        parts = (self.module, self.name, repr(self.constants), self.arch, digest)
+        parts = (_FORMAT, self.module, self.name, repr(self.constants), self.arch, digest)
         digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
         return _toolchain.kernel_cache() / "mhc_tile" / f"{digest}.json"
 

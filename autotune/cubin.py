@@ -2,8 +2,8 @@
 
 A cubin is an ELF file of machine 190. Its section `.nv.info` holds registers and stack frame of
 each kernel as tagged records, `.nv.info.<kernel>` the threads of a block, and the size of
-`.nv.shared.<kernel>` is the static shared memory. ptxas -v prints the same numbers, but only to who
-compiles again.
+`.nv.shared.<kernel>` is the static shared memory, from sm_90 on with the system's KiB. ptxas -v
+prints the same numbers without that, but only to who compiles again.
 """
 
 import struct
@@ -14,6 +14,7 @@ _MAGIC = b"\x7fELF\x02\x01"
 _CUDA = 190
 _SYMBOLS = 2  # section type
 _REGISTERS, _FRAME, _MAX_THREADS = 0x2F, 0x11, 0x05  # tags in .nv.info
+_RESERVE, _RESERVED = ".nv.shared.reserved.0", 1024  # where a cubin has it, in each kernel's bytes
 _SIZED = 4  # format of a record whose payload follows; the others end after four bytes
 
 
@@ -74,6 +75,8 @@ def _of_cubin(elf: memoryview) -> dict[str, Usage]:
         x, y, z = struct.unpack("<III", threads) if threads else (0, 0, 0)
         shared = by_name.get(f".nv.shared.{name}")
         static = shared.size if shared else 0
+        if _RESERVE in by_name:
+            static = max(0, static - _RESERVED)
         found[name] = Usage(registers, taken[_FRAME].get(name, 0), x * y * z, static)
     return found
 

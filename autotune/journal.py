@@ -107,7 +107,12 @@ class Journal:
         self._write({"code": self._code, "problem": asdict(problem), **values})
 
     def _write(self, values: dict[str, Any]) -> None:
-        os.write(self._file, json.dumps(values).encode() + b"\n")  # reaches the file whole
+        line = json.dumps(values).encode() + b"\n"
+        if os.write(self._file, line) != len(line):  # a full disk; else it reaches the file whole
+            os.write(self._file, b"\n")  # the next line is one of its own
+            raise OSError(
+                f"autotune: the journal must take a whole line, got a part of it in {self.path}"
+            )
         self.refresh()
 
     def _read(self, line: bytes) -> None:

@@ -173,7 +173,7 @@ def _plan(tables: Tables, problem: Problem, regime: str, own: Any, target: Any) 
     tokens = _nearest(family.entries, problem.tokens)
     try:
         config = _adapted(family, tokens, problem, own, target)
-    except ValueError as error:
+    except (ValueError, ArithmeticError, TypeError) as error:  # whatever is in a file
         tables.ban(family.key, problem.channels, str(error))
         return _plan(tables, problem, regime, own, target)
     entry = family.entries[tokens]

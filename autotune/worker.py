@@ -85,7 +85,7 @@ class Worker:
             WorkerHung: It said nothing in time; it has been killed.
         """
         if not self._ready:
-            assert self.message(START_SECONDS) == READY
+            self._expect(READY, START_SECONDS)
             self._ready = True
         while (said := self.message(seconds)) != DONE:
             yield said
@@ -110,6 +110,11 @@ class Worker:
             return self.connection.recv()
         except (EOFError, OSError) as error:
             raise WorkerDied(self._epitaph()) from error
+
+    def _expect(self, wanted: str, seconds: float) -> None:
+        if (said := self.message(seconds)) != wanted:
+            self.kill()
+            raise WorkerDied(f"the process said {said!r} where {wanted!r} was its turn")
 
     def _epitaph(self) -> str:
         self._process.join(5)
@@ -176,7 +181,7 @@ def pooled(
         if said != READY:
             try:
                 worker.send(GO_ON)
-                assert worker.message(DONE_SECONDS) == DONE  # tasks of a pool have one answer
+                worker._expect(DONE, DONE_SECONDS)  # tasks of a pool have one answer
             except (WorkerDied, WorkerHung):
                 return said, None
         return said, worker

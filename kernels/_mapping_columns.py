@@ -66,6 +66,16 @@ class Config:
 
     def __post_init__(self):
         """Reject what cannot launch."""
+        if self.threads < 32 or self.threads % 32:
+            raise ValueError(
+                "mapping_backward: config.threads must be a multiple of 32 and at least that, got "
+                f"{self.threads}"
+            )
+        for name in ("columns", "groups", "min_blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"mapping_backward: config.{name} must be positive, got {getattr(self, name)}"
+                )
         if self.tile not in (16, 32):
             raise ValueError(f"mapping_backward: config.tile must be 16 or 32, got {self.tile}")
         if self.stages not in (2, 3, 4):
@@ -75,8 +85,6 @@ class Config:
                 "mapping_backward: config.columns must be a power of two and a multiple of 16 a "
                 f"warp, got {self.columns} for {self.threads} threads"
             )
-        if self.groups < 1:
-            raise ValueError(f"mapping_backward: config.groups must be positive, got {self.groups}")
 
 
 def default_config(

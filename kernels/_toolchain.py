@@ -13,7 +13,9 @@ from pathlib import Path
 # The compute capabilities that kernels are written for, oldest first.
 MINIMUM_CAPABILITY = (8, 0)
 STREAMS = (1, 2, 4, 8)  # the n that kernels are written and checked for
-MOST_TOKENS = 2**31 - 1  # launches keep 32 bits of a size and drop the others without an error
+# Launches keep 32 bits of a size and drop the others without an error. Blocks round tokens up, and
+# what is asked for ahead lies some rounds further.
+MOST_TOKENS = 2**31 - 2**16
 REQUIRED_TILELANG = "0.1.15"
 # Of the largest GPU of each architecture that programs are checked for.
 MULTIPROCESSORS = {"sm_80": 108, "sm_89": 142, "sm_90a": 132, "sm_100a": 148, "sm_120a": 170}

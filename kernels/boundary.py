@@ -41,6 +41,7 @@ from ._projection import WARP, WARP_ROLE_CONFIGS
 from ._team_roles import apply_macro, help_macro, send_macros
 
 MEASURED = ("sm_90a",)  # on sm_100a two words of a round spill
+MOST_MEMBERS = 28  # measured; more of them spill more
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Config(pre_team.Config):
     apply_warps: int = 8
     registers: int = 48
     merge_registers: int = 88
-    spare: ClassVar[int] = 16  # enough: nothing spills
+    spare: ClassVar[int] = 16  # from C = 1280 to 6144 nothing spills, at 7168 seven words do
 
     def project_registers(self, n: int, channels: int) -> int:
         """Registers of a projecting thread once the other roles have given theirs up."""
@@ -79,8 +80,8 @@ def beside(config: Any, n: int, channels: int, arch: str) -> Config | None:
     """The configuration that adds as `pre` does with one of its own; None where two launches run.
 
     H200, 2026-11-28, us, `merge` and `pre` / one launch: 8192 x 1280 89 / 78, 8192 x 2560
-    163 / 140, 8192 x 4096 256 / 216, 4096 x 7168 250 / 217, 512 x 2560 20.5 / 17.4. Members of
-    fewer channels than a warp's lanes hold are slower: 32 of them at 4096 x 7168 236 / 267.
+    163 / 140, 8192 x 4096 256 / 216, 4096 x 7168 250 / 217, 512 x 2560 20.5 / 17.4. More
+    members than ceil(C / 256) leave lanes idle and are slower: 32 at 4096 x 7168 236 / 267.
 
     Args:
         config: of `pre`; its form by teams, which is for many tokens, has a counterpart.
@@ -91,7 +92,7 @@ def beside(config: Any, n: int, channels: int, arch: str) -> Config | None:
     if not isinstance(config, pre_team.Config):
         return None
     own = Config(config.members, config.teams, config.steps, config.group)
-    full = own.members == ceil_div(channels, WARP * CHUNK)
+    full = own.members == ceil_div(channels, WARP * CHUNK) <= MOST_MEMBERS
     return own if full and arch in MEASURED and own.launches(n, channels, arch) else None
 
 
@@ -291,8 +292,8 @@ def forward(
     Returns:
         x_next [T, n, C] and layer_input [T, C] in x's dtype; h_post_next [T, n], h_res_next
         [T, n, n], projection [T, n*n + 2n], inv_rms [T], fp32. None where `merge` and `pre` are to
-        be called: with few tokens, n other than 4, fp32, a C that is no multiple of 8, members
-        of less than 256 channels or a GPU other than those `MEASURED`.
+        be called: with few tokens, n other than 4, fp32, a C that is no multiple of 8, more
+        members than ceil(C / 256) or than 28, or a GPU other than those `MEASURED`.
 
     Raises:
         ValueError: A `Config` of this module does not launch on this GPU.

@@ -378,12 +378,11 @@ def launch(
     """
     _, n, channels = x.shape
     arch, available = architecture(x.device), count_multiprocessors(x.device)
-    assert n == STREAMS
-    assert x.dtype == torch.bfloat16
-    if config.members * config.teams > available or not _launches(config, channels, arch):
+    fits = n == STREAMS and x.dtype == torch.bfloat16 and _launches(config, channels, arch)
+    if config.members * config.teams > available or not fits:
         raise ValueError(
-            f"pre_backward: config must launch for C {channels} on the {available} multiprocessors "
-            f"of this {arch} GPU, got {config}"
+            f"pre_backward: config must launch for {x.dtype}, n {n}, C {channels} on the "
+            f"{available} multiprocessors of this {arch} GPU, got {config}"
         )
     grad_x = torch.empty_like(x)
     parts = phi.new_empty(config.teams, phi.shape[0], n, channels)

@@ -88,7 +88,15 @@ class Config:
         counts = (self.members, self.teams, self.steps, self.group, self.batches)
         smallest = min(*counts, self.ahead, self.apply_warps, self.owners)
         if smallest < 1 or self.lag < 2 or self.group % (8 * max(self.batches, 1)):
-            raise ValueError(f"pre: config must be one that can launch, got {self}")
+            raise ValueError(
+                "pre: config must have positive counts, a lag of at least 2 and a group of a "
+                f"multiple of 8 * batches tokens, got {self}"
+            )
+        if self.registers % 8 or not 24 <= self.registers <= 240:
+            raise ValueError(
+                "pre: config.registers must be a multiple of 8 from 24 to 240, got "
+                f"{self.registers}"
+            )
 
     @property
     def depth(self) -> int:
@@ -148,6 +156,7 @@ class Config:
         if overlaps(arch):
             granted = self.project_registers(n, channels)
         fits = self.shared_bytes(n, channels) <= shared_limit(arch)
+        fits = fits and segment.width <= 8 * WARP * self.apply_warps  # 8 channels a lane
         return fits and threads <= 1024 and needed + self.spare <= granted
 
 

@@ -21,7 +21,7 @@ from mhc_tile.autotune import _extras, cli, compiling, cubin, journal, measuring
 from mhc_tile.autotune.problems import PRESETS, TOKENS, Problem, Shape, problems
 from mhc_tile.autotune.registry import KERNELS, Target
 from mhc_tile.autotune.resources import occupancy
-from mhc_tile.kernels import _static, _toolchain, streams
+from mhc_tile.kernels import _static, _toolchain, sinkhorn, streams
 from mhc_tile.kernels._static import Resources
 from test_table import DEVICE
 
@@ -85,6 +85,16 @@ def test_a_cubin_tells_what_the_assembler_printed(places):
     for path in (places / "cache").rglob("executable.so"):
         path.unlink()  # of TileLang's cache; the record alone is not enough
     assert compiling.known(job) is None
+
+
+@needs_compiler
+def test_the_system_s_shared_memory_is_no_kernel_s(places):
+    constants = (4, 3, 0.0, 32)
+    job = compiling.Job(sinkhorn.__name__, "backward_program", constants, "sm_90a")
+    program = sinkhorn.backward_program
+    printed = _static.resources(program.factory(*constants), job.arch, program.pass_configs)
+    assert compiling.build(job) == printed
+    assert printed[0].static_smem == 0
 
 
 @needs_compiler
@@ -196,6 +206,8 @@ def test_an_unknown_architecture_needs_its_multiprocessors(capsys):
 def test_an_architecture_that_is_none_is_refused(capsys):
     why = fails(capsys, *SMALL, "--dry-run", "--arch", "hopper", "--multiprocessors", "132")
     assert "--arch must be such as sm_90a, got hopper" in why
+    why = fails(capsys, *SMALL, "--dry-run", "--arch", "sm_75", "--multiprocessors", "40")
+    assert "autotune: --arch must be one of sm_80, sm_86" in why
 
 
 def test_without_tilelang_it_says_what_to_install(capsys, monkeypatch):

@@ -55,9 +55,9 @@ def test_the_reference_serves_more_tokens_than_a_launch_counts(implementation, l
     _dispatch._warn_once.cache_clear()
     one = torch.zeros(1, *last) if last else torch.zeros(1, 1, 1)
     last = last or (1, 1)
-    for tokens in ((2**31 - 1,), (3, 2**15)):
+    for tokens in ((2**31 - 2**16,), (3, 2**15)):
         assert implementation(one.expand(*tokens, *last))[0] == "kernel"
-    with pytest.warns(RuntimeWarning, match=r"op: .*at most 2147483647 tokens, got 2147483648"):
+    with pytest.warns(RuntimeWarning, match=r"op: .*at most 2147418112 tokens, got 2147483648"):
         assert implementation(one.expand(2**31, *last))[0] == "reference"
     assert implementation(one.expand(2**16, 2**15, *last))[0] == "reference"  # warned already
 
@@ -328,3 +328,35 @@ def test_kernels_return_what_the_op_returns(name, tokens):
     assert {op for op, _ in seen.compared} == {name, f"{name}_backward"}
     for op, (found, expected) in seen.compared:
         assert found == expected, op
+
+
+def test_a_team_s_warps_cover_its_channels():
+    """The warps that apply take 8 channels a lane and do not loop."""
+    from mhc_tile.kernels import pre_team
+
+    narrow = pre_team.Config(2, 1, group=8, lag=2, apply_warps=1, owners=1)
+    assert not narrow.launches(2, 1024, "sm_90a")
+    assert narrow.launches(2, 512, "sm_90a")
+    for registers in (0, 81, 248):
+        with pytest.raises(ValueError, match=f"registers must be a multiple of 8 .* {registers}"):
+            pre_team.Config(10, 13, registers=registers)
+
+
+def test_a_table_s_threads_do_not_limit_the_iterations(monkeypatch):
+    """More iterations than those that a table was measured with take the default's threads."""
+    from mhc_tile.kernels import sinkhorn
+
+    used = []
+
+    def program(arch, n, iters, eps, threads):
+        used.append(threads)
+        return lambda *_: None
+
+    monkeypatch.setattr(sinkhorn, "backward_program", program)
+    monkeypatch.setattr(sinkhorn, "architecture", lambda _: "sm_90a")
+    logits, wide = torch.zeros(3, 4, 4), sinkhorn.Config(threads=128)
+    for iters in (20, 57):
+        sinkhorn.backward(logits, logits, iters=iters, eps=0.0, config=wide)
+    assert used == [128, sinkhorn.default_config().threads]
+    with pytest.raises(RuntimeError, match="sinkhorn: iters must be at most"):
+        sinkhorn.backward(logits, logits, iters=5000, eps=0.0, config=wide)

@@ -190,12 +190,18 @@ BROKEN = {
     "a field less": {"type": "merge.ForwardConfig", "threads": 32},
     "a text": {"type": "merge.ForwardConfig", "threads": "32", "vectors": 1},
     "refused": {"type": "merge.ForwardConfig", "threads": 33, "vectors": 1},
-}
+    "too small": {
+        "type": "_mapping_columns.Config", "columns": 256, "tile": 16, "threads": 16, "stages": 3,
+        "groups": 2, "min_blocks": 2,
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("values", BROKEN.values(), ids=BROKEN)
 def test_a_configuration_that_no_longer_decodes_is_bypassed_with_a_note(values):
-    with pytest.raises(ValueError, match=r"decode: |merge: config"):
+    with pytest.raises(
+        ValueError, match=r"decode: |(merge|mapping_backward): config"
+    ):
         decode(values)
     tables = tables_of(merge={64: table.Entry(values, False, 9.0, 10.0)})
     decision = ask(tables, "merge", 64)
@@ -221,7 +227,7 @@ def test_only_scheduling_is_left_out_of_the_order():
     config = registry.default(problem("pre"), TARGET)
     order = KERNELS["pre"].order(config)
     for field in dataclasses.fields(config):
-        step = 8 if field.name == "group" else 1
+        step = 8 if field.name in ("group", "registers") else 1
         changed = dataclasses.replace(config, **{field.name: getattr(config, field.name) + step})
         same = KERNELS["pre"].order(changed) == order
         assert same == (field.name in registry.SCHEDULING), field.name

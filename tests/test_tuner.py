@@ -375,3 +375,14 @@ def test_sums_over_tokens_have_bits_of_their_own():
     order = registry.KERNELS["merge_backward"].order
     assert order(BackwardConfig(32, 8, 16)) == order(BackwardConfig(32, 8, 20))
     assert order(BackwardConfig(32, 8)) != order(BackwardConfig(64, 8))
+
+
+def test_a_journal_that_has_no_room_for_a_line_says_so_and_loses_no_other(tmp_path, monkeypatch):
+    kept, real = Journal(tmp_path / "gpu.jsonl", "code"), os.write
+    kept.note_bandwidth(3e12)
+    monkeypatch.setattr(os, "write", lambda file, data: real(file, data[:5]))
+    with pytest.raises(OSError, match=r"the journal must take a whole line, got a part of it in "):
+        kept.note_bandwidth(4e12)
+    monkeypatch.undo()
+    kept.note_bandwidth(5e12)
+    assert Journal(tmp_path / "gpu.jsonl", "code").bandwidth == 5e12

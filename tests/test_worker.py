@@ -57,6 +57,14 @@ def test_a_pool_answers_every_task_and_replaces_who_fails():
     assert 1 < len({pid for _, pid in said.values()}) <= 4
 
 
+def test_a_message_out_of_turn_ends_the_worker():
+    worker = Worker(ECHO)
+    worker._ready = True  # so that READY comes where an answer was its turn
+    with pytest.raises(WorkerDied, match="the process said 'ready' where 'done' was its turn"):
+        worker._expect("done", 60.0)
+    assert not worker._process.is_alive()
+
+
 def test_a_pool_has_no_more_processes_than_tasks():
     (answer,) = pooled(ECHO, ["a"], jobs=8, seconds=30.0)
     assert answer[0] == "a"
