@@ -125,6 +125,34 @@ def test_streams_have_the_autocast_dtype(residual, config):
     assert (logits - exact).norm() < 0.05 * exact.norm()
 
 
+@pytest.mark.parametrize("config", SHAPES)
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_runs_on_meta(residual, config):
+    with torch.device("meta"):
+        model = Decoder(config, residual)
+    logits = model(tokens().to("meta"))
+    assert (logits.shape, logits.device.type) == ((2, 12, 256), "meta")
+
+
+@pytest.mark.parametrize("config", SHAPES)
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_a_decoder_made_on_meta_loads(residual, config):
+    model = decoder(residual, config=config)
+    with torch.device("meta"):
+        loaded = Decoder(config, residual)
+    loaded.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*loaded.parameters(), *loaded.buffers()):
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 7)
+    for module in loaded.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    loaded.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(loaded(tokens()), model(tokens()))
+    for buffer, other in zip(loaded.buffers(), model.buffers(), strict=True):
+        assert torch.equal(buffer, other)
+
+
 def kinds(config: ModelConfig) -> list[type]:
     with torch.device("meta"):
         model = Decoder(config, "residual")

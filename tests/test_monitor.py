@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mhc_tile import MHCConfig
 from mhc_tile.models import Decoder, ModelConfig
@@ -118,10 +119,78 @@ def test_listening_changes_nothing_and_stops():
     monitor.samples()
     assert torch.equal(before, during)
     model(batch)
-    with pytest.raises(RuntimeError, match="must run all 4 connections, got 0"):
+    with pytest.raises(
+        RuntimeError, match="must run all 4 connections on at least one token, got 0"
+    ):
         monitor.samples()
     monitor.remove()
-    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("kind", [HyperConnection, ManifoldHyperConnection])
+def test_a_shared_connection_counts_as_often_as_it_runs(kind):
+    connection = kind(nn.Identity(), 8)
+    connection.tap.register_forward_hook(lambda _module, _inputs, h_res: doubled(h_res))
+    stack = HyperConnectedStack([connection] * 3)
+    monitor = GainMonitor(stack)
+    with monitor.listen():
+        stack(torch.randn(5, 4, 8))
+    gains = measure_gains(monitor.samples())
+    assert gains["forward"].tolist() == [2.0] * 3
+    assert gains["composite_forward"].item() == 8.0
+
+
+def doubled(h_res: torch.Tensor) -> torch.Tensor:
+    return 2 * torch.eye(4).expand_as(h_res)
+
+
+def test_a_call_of_the_model_starts_a_new_record():
+    stack = HyperConnectedStack([HyperConnection(nn.Identity(), 8) for _ in range(2)])
+    monitor = GainMonitor(stack)
+    with monitor.listen():
+        stack(torch.randn(5, 4, 8))
+        stack(torch.randn(7, 4, 8))
+        stack(torch.randn(0, 4, 8))
+    assert monitor.samples().shape == (2, 7, 4, 4)
+
+
+def test_a_pass_without_tokens_is_no_record():
+    stack = HyperConnectedStack([HyperConnection(nn.Identity(), 8)])
+    monitor = GainMonitor(stack)
+    with monitor.listen():
+        stack(torch.randn(0, 4, 8))
+    with pytest.raises(RuntimeError, match="must run all 1 connections on at least one token"):
+        monitor.samples()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("whole", [True, False])
+def test_recompute_is_no_further_call(whole, reentrant):
+    connections = [HyperConnection(nn.Identity(), 8) for _ in range(3)]
+    for index, connection in enumerate(connections):
+        connection.bias.data[8:] *= index + 1
+    model = nn.Sequential(*connections)
+    monitor = GainMonitor(model)
+    x = torch.randn(5, 4, 8, requires_grad=True)
+    with monitor.listen():
+        for part in [model] if whole else connections:
+            x = checkpoint(part, x, use_reentrant=reentrant)
+        x.sum().backward()
+    assert measure_gains(monitor.samples())["forward"].tolist() == [1.0, 2.0, 3.0]
+
+
+def test_a_compiled_model_is_heard():
+    stack = HyperConnectedStack([ManifoldHyperConnection(nn.Linear(8, 8), 8) for _ in range(2)])
+    monitor = GainMonitor(stack)
+    torch._dynamo.reset()
+    compiled = torch.compile(stack, fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, 4, 8)
+    with monitor.listen():
+        compiled(x).sum().backward()
+    recorded = monitor.samples()
+    with monitor.listen():
+        stack(x)
+    assert (recorded - monitor.samples()).abs().max() < 1e-6
 
 
 def test_a_plain_residual_has_nothing_to_monitor():

@@ -218,10 +218,9 @@ def test_a_stack_compiles_whole(backend):
     assert stack.connections[0].phi.grad.any()
 
 
-def test_a_stack_exports():
-    stack = mhc_nn.HyperConnectedStack(
-        mhc_nn.ManifoldHyperConnection(layer, WIDTH) for layer in layers(2)
-    )
+@pytest.mark.parametrize("kind", [mhc_nn.ManifoldHyperConnection, mhc_nn.HyperConnection])
+def test_a_stack_exports(kind):
+    stack = mhc_nn.HyperConnectedStack(kind(layer, WIDTH) for layer in layers(2))
     x = torch.randn(6, 4, WIDTH)
     program = torch.export.export(stack, (x,), dynamic_shapes=({0: torch.export.Dim("tokens")},))
     assert torch.equal(program.module()(x[:3]), stack(x[:3]))
@@ -284,6 +283,8 @@ def test_deepseek_v4_refuses_other_shapes_before_it_copies():
     with pytest.raises(ValueError, match=re.escape(message)):
         mhc_nn.load_deepseek_v4(block, torch.randn(24, 64), torch.zeros(8), torch.ones(3))
     assert torch.equal(block.phi, before)
+    with pytest.raises(TypeError, match=r"load_deepseek_v4: fn must be a torch\.Tensor, got list"):
+        mhc_nn.load_deepseek_v4(block, [1], 2, 3)
     with pytest.raises(TypeError, match="must be a ManifoldHyperConnection or a Head, got Linear"):
         mhc_nn.load_deepseek_v4(nn.Linear(1, 1), *[torch.zeros(1)] * 3)
 
@@ -293,8 +294,25 @@ def test_bad_modules():
         mhc_nn.ManifoldHyperConnection(3, WIDTH)
     with pytest.raises(ValueError, match="hidden_size must be an int of at least 1, got 0"):
         mhc_nn.HyperConnection(nn.Identity(), 0)
-    with pytest.raises(ValueError, match="layer_index must be at least 0, got -1"):
-        mhc_nn.HyperConnection(nn.Identity(), WIDTH, layer_index=-1)
+    for index in (-1, 1.5):
+        with pytest.raises(
+            ValueError, match=f"layer_index must be an int of at least 0, got {index}"
+        ):
+            mhc_nn.HyperConnection(nn.Identity(), WIDTH, layer_index=index)
+    for kind in (mhc_nn.ManifoldHyperConnection, mhc_nn.HyperConnection):
+        with pytest.raises(ValueError, match="hidden_size must be an int of at least 1, got True"):
+            kind(nn.Identity(), True)
+        with pytest.raises(
+            TypeError, match=f"{kind.__name__}: config must be an MHCConfig, got int"
+        ):
+            kind(nn.Identity(), WIDTH, 0)
+    with pytest.raises(TypeError, match="Head: config must be an MHCConfig, got dict"):
+        mhc_nn.Head(WIDTH, {})
+    with pytest.raises(TypeError, match="Residual: layer must be a module, got NoneType"):
+        mhc_nn.Residual(None)
+    for count in (0, 2.0, True):
+        with pytest.raises(ValueError, match="Expand: num_streams must be an int of at least 1"):
+            mhc_nn.Expand(count)
     with pytest.raises(ValueError, match="Collapse: mode must be one of"):
         mhc_nn.Collapse("max")
     with pytest.raises(ValueError, match="Head: hidden_size must be an int of at least 1"):
@@ -305,8 +323,30 @@ def test_bad_modules():
     narrow = mhc_nn.ManifoldHyperConnection(nn.Linear(WIDTH, 8), WIDTH)
     with pytest.raises(ValueError, match=re.escape("layer_output must have shape [3, 16]")):
         narrow(torch.randn(3, 4, WIDTH))
-    with pytest.raises(ValueError, match="phi must have shape"):
-        block(torch.randn(3, 2, WIDTH))
+
+
+@pytest.mark.parametrize("name", ["ManifoldHyperConnection", "HyperConnection", "Head", "pre"])
+def test_streams_of_another_shape_are_named(name):
+    if name == "Head":
+        entrance = mhc_nn.Head(WIDTH)
+    else:
+        kind = "ManifoldHyperConnection" if name == "pre" else name
+        block = getattr(mhc_nn, kind)(nn.Linear(WIDTH, WIDTH), WIDTH)
+        name, entrance = kind, block.pre if name == "pre" else block
+    for shape in ((2, 10, WIDTH), (3, 2, WIDTH), (3, 4, 8), (WIDTH,)):
+        message = f"{name}: x must have shape [..., 4, 16], got {list(shape)}"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            entrance(torch.randn(shape))
+    with pytest.raises(TypeError, match=f"{name}: x must be a torch.Tensor, got list"):
+        entrance([1.0])
+    with pytest.raises(ValueError, match=f"{name}: x must have a dtype of .*, got int64"):
+        entrance(torch.ones(3, 4, WIDTH, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("kind", [mhc_nn.ManifoldHyperConnection, mhc_nn.HyperConnection])
+def test_sublayers_run_on_meta(kind):
+    block = kind(nn.Linear(WIDTH, WIDTH, device="meta"), WIDTH, device="meta")
+    assert block(torch.empty(3, 4, WIDTH, device="meta")).shape == (3, 4, WIDTH)
 
 
 def test_repr_names_the_sizes():

@@ -23,6 +23,7 @@ from ..nn import (
     ManifoldHyperConnection,
     Residual,
 )
+from ..nn._autocast import autocast_dtype
 from .configs import ModelConfig
 from .layers import INPUT_STD, Attention, FeedForward, RMSNorm
 from .mla import LatentAttention
@@ -53,6 +54,20 @@ class Decoder(nn.Module):
         >>> decoder = Decoder(model_config("1m"), residual="mhc")
         >>> decoder(torch.zeros(2, 16, dtype=torch.long)).shape
         torch.Size([2, 16, 256])
+
+        A decoder that is to be loaded needs no memory before. `reset_parameters` fills what no
+        state dict holds, such as the tables of rotary positions; it also starts some parameters,
+        and not all, nor as `Decoder` does: so reset first, then load.
+
+        >>> state = decoder.state_dict()
+        >>> with torch.device("meta"):
+        ...     loaded = Decoder(model_config("1m"), residual="mhc")
+        >>> loaded = loaded.to_empty(device="cpu")
+        >>> for module in loaded.modules():
+        ...     if hasattr(module, "reset_parameters"):
+        ...         module.reset_parameters()
+        >>> loaded.load_state_dict(state)
+        <All keys matched successfully>
     """
 
     def __init__(
@@ -101,8 +116,8 @@ class Decoder(nn.Module):
         if tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"Decoder: tokens must be int64 or int32, got {tokens.dtype}")
         hidden = self.embedding(tokens)
-        if torch.is_autocast_enabled(hidden.device.type):
-            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        if (dtype := autocast_dtype(hidden.device.type)) is not None:
+            hidden = hidden.to(dtype)
         hidden = self.collapse(self.stack(self.expand(hidden)))
         return F.linear(self.norm(hidden), self.embedding.weight)
 

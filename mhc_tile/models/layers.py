@@ -37,11 +37,19 @@ class Rotary(nn.Module):
 
     def __init__(self, size: int, config: ModelConfig):
         super().__init__()
-        exponents = torch.arange(0, size, 2) / size
-        positions = torch.arange(config.context_length)
-        angles = torch.outer(positions, config.rope_theta**-exponents)
-        self.register_buffer("cos_SD", angles.cos(), persistent=False)
-        self.register_buffer("sin_SD", angles.sin(), persistent=False)
+        self.size, self.rope_theta = size, config.rope_theta
+        for name in ("cos_SD", "sin_SD"):
+            table = torch.empty(config.context_length, size // 2)
+            self.register_buffer(name, table, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fill the tables, which no state dict holds."""
+        exponents = torch.arange(0, self.size, 2) / self.size
+        positions = torch.arange(len(self.cos_SD))
+        angles = torch.outer(positions, self.rope_theta**-exponents)
+        self.cos_SD.copy_(angles.cos())
+        self.sin_SD.copy_(angles.sin())
 
     def forward(self, heads_BSHD: Tensor) -> Tensor:
         """The heads with their positions, contiguous; computed in their own dtype."""

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn._autocast import autocast_dtype, without_autocast
 from ..nn._parameters import MappingModule, parameter
 from .configs import ModelConfig, MoEConfig
 from .grouped import gather, grouped_linear, spread
@@ -48,9 +49,16 @@ class Router(MappingModule):
         self.experts_per_token = config.experts_per_token
         self.balance_rate = config.balance_rate
         self.weight = parameter(config.num_experts, hidden_size, device=None)
-        self.register_buffer("expert_bias", torch.zeros_like(self.weight[:, 0]))
-        load = torch.zeros(config.num_experts, dtype=torch.int64)
+        self.register_buffer("expert_bias", torch.empty_like(self.weight[:, 0]))
+        load = torch.empty(config.num_experts, dtype=torch.int64)
         self.register_buffer("expert_load", load, persistent=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start the bias and the count again; `MixtureOfExperts.initialise` starts the weight."""
+        self.expert_bias.zero_()
+        self.expert_load.zero_()
 
     def forward(self, hidden_TC: Tensor) -> tuple[Tensor, Tensor]:
         """Choose.
@@ -61,7 +69,7 @@ class Router(MappingModule):
         Returns:
             gates [T, K], fp32, and chosen [T, K], int64: experts in the order of preference.
         """
-        with torch.autocast(hidden_TC.device.type, enabled=False):
+        with without_autocast(hidden_TC.device.type):
             affinity_TE = F.linear(hidden_TC.to(self.weight.dtype), self.weight).sigmoid()
         preference = affinity_TE.detach() + self.expert_bias
         chosen_TK = preference.topk(self.experts_per_token).indices
@@ -175,7 +183,6 @@ def sort_by_expert(chosen_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor,
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
     """The dtype in which `F.linear` would compute."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return hidden.dtype
+    if hidden.dtype == torch.float64:
+        return hidden.dtype
+    return autocast_dtype(hidden.device.type) or hidden.dtype

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from .. import ops, reference
 from ..config import MHCConfig
 from ..ops.sublayer import Open, begin, cross, finish
+from ._arguments import check_config, check_count, check_layer, check_streams
+from ._autocast import without_autocast
 from ._parameters import MappingModule, parameter, start_mapping
 
 
@@ -17,18 +19,20 @@ class Connection(MappingModule):
     def __init__(self, layer: nn.Module, hidden_size: int, config: MHCConfig | None) -> None:
         super().__init__()
         kind = type(self).__name__
-        if not callable(layer):
-            raise TypeError(f"{kind}: layer must be a module, got {type(layer).__name__}")
-        if not isinstance(hidden_size, int) or hidden_size < 1:
-            raise ValueError(f"{kind}: hidden_size must be an int of at least 1, got {hidden_size}")
+        check_layer(kind, layer)
+        check_count(kind, "hidden_size", hidden_size)
         self.layer = layer
         self.hidden_size = hidden_size
-        self.config = config or MHCConfig.paper()
+        self.config = check_config(kind, config)
         self.tap = nn.Identity()
 
     def extra_repr(self) -> str:
         """The sizes, for `print(model)`."""
         return f"hidden_size={self.hidden_size}, num_streams={self.config.num_streams}"
+
+    def check_input(self, x: Tensor) -> None:
+        """The streams that enter have to be as many and as wide as the parameters are for."""
+        check_streams(type(self).__name__, x, self.config.num_streams, self.hidden_size)
 
     def run_layer(self, layer_input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The wrapped layer, its output in the dtype of the streams (autocast may change it)."""
@@ -114,6 +118,7 @@ class ManifoldHyperConnection(Connection):
 
     def begin(self, x: Tensor) -> Open:
         """`ops.sublayer.begin` with this sublayer's parameters; the tap is the caller's."""
+        self.check_input(x)
         return begin(x, self.phi, self.alpha, self.bias, **self._constants())
 
     def cross(self, opened: Open, layer_output: Tensor) -> Open:
@@ -140,6 +145,7 @@ class ManifoldHyperConnection(Connection):
         Returns:
             layer_input, h_post, h_res, and x for `merge` to read.
         """
+        self.check_input(x)
         layer_input, h_post, h_res, x = ops.pre(
             x, self.phi, self.alpha, self.bias, **self._constants(), return_x=True
         )
@@ -191,8 +197,7 @@ class HyperConnection(Connection):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(layer, hidden_size, config)
-        if layer_index < 0:
-            raise ValueError(f"HyperConnection: layer_index must be at least 0, got {layer_index}")
+        check_count(type(self).__name__, "layer_index", layer_index, minimum=0)
         n = self.config.num_streams
         self.layer_index = layer_index
         self.theta = parameter(2 + n, hidden_size, device=device)
@@ -213,7 +218,8 @@ class HyperConnection(Connection):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the sublayer: x [..., n, C] to x_next [..., n, C]; the rest goes to the layer."""
-        with torch.autocast(x.device.type, enabled=False):
+        self.check_input(x)
+        with without_autocast(x.device.type):
             h_pre, h_post, h_res = reference.hc_mapping(
                 x, self.theta, self.alpha, self.bias, norm_eps=self.config.norm_eps
             )
@@ -234,6 +240,7 @@ class Residual(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
+        check_layer(type(self).__name__, layer)
         self.layer = layer
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

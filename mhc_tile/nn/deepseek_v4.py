@@ -33,7 +33,8 @@ def load_deepseek_v4(
         scale: shape of module.alpha.
 
     Raises:
-        TypeError: module is neither a ManifoldHyperConnection nor a Head.
+        TypeError: module is neither a ManifoldHyperConnection nor a Head, or another argument is
+            not a tensor.
         ValueError: A shape differs from the module's; nothing was copied.
 
     Example:
@@ -43,6 +44,10 @@ def load_deepseek_v4(
     pairs = {"fn": (fn, "phi"), "base": (base, "bias"), "scale": (scale, "alpha")}
     _check_kind("load_deepseek_v4", module)
     for name, (value, parameter) in pairs.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"load_deepseek_v4: {name} must be a torch.Tensor, got {type(value).__name__}"
+            )
         shape = getattr(module, parameter).shape
         if value.shape != shape:
             raise ValueError(

@@ -1,12 +1,13 @@
 """A list of connected layers, with one op between neighbours."""
 
 from collections.abc import Iterable
-from typing import Any
+from itertools import pairwise
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
 from ..ops.sublayer import Open, finish
-from .connections import ManifoldHyperConnection
+from .connections import Connection, ManifoldHyperConnection
 
 
 class HyperConnectedStack(nn.Module):
@@ -14,13 +15,17 @@ class HyperConnectedStack(nn.Module):
 
     Between two neighbouring `ManifoldHyperConnection`s the `merge` of the first and the `pre` of
     the second are one op, `mhc_tile.boundary`. The result is that of calling the connections one
-    after the other. Connections of other kinds are called as they are.
+    after the other. Connections of other kinds, those with a `forward` of their own and those with
+    hooks (such as FSDP2's, which gather parameters) are called as they are.
 
     Args:
         connections: `ManifoldHyperConnection`, `HyperConnection` or any module of streams to
             streams (`Residual` where the streams are a hidden state [..., C]).
-        fused: use `boundary`. Without it every connection is called as a module, so that forward
-            hooks on the connections themselves run; hooks on their layers and taps run either way.
+        fused: use `boundary`. Without it every connection is called as a module. Hooks on the
+            connections, their layers and their taps run either way.
+
+    Raises:
+        ValueError: Two neighbours differ in num_streams or hidden_size.
 
     Example:
         >>> layers = [torch.nn.Linear(64, 64) for _ in range(3)]
@@ -33,6 +38,16 @@ class HyperConnectedStack(nn.Module):
         super().__init__()
         self.connections = nn.ModuleList(connections)
         self.fused = fused
+        for index, (before, after) in enumerate(pairwise(self.connections), start=1):
+            if not (isinstance(before, Connection) and isinstance(after, Connection)):
+                continue
+            expected, sizes = ((c.config.num_streams, c.hidden_size) for c in (before, after))
+            if sizes != expected:
+                raise ValueError(
+                    f"HyperConnectedStack: connections[{index}] must have num_streams "
+                    f"{expected[0]} and hidden_size {expected[1]} as connections[{index - 1}] has, "
+                    f"got {sizes[0]} and {sizes[1]}"
+                )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run every layer.
@@ -47,7 +62,7 @@ class HyperConnectedStack(nn.Module):
         """
         pending: tuple[Open, Tensor] | None = None  # the sublayer before, and its layer's output
         for connection in self.connections:
-            if not (self.fused and isinstance(connection, ManifoldHyperConnection)):
+            if not (self.fused and _may_fuse(connection)):
                 x = x if pending is None else finish(*pending)
                 pending = None
                 x = connection(x, *args, **kwargs)
@@ -62,3 +77,15 @@ class HyperConnectedStack(nn.Module):
                 continue
             pending = opened, connection.run_layer(opened.layer_input, *args, **kwargs)
         return x if pending is None else finish(*pending)
+
+
+def _may_fuse(connection: nn.Module) -> TypeGuard[ManifoldHyperConnection]:
+    """Whether calling the module would run `ManifoldHyperConnection.forward` and nothing else."""
+    return (
+        type(connection).forward is ManifoldHyperConnection.forward
+        and "forward" not in connection.__dict__
+        and not connection._forward_pre_hooks
+        and not connection._forward_hooks
+        and not connection._backward_pre_hooks
+        and not connection._backward_hooks
+    )

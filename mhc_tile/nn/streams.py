@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..config import MHCConfig
+from ._arguments import check_config, check_count, check_streams
 from ._parameters import MappingModule, parameter, start_head
 
 
@@ -21,6 +22,7 @@ class Expand(nn.Module):
 
     def __init__(self, num_streams: int) -> None:
         super().__init__()
+        check_count("Expand", "num_streams", num_streams)
         self.num_streams = num_streams
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -85,10 +87,9 @@ class Head(MappingModule):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(hidden_size, int) or hidden_size < 1:
-            raise ValueError(f"Head: hidden_size must be an int of at least 1, got {hidden_size}")
+        check_count("Head", "hidden_size", hidden_size)
         self.hidden_size = hidden_size
-        self.config = config or MHCConfig.paper()
+        self.config = check_config("Head", config)
         n = self.config.num_streams
         self.phi = parameter(n, n * hidden_size, device=device)
         self.alpha = parameter(1, device=device)
@@ -101,6 +102,7 @@ class Head(MappingModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """`mhc_tile.head` of x [..., n, C]."""
+        check_streams("Head", x, self.config.num_streams, self.hidden_size)
         constants = {"norm_eps": self.config.norm_eps, "pre_eps": self.config.pre_eps}
         return ops.head(x, self.phi, self.alpha, self.bias, **constants)
 

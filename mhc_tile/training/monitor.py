@@ -68,11 +68,14 @@ def _row_gain(matrix: Tensor) -> Tensor:
 
 
 class GainMonitor:
-    """Listens to the h_res of every connection of a model.
+    """Listens to the h_res of every connection of a model, in the order in which they are called.
+
+    A connection that a pass calls again is a further sublayer. What the backward recomputes is not
+    recorded again, nor is a pass without tokens. A call of the model starts a new record.
 
     Args:
-        model: with `ManifoldHyperConnection` or `HyperConnection` modules, registered in depth
-            order; a model without any has nothing to record.
+        model: with `ManifoldHyperConnection` or `HyperConnection` modules; a model without any has
+            nothing to record.
         max_tokens: tokens sampled, evenly spaced, the same ones in every sublayer.
     """
 
@@ -82,16 +85,26 @@ class GainMonitor:
         self.num_sublayers = len(connections)
         self._max_tokens = max_tokens
         self._listening = False
-        self._samples: dict[int, Tensor] = {}
+        self._starting = False
+        self._samples: list[tuple[int, Tensor]] = []  # of which connection, in the order of calls
         self._hooks = [
-            connection.tap.register_forward_hook(self._hook(index))
-            for index, connection in enumerate(connections)
+            model.register_forward_pre_hook(self._start),
+            *(
+                connection.tap.register_forward_hook(self._hook(index))
+                for index, connection in enumerate(connections)
+            ),
         ]
+
+    def _start(self, _module: nn.Module, _inputs: tuple[Any, ...]) -> None:
+        if self._listening and not _in_backward():
+            self._starting = True
 
     def _hook(self, index: int) -> Any:
         def keep(_module: nn.Module, _inputs: tuple[Tensor, ...], h_res: Tensor) -> None:
-            if self._listening:
-                self._samples[index] = self._sample(h_res.detach())
+            if self._listening and h_res.numel() and not _in_backward():
+                if self._starting:
+                    self._samples, self._starting = [], False
+                self._samples.append((index, self._sample(h_res.detach())))
 
         return keep
 
@@ -103,9 +116,12 @@ class GainMonitor:
 
     @contextmanager
     def listen(self, on: bool = True) -> Iterator[None]:
-        """Record the forward pass in this block, if `on`."""
+        """Record the forward pass in this block, if `on`; of several, the last that has tokens.
+
+        Where the backward recomputes what torch.compile compiled, it must stand behind the block.
+        """
         self._listening = on and self.num_sublayers > 0
-        self._samples = {}
+        self._samples, self._starting = [], False
         try:
             yield
         finally:
@@ -118,20 +134,27 @@ class GainMonitor:
             [L, T, n, n].
 
         Raises:
-            RuntimeError: Not every connection ran while the monitor listened.
+            RuntimeError: Not every connection ran, on at least one token, while the monitor
+                listened.
         """
-        if len(self._samples) != self.num_sublayers or not self._samples:
+        ran = len({index for index, _ in self._samples})
+        if ran != self.num_sublayers or not ran:
             raise RuntimeError(
-                f"GainMonitor: the recorded pass must run all {self.num_sublayers} connections, "
-                f"got {len(self._samples)}"
+                f"GainMonitor: the recorded pass must run all {self.num_sublayers} connections "
+                f"on at least one token, got {ran}"
             )
-        samples, self._samples = self._samples, {}
-        return torch.stack([samples[index] for index in range(self.num_sublayers)])
+        samples, self._samples = self._samples, []
+        return torch.stack([sample for _, sample in samples])
 
     def remove(self) -> None:
         """Take the hooks off the model."""
         for hook in self._hooks:
             hook.remove()
+
+
+def _in_backward() -> bool:
+    """Whether autograd is calling, to recompute; a compiled pass has no hooks in its backward."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def gain_row(step: int, gains: dict[str, Tensor]) -> dict[str, Any]:
