@@ -199,9 +199,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("values", BROKEN.values(), ids=BROKEN)
 def test_a_configuration_that_no_longer_decodes_is_bypassed_with_a_note(values):
-    with pytest.raises(
-        ValueError, match=r"decode: |(merge|mapping_backward): config"
-    ):
+    with pytest.raises(ValueError, match=r"decode: |(merge|mapping_backward): config"):
         decode(values)
     tables = tables_of(merge={64: table.Entry(values, False, 9.0, 10.0)})
     decision = ask(tables, "merge", 64)
