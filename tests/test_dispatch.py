@@ -360,3 +360,32 @@ def test_a_table_s_threads_do_not_limit_the_iterations(monkeypatch):
     assert used == [128, sinkhorn.default_config().threads]
     with pytest.raises(RuntimeError, match="sinkhorn: iters must be at most"):
         sinkhorn.backward(logits, logits, iters=5000, eps=0.0, config=wide)
+
+
+def test_a_boundary_that_fails_costs_pre_nothing(monkeypatch):
+    """The table's entry is that of `pre`: what fails with it here is run as two launches."""
+    pytest.importorskip("tilelang")
+    kernel = importlib.import_module("mhc_tile.kernels.boundary")
+    op = importlib.import_module("mhc_tile.ops.boundary")
+    given, entry = [], object()
+
+    def forward(*_, config, **__):
+        given.append(config)
+        raise RuntimeError("too many resources\nrequested for launch")
+
+    monkeypatch.setattr(kernel, "forward", forward)
+    monkeypatch.setattr(op, "tuned", lambda name, x, sizes, launch: launch(entry))
+    monkeypatch.setattr(op, "merge_kernel", lambda x, *_: x + 1)
+    monkeypatch.setattr(op, "pre_kernel", lambda x, *_, **__: (x.sum(-2),))
+    _dispatch._warn_once.cache_clear()
+    made = call("boundary", Shape("any", tokens=(3,)), torch.bfloat16)
+    with pytest.warns(
+        RuntimeWarning, match="boundary: merge and pre run instead of one kernel: Run"
+    ):
+        x_next, layer_input = op._cuda(*made.inputs, **made.others)
+    assert torch.equal(x_next, made.inputs[0] + 1)
+    assert torch.equal(layer_input, x_next.sum(-2))
+    assert given == [entry]
+    monkeypatch.setattr(op, "tuned", lambda name, x, sizes, launch: launch(None))
+    with pytest.raises(RuntimeError, match="too many resources"):
+        op._cuda(*made.inputs, **made.others)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import gradients, reference
@@ -105,13 +106,22 @@ def _cuda(
 
     inputs = (flat(x, 2), flat(layer_output, 1), flat(h_post, 1), flat(h_res, 2), *parameters)
     pinned = _dispatch.BATCH_INVARIANT
+
+    def launch(config: Any) -> tuple[Tensor, ...] | None:
+        try:
+            return kernel.forward(*inputs, **constants, config=config, batch_invariant=pinned)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if config is None:
+                raise
+            # the entry is that of `pre`, which may well run with it
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            _dispatch._warn_once(f"boundary: merge and pre run instead of one kernel: {said}")
+            return None
+
     # `pre`'s entry of the table: its sums, and so its bits
-    results = tuned(
-        "pre",
-        x,
-        inputs[0].shape,
-        lambda config: kernel.forward(*inputs, **constants, config=config, batch_invariant=pinned),
-    )
+    results = tuned("pre", x, inputs[0].shape, launch)
     if results is not None:
         return tuple(leading(value, x.shape[:-2]) for value in results)
     x_next = merge_kernel(x, layer_output, h_post, h_res)
