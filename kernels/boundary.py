@@ -55,7 +55,7 @@ class Config(pre_team.Config):
     apply_warps: int = 8
     registers: int = 48
     merge_registers: int = 88
-    spare: ClassVar[int] = 16  # from C = 1280 to 6144 nothing spills, at 7168 seven words do
+    spare: ClassVar[int] = 16  # at C = 7168 seven words spill, at 1280 to 2560 none
 
     def project_registers(self, n: int, channels: int) -> int:
         """Registers of a projecting thread once the other roles have given theirs up."""

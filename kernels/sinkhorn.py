@@ -145,6 +145,20 @@ def forward(logits: Tensor, *, iters: int, eps: float, config: Config | None = N
     return h_res
 
 
+def fitting(config: Config | None, logits: Tensor, iters: int) -> Config | None:
+    """A table's configuration, measured with some iterations, where it fits so many; else None.
+
+    Args:
+        config: of the table, or None.
+        logits: [T, n, n], on the GPU.
+        iters: of the backward.
+    """
+    if config is None:
+        return None
+    limit = shared_limit(architecture(logits.device))
+    return config if shared_bytes(logits.shape[1], iters, config.threads) <= limit else None
+
+
 def backward(
     grad_h_res: Tensor, logits: Tensor, *, iters: int, eps: float, config: Config | None = None
 ) -> Tensor:
@@ -169,8 +183,6 @@ def backward(
         config = config or default_config()
         arch = architecture(logits.device)
         limit = shared_limit(arch)
-        if shared_bytes(n, iters, config.threads) > limit:
-            config = default_config()  # a table's was measured with fewer iterations
         if shared_bytes(n, iters, config.threads) > limit:
             most = limit // shared_bytes(n, 1, config.threads)
             raise RuntimeError(

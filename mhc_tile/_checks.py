@@ -15,7 +15,8 @@ from .reference import compute_dtype
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def _is_tensor(op: str, name: str, value: object) -> None:
+def is_tensor(op: str, name: str, value: object) -> None:
+    """Check that something is a tensor at all."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
 
@@ -26,7 +27,7 @@ def _dtype(dtype: torch.dtype) -> str:
 
 def streams(op: str, x: Tensor, name: str = "x") -> tuple[int, int]:
     """Check the residual streams [..., n, C]; returns n and C."""
-    _is_tensor(op, name, x)
+    is_tensor(op, name, x)
     if x.dtype not in FLOATS:
         names = ", ".join(_dtype(dtype) for dtype in FLOATS)
         raise ValueError(f"{op}: {name} must have a dtype of {names}, got {_dtype(x.dtype)}")
@@ -40,7 +41,7 @@ def streams(op: str, x: Tensor, name: str = "x") -> tuple[int, int]:
 
 def hidden(op: str, name: str, value: Tensor) -> int:
     """Check a hidden state [..., C] that stands alone; returns C."""
-    _is_tensor(op, name, value)
+    is_tensor(op, name, value)
     if value.dim() < 1:
         raise ValueError(f"{op}: {name} must have shape [..., C], got a scalar")
     streams(op, value.unsqueeze(-2), name)
@@ -49,7 +50,7 @@ def hidden(op: str, name: str, value: Tensor) -> int:
 
 def square(op: str, name: str, value: Tensor) -> int:
     """Check matrices of a map's dtype, [..., n, n]; returns n."""
-    _is_tensor(op, name, value)
+    is_tensor(op, name, value)
     if value.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{op}: {name} must be float32 or float64, got {_dtype(value.dtype)}")
     if value.dim() < 2 or value.shape[-1] != value.shape[-2] or value.shape[-1] < 1:
@@ -70,7 +71,7 @@ def map_of(op: str, name: str, value: Tensor, shape: tuple[int, ...], x: Tensor)
 def _matches(
     op: str, name: str, value: Tensor, shape: tuple[int, ...], x: Tensor, dtype: torch.dtype
 ) -> None:
-    _is_tensor(op, name, value)
+    is_tensor(op, name, value)
     if value.shape != shape:
         raise ValueError(
             f"{op}: {name} must have shape {list(shape)} to match x of shape {list(x.shape)}, "
@@ -98,8 +99,10 @@ def parameters(op: str, x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> 
 def count(op: str, **values: int) -> None:
     """Check integers that must be at least 1."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < 1:
-            raise ValueError(f"{op}: {name} must be an integer of at least 1, got {value!r}")
+        # NumPy's integers are none of Python's
+        whole = isinstance(value, (int, torch.SymInt)) or hasattr(value, "__index__")
+        if not whole or value < 1:
+            raise ValueError(f"{op}: {name} must be an int of at least 1, got {value!r}")
 
 
 def at_least(op: str, minimum: float, **values: float) -> None:
@@ -119,5 +122,6 @@ def positive(op: str, **values: float) -> None:
 
 
 def _is_number(op: str, name: str, value: Any) -> None:
-    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+    known = isinstance(value, (int, float, torch.SymInt, torch.SymFloat))
+    if not (known or hasattr(value, "__float__")):  # NumPy's, tensors of one element
         raise ValueError(f"{op}: {name} must be a number, got {value!r}")

@@ -211,8 +211,9 @@ def _check_output(args: argparse.Namespace, command: str, **read: Path | None) -
 
     from . import output
 
-    require("tabulate", f"mhc-tile {command}", "perf")
     asked = {name: getattr(args, name, None) for name in ("out", "markdown", "json")}
+    if "-" not in asked.values():  # else there is no table
+        require("tabulate", f"mhc-tile {command}", "perf")
     paths = {name: Path(path) for name, path in asked.items() if path and path != "-"}
     output.check_apart(command, read, paths)
     for name, path in paths.items():

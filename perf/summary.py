@@ -43,21 +43,17 @@ def lines(found: Comparison) -> list[str]:
         f"base: {_origin(found.base)}",
         f"new:  {_origin(found.new)}",
         f"GPU {base.get('gpu') or 'none'}, copy {_copy(base)} -> {_copy(new)} TB/s",
-        _rule(found),
+        f"A case may be slower by {found.threshold:.0%}, or by noise where that is more"
+        + (f"; {found.pace - 1:.1%} more, as the copy is slower." if found.pace > 1.0005 else "."),
     ]
-    if found.mean_change is not None:
-        said.append(f"mhc_tile over all cases: {found.mean_change:+.1%} time (geometric mean).")
-    return said + [f"differs: {difference}" for difference in found.differences]
-
-
-def _rule(found: Comparison) -> str:
     if found.new.kind == "overhead":
-        return (
+        said.append(
             f"An overhead may grow by {OVERHEAD_DRIFT:.0%} of the plain step, or by {ERRORS:g} "
             "standard errors where that is more."
         )
-    more = f"; {found.pace - 1:.1%} more, as the copy is slower." if found.pace > 1.0005 else "."
-    return f"A case may be slower by {found.threshold:.0%}, or by noise where that is more{more}"
+    if found.mean_change is not None:
+        said.append(f"mhc_tile over all cases: {found.mean_change:+.1%} time (geometric mean).")
+    return said + [f"differs: {difference}" for difference in found.differences]
 
 
 def table(found: Comparison) -> str:

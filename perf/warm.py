@@ -20,7 +20,7 @@ from . import output
 from .operations import Case
 
 SECONDS = 3600.0  # for a shape: the slowest takes five minutes of one core that it has for itself
-MEMORY = 6 * 2**30  # of the GPU, for a process; more have less than have more
+MEMORY = 6 * 2**30  # of the GPU, counted for a process; the largest shapes need more
 _HANDLER = f"{__name__}:handler"
 
 Shape = tuple[int, int]
@@ -29,7 +29,7 @@ Shape = tuple[int, int]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `mhc-tile perf run` that are about compiling."""
-    first = "compile side by side first: with cold caches, minutes instead of an hour"
+    first = "compile side by side first, in several processes"
     parser.add_argument("--warm", action="store_true", help=first)
     jobs = "processes of --warm (default: one a core, or fewer, as the GPU's memory allows)"
     parser.add_argument("--jobs", type=int, metavar="N", help=jobs)

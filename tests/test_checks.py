@@ -2,7 +2,9 @@
 
 import re
 
+import numpy as np
 import pytest
+import torch
 
 from cases import SIGNATURES, Shape, call
 from mhc_tile import MHCConfig, ops
@@ -72,16 +74,16 @@ def test_every_argument_must_be_a_tensor(op):
         ("mapping", "norm_eps", -1.0, "mapping: norm_eps must be finite and at least 0, got -1.0"),
         ("mapping", "pre_eps", float("nan"), "mapping: pre_eps must be finite and at least 0"),
         ("mapping", "post_scale", 0.0, "mapping: post_scale must be finite and above 0, got 0.0"),
-        ("sinkhorn", "iters", 0, "sinkhorn: iters must be an integer of at least 1, got 0"),
+        ("sinkhorn", "iters", 0, "sinkhorn: iters must be an int of at least 1, got 0"),
         ("sinkhorn", "eps", -1e-6, "sinkhorn: eps must be finite and at least 0"),
-        ("pre", "iters", 0, "pre: iters must be an integer of at least 1"),
-        ("pre", "iters", 20.0, "pre: iters must be an integer of at least 1, got 20.0"),
-        ("expand", "num_streams", 2.5, "expand: num_streams must be an integer of at least 1"),
+        ("pre", "iters", 0, "pre: iters must be an int of at least 1"),
+        ("pre", "iters", 20.0, "pre: iters must be an int of at least 1, got 20.0"),
+        ("expand", "num_streams", 2.5, "expand: num_streams must be an int of at least 1"),
         ("pre", "norm_eps", "1e-6", "pre: norm_eps must be a number, got '1e-6'"),
         ("mapping", "post_scale", None, "mapping: post_scale must be a number, got None"),
         ("pre", "sinkhorn_eps", float("inf"), "pre: sinkhorn_eps must be finite"),
         ("boundary", "norm_eps", -1.0, "boundary: norm_eps must be"),
-        ("expand", "num_streams", 0, "expand: num_streams must be an integer of at least 1, got 0"),
+        ("expand", "num_streams", 0, "expand: num_streams must be an int of at least 1, got 0"),
         ("collapse", "mode", "max", "collapse: mode must be one of ['sum', 'mean'], got 'max'"),
         ("head", "pre_eps", -1.0, "head: pre_eps must be finite and at least 0"),
     ],
@@ -90,6 +92,13 @@ def test_bad_constants(op, constant, value, message):
     made = call(op, SHAPE)
     with pytest.raises(ValueError, match=re.escape(message)):
         getattr(ops, op)(*made.inputs, **{**made.others, constant: value})
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, torch.tensor])
+def test_constants_may_be_numbers_of_other_libraries(kind):
+    logits = torch.randn(3, 4, 4)
+    expected = ops.sinkhorn(logits, iters=5, eps=0.25)
+    assert torch.equal(ops.sinkhorn(logits, iters=kind(5), eps=np.float32(0.25)), expected)
 
 
 @pytest.mark.gpu

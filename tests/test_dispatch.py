@@ -1,6 +1,7 @@
 """What decides between a kernel and the reference, without a GPU."""
 
 import contextlib
+import functools
 import importlib
 import os
 import re
@@ -344,22 +345,27 @@ def test_a_team_s_warps_cover_its_channels():
 
 def test_a_table_s_threads_do_not_limit_the_iterations(monkeypatch):
     """More iterations than those that a table was measured with take the default's threads."""
-    from mhc_tile.kernels import sinkhorn
-
-    used = []
+    pytest.importorskip("tilelang")
+    kernel = importlib.import_module("mhc_tile.kernels.sinkhorn")
+    op = importlib.import_module("mhc_tile.ops.sinkhorn")
+    used, wide = [], kernel.Config(threads=128)
 
     def program(arch, n, iters, eps, threads):
         used.append(threads)
         return lambda *_: None
 
-    monkeypatch.setattr(sinkhorn, "backward_program", program)
-    monkeypatch.setattr(sinkhorn, "architecture", lambda _: "sm_90a")
-    logits, wide = torch.zeros(3, 4, 4), sinkhorn.Config(threads=128)
+    monkeypatch.setattr(kernel, "backward_program", program)
+    monkeypatch.setattr(kernel, "architecture", lambda _: "sm_90a")
+    monkeypatch.setattr(op, "tuned", lambda name, x, sizes, launch: launch(wide))
+    logits = torch.zeros(3, 4, 4)
     for iters in (20, 57):
-        sinkhorn.backward(logits, logits, iters=iters, eps=0.0, config=wide)
-    assert used == [128, sinkhorn.default_config().threads]
-    with pytest.raises(RuntimeError, match="sinkhorn: iters must be at most"):
-        sinkhorn.backward(logits, logits, iters=5000, eps=0.0, config=wide)
+        op._backward_cuda(logits, logits, iters=iters, eps=0.0)
+    assert used == [128, kernel.default_config().threads]
+    for launch in (op._backward_cuda, functools.partial(kernel.backward, config=wide)):
+        with pytest.raises(RuntimeError, match="sinkhorn: iters must be at most"):
+            launch(logits, logits, iters=5000, eps=0.0)
+    with pytest.raises(RuntimeError, match="with 128 threads on this GPU, got 57"):
+        kernel.backward(logits, logits, iters=57, eps=0.0, config=wide)
 
 
 def test_a_boundary_that_fails_costs_pre_nothing(monkeypatch):

@@ -30,6 +30,7 @@ LAYERS = [
         "mhc_tile.reference",
         "mhc_tile.gradients",
         "mhc_tile.config",
+        "mhc_tile._autocast",
         "mhc_tile._checks",
         "mhc_tile._library",
         "mhc_tile._version",

@@ -19,6 +19,7 @@ from mhc_tile.autotune.device import Device
 from mhc_tile.autotune.problems import Problem, bucket
 from mhc_tile.autotune.table import Entry, Family, Key, Table
 from mhc_tile.autotune.timing import MARGIN
+from test_lookup import ask, tables_of
 
 DEVICE = Device("NVIDIA Test 1", (9, 0), 132, 80 * 2**30, 50 * 10**6, "13.0")
 
@@ -313,3 +314,23 @@ def test_a_shipped_table_runs_what_it_says(path):
             if not measured.default and same_order:
                 assert measured.us < measured.default_us * (1 - MARGIN), asked
     assert not tables.faults
+
+
+def test_a_configuration_that_would_divide_by_zero_is_refused():
+    values = {"columns": 256, "tile": 16, "threads": 16, "stages": 3, "groups": 2, "min_blocks": 2}
+    with pytest.raises(ValueError, match=r"config\.threads must be a multiple of 32 and at least"):
+        decode({"type": "_mapping_columns.Config", **values})
+    with pytest.raises(ValueError, match=r"config\.min_blocks must be positive, got 0"):
+        decode({"type": "_mapping_columns.Config", **values, "threads": 128, "min_blocks": 0})
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("by zero"), TypeError("no number")])
+def test_whatever_an_entry_raises_it_is_bypassed(error, monkeypatch):
+    def adapted(*_):
+        raise error
+
+    values = {"type": "merge.ForwardConfig", "threads": 128, "vectors": 1, "depth": 2}
+    tables = tables_of(merge={64: table.Entry(values, False, 9.0, 10.0)})
+    monkeypatch.setattr(lookup, "_adapted", adapted)
+    decision = ask(tables, "merge", 64)
+    assert (decision.why, decision.config) == ("default", None)

@@ -73,9 +73,9 @@ def test_on_a_cpu_there_is_nothing_to_do(monkeypatch):
 @pytest.mark.parametrize(
     ("wrong", "why"),
     [
-        ({"hidden_size": 0}, "hidden_size must be an integer of at least 1, got 0"),
+        ({"hidden_size": 0}, "hidden_size must be an int of at least 1, got 0"),
         ({"tokens": []}, r"tokens must be a number or some numbers, got \[\]"),
-        ({"tokens": [8, 0]}, "tokens must be an integer of at least 1, got 0"),
+        ({"tokens": [8, 0]}, "tokens must be an int of at least 1, got 0"),
         ({"dtype": torch.float64}, "dtype must be one of .*got torch.float64"),
     ],
 )

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._autocast import autocast_dtype
 from ..config import MHCConfig
 from ..nn import (
     Collapse,
@@ -23,7 +24,6 @@ from ..nn import (
     ManifoldHyperConnection,
     Residual,
 )
-from ..nn._autocast import autocast_dtype
 from .configs import ModelConfig
 from .layers import INPUT_STD, Attention, FeedForward, RMSNorm
 from .mla import LatentAttention

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn._autocast import autocast_dtype, without_autocast
+from .._autocast import autocast_dtype, without_autocast
 from ..nn._parameters import MappingModule, parameter
 from .configs import ModelConfig, MoEConfig
 from .grouped import gather, grouped_linear, spread

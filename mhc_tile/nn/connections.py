@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops, reference
+from .._autocast import without_autocast
 from ..config import MHCConfig
 from ..ops.sublayer import Open, begin, cross, finish
 from ._arguments import check_config, check_count, check_layer, check_streams
-from ._autocast import without_autocast
 from ._parameters import MappingModule, parameter, start_mapping
 
 

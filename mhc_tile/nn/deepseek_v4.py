@@ -8,6 +8,7 @@ rows are permuted and nothing else. The exit (fn [n, n*C], base [n], scale [1]) 
 import torch
 from torch import Tensor
 
+from .. import _checks
 from .connections import ManifoldHyperConnection
 from .streams import Head
 
@@ -44,10 +45,7 @@ def load_deepseek_v4(
     pairs = {"fn": (fn, "phi"), "base": (base, "bias"), "scale": (scale, "alpha")}
     _check_kind("load_deepseek_v4", module)
     for name, (value, parameter) in pairs.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"load_deepseek_v4: {name} must be a torch.Tensor, got {type(value).__name__}"
-            )
+        _checks.is_tensor("load_deepseek_v4", name, value)
         shape = getattr(module, parameter).shape
         if value.shape != shape:
             raise ValueError(

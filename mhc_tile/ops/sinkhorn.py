@@ -82,7 +82,9 @@ def _backward_cuda(grad_h_res: Tensor, logits: Tensor, *, iters: int, eps: float
         "sinkhorn_backward",
         logits,
         sizes,
-        lambda config: kernel.backward(*tensors, iters=iters, eps=eps, config=config),
+        lambda config: kernel.backward(
+            *tensors, iters=iters, eps=eps, config=kernel.fitting(config, tensors[1], iters)
+        ),
     )
     return leading(grad_logits, logits.shape[:-2])
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._autocast import autocast_dtype
 from ._saved import given, keep_shapes
 from .boundary import boundary_op
 from .merge import check_merge, merge_backward_maps, merge_op
@@ -69,14 +70,10 @@ def sublayer(
     )
     opened = _open(x, phi, alpha, bias, constants)
     layer_output = layer(opened.layer_input)
-    if _under_autocast(x) and isinstance(layer_output, Tensor):
+    if autocast_dtype(x.device.type) is not None and isinstance(layer_output, Tensor):
         layer_output = layer_output.to(x.dtype)
     check_merge("sublayer", x, layer_output, opened.h_post, opened.h_res)
     return _finish(opened, layer_output)
-
-
-def _under_autocast(x: Tensor) -> bool:
-    return x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
 
 
 class Open(NamedTuple):
