@@ -27,7 +27,7 @@ def headline(found: Comparison, *, complete: bool = False) -> str:
     count, left = len(shown), len({pair.case for pair in ours} - shown)
     parts = []
     for verdict in ("regression", "failing", "missing"):
-        number = len(found.of(verdict))
+        number = len({pair.case for pair in found.of(verdict)})
         if number and (complete or verdict != "missing"):
             plural = "s" if verdict == "regression" and number > 1 else ""
             parts.append(f"{number} {verdict}{plural}")
