@@ -8,13 +8,18 @@ import torch
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """A block in which operands keep their dtypes."""
-    if torch.amp.is_autocast_available(device_type):
+    if _available(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype of autocast; None where it is off."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if _available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
+
+
+@torch.compiler.assume_constant_result  # torch.compile of 2.10 and 2.11 cannot trace it
+def _available(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)

@@ -123,7 +123,7 @@ def slanted(factor: float) -> Wrap:
 
 
 def raising(error: BaseException, after: int = 0) -> Wrap:
-    """Raises from some call on."""
+    """Raises from some call on; a new error each time, as a kept one keeps its frames alive."""
     calls = 0
 
     def wrap(function):
@@ -131,7 +131,7 @@ def raising(error: BaseException, after: int = 0) -> Wrap:
             nonlocal calls
             calls += 1
             if calls > after:
-                raise error
+                raise type(error)(*error.args)
             return function(*tensors, **others)
 
         return call

@@ -264,6 +264,7 @@ def test_what_is_right_keeps_what_sublayers_read_and_no_more():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         found = sublayers.truth
+    kept = [tensor for tensor in kept if tensor.numel()]  # torch 2.11 keeps an empty one, too
     assert len(kept) == len(sublayers.ours)
     expected = slices._differentiated(plain, *sublayers.inputs(OURS))
     assert all(map(torch.equal, found, expected))
