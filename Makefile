@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo tune test test-gpu sanitize static lint types format doctor clean
+.PHONY: help demo tune test test-torch test-gpu sanitize static lint types format doctor clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,6 +22,16 @@ tune: $(READY) ## Fit the kernels to this machine's GPU
 
 test: $(READY) ## Every test that needs no GPU, in parallel
 	$(BIN)/python -m pytest -n auto -m "not gpu" --durations 10
+
+# A torch wants a CUDA runtime and a setuptools of its own; the pinned runtime, whose headers nvcc
+# reads, takes its place.
+test-torch: ## The same with another torch, in build/torch-VERSION: make test-torch TORCH=2.10.0
+	@$(if $(TORCH),,$(error test-torch: TORCH must be a version, as in make test-torch TORCH=2.10.0))
+	@mkdir -p build && grep -Ev '^(torch|setuptools|nvidia-.*)==' constraints.txt > build/constraints.txt
+	@$(PYTHON) -m venv build/torch-$(TORCH)
+	build/torch-$(TORCH)/bin/python -m pip install -qq --disable-pip-version-check -c build/constraints.txt -e '.[dev]' torch==$(TORCH)
+	build/torch-$(TORCH)/bin/python -m pip install -qq --disable-pip-version-check --no-deps `grep ^nvidia- constraints.txt`
+	build/torch-$(TORCH)/bin/python -m pytest -n auto -m "not gpu" --durations 10
 
 test-gpu: $(READY) ## The GPU's tests, on a machine that has one
 	$(BIN)/python -m pytest -m gpu

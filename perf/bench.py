@@ -6,10 +6,12 @@ one CUDA graph; where that cannot be captured it is launched call by call, and s
 
 import contextlib
 import ctypes
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -240,7 +242,10 @@ def tf32_products() -> Iterator[None]:
 
 
 def bench_of(device: str) -> Bench:
-    """The bench of "cuda" or "cpu".
+    """The bench of "cuda" or "cpu"; on a GPU it also gives Triton's cache a fixed place.
+
+    Without one, Inductor moves that cache to its own once it builds a kernel in this very process,
+    and what a package compiled before is compiled again, by this process or the next.
 
     Raises:
         ValueError: torch sees no GPU, or the name is another.
@@ -251,6 +256,8 @@ def bench_of(device: str) -> Bench:
         raise ValueError(f"perf: --device must be cuda or cpu, got {device}")
     if not torch.cuda.is_available():
         raise ValueError("perf: --device cuda must have a GPU, got none; --device cpu needs none")
+    home = Path(os.environ.get("TRITON_HOME") or Path.home())
+    os.environ.setdefault("TRITON_CACHE_DIR", str(home / ".triton" / "cache"))  # Triton's own
     return CudaBench()
 
 

@@ -81,7 +81,6 @@ def run(args: argparse.Namespace) -> int:
     wanted = functools.partial(_wanted, names=tuple(args.contender))
     if args.warm:
         warm.compile_first(chosen, wanted, args.device, args.jobs)
-        where["copy_bytes_per_s"] = bench.bandwidth()  # minutes later
     record, lost = measure_all(chosen, bench, wanted, turns, where, path)
     if not record.rows:
         raise ValueError(
@@ -109,7 +108,7 @@ def measure_all(
         bench: where.
         wanted: which contenders, by name.
         turns: of each.
-        where: the environment; "cases_left" is there until the last case is measured.
+        where: the environment; at the end the copy is measured again, and "cases_left" goes.
         path: of the result, which is written after every case and however it ends.
 
     Returns:
@@ -133,6 +132,7 @@ def measure_all(
             measure(case, bench, wanted, turns, parts[-1], progress)
             where["cases_left"] = len(chosen) - len(parts)
             keep()  # a process that is killed loses the case in flight
+        where["copy_bytes_per_s"] = max(where["copy_bytes_per_s"], bench.bandwidth())
         del where["cases_left"]  # it has ended
     except output.UnusableError as error:
         output.say(f"perf: {error}; the cases after it are not measured")

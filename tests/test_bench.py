@@ -1,5 +1,6 @@
 """Timers, turns and what a device says of a call."""
 
+import os
 import time
 
 import pytest
@@ -69,6 +70,19 @@ def test_other_devices_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="--device cuda must have a GPU, got none"):
         bench_of("cuda")
+
+
+def test_tritons_cache_stays_where_it_is(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench, "CudaBench", CpuBench)
+    monkeypatch.setenv("TRITON_HOME", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    monkeypatch.delenv("TRITON_CACHE_DIR")  # noticed by monkeypatch, so that it is put back
+    bench_of("cuda")
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / ".triton" / "cache")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "elsewhere")
+    bench_of("cuda")
+    assert os.environ["TRITON_CACHE_DIR"] == "elsewhere"
 
 
 @pytest.mark.gpu

@@ -367,6 +367,17 @@ def test_the_gate_measures_ours_on_the_cases_of_a_baseline(monkeypatch):
     assert again.rows[0].turns == suite.TURNS
 
 
+@pytest.mark.parametrize("rates", [(2e12, 3e12), (3e12, 2e12)])
+def test_the_copy_is_measured_again_at_the_end(monkeypatch, tmp_path, rates):
+    left = iter(rates)
+    monkeypatch.setattr(CpuBench, "bandwidth", lambda self: next(left))
+    few = ["--op", "merge", "--mode", "forward", "--contender", OURS, "--turns", "2"]
+    assert main([*QUICK, *few, "--out", str(tmp_path / "run.json")]) == 0
+    result = records.read(tmp_path / "run.json")
+    assert result.environment["copy_bytes_per_s"] == 3e12
+    assert not list(left)
+
+
 @pytest.mark.gpu
 def test_a_quick_run_on_a_gpu(tmp_path):
     out = tmp_path / "run.json"
