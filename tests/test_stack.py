@@ -1,5 +1,6 @@
 """Stacks call every connection that does more than the fused op; they check their neighbours."""
 
+import copy
 import re
 
 import pytest
@@ -110,6 +111,34 @@ def test_connections_may_be_sharded_one_by_one():
     result.sum().backward()
     assert torch.equal(result, truth)
     assert all(parameter.grad is not None for parameter in stack.parameters())
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+@pytest.mark.usefixtures("_alone")
+def test_sharded_layers_may_be_bf16_and_the_maps_stay_fp32(monkeypatch):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    stack = HyperConnectedStack(connections())
+    x = torch.randn(5, 4, WIDTH, dtype=torch.bfloat16)
+    other = copy.deepcopy(stack)
+    for connection in other.connections:
+        connection.layer.bfloat16()
+    truth = other(x)
+    mesh, policy = init_device_mesh("cpu", (1,)), MixedPrecisionPolicy(torch.bfloat16)
+    for connection in stack.connections:
+        fully_shard(connection.layer, mesh=mesh, mp_policy=policy)
+    fully_shard(stack, mesh=mesh)
+    monkeypatch.setattr(ManifoldHyperConnection, "forward", None)  # no fused one calls it
+    result = stack(x)
+    grad = torch.randn(x.shape).bfloat16()
+    result.backward(grad)
+    truth.backward(grad)
+    assert torch.equal(result, truth)
+    for (name, found), true in zip(stack.named_parameters(), other.parameters(), strict=True):
+        assert found.grad.dtype == torch.float32, name
+        assert torch.equal(found.grad.full_tensor(), true.grad.float()), name
+        assert found.grad.full_tensor().any(), name
 
 
 @pytest.mark.parametrize("kind", [ManifoldHyperConnection, HyperConnection])

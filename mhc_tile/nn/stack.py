@@ -18,6 +18,10 @@ class HyperConnectedStack(nn.Module):
     after the other. Connections of other kinds, those with a `forward` of their own and those with
     hooks (such as FSDP2's, which gather parameters) are called as they are.
 
+    With FSDP2 in bf16, give `fully_shard` the layers with `MixedPrecisionPolicy(torch.bfloat16)`,
+    and the stack or the model without one: phi, alpha and bias have to stay fp32, and connections
+    without hooks stay fused.
+
     Args:
         connections: `ManifoldHyperConnection`, `HyperConnection` or any module of streams to
             streams (`Residual` where the streams are a hidden state [..., C]).
