@@ -108,7 +108,7 @@ def measure_all(
         bench: where.
         wanted: which contenders, by name.
         turns: of each.
-        where: the environment; at the end the copy is measured again, and "cases_left" goes.
+        where: the environment; at the end "cases_left" goes, and the copy is measured again.
         path: of the result, which is written after every case and however it ends.
 
     Returns:
@@ -132,8 +132,8 @@ def measure_all(
             measure(case, bench, wanted, turns, parts[-1], progress)
             where["cases_left"] = len(chosen) - len(parts)
             keep()  # a process that is killed loses the case in flight
-        where["copy_bytes_per_s"] = max(where["copy_bytes_per_s"], bench.bandwidth())
         del where["cases_left"]  # it has ended
+        where["copy_bytes_per_s"] = max(where["copy_bytes_per_s"], bench.bandwidth())
     except output.UnusableError as error:
         output.say(f"perf: {error}; the cases after it are not measured")
         lost = True

@@ -87,23 +87,23 @@ def test_fused_where_nothing_else_would_run(monkeypatch):
 
 
 @pytest.fixture
-def _alone():
-    """A process group of this process only."""
+def mesh():
+    """A mesh of this process only."""
     distributed = torch.distributed
+    if not distributed.is_available():
+        pytest.skip("torch without distributed")
+    from torch.distributed.device_mesh import init_device_mesh
+
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield
+    yield init_device_mesh("cpu", (1,))
     distributed.destroy_process_group()
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-@pytest.mark.usefixtures("_alone")
-def test_connections_may_be_sharded_one_by_one():
-    from torch.distributed.device_mesh import init_device_mesh
+def test_connections_may_be_sharded_one_by_one(mesh):
     from torch.distributed.fsdp import fully_shard
 
     stack, x = HyperConnectedStack(connections()), torch.randn(5, 4, WIDTH)
     truth = stack(x)
-    mesh = init_device_mesh("cpu", (1,))
     for connection in stack.connections:
         fully_shard(connection, mesh=mesh)
     fully_shard(stack, mesh=mesh)
@@ -113,10 +113,7 @@ def test_connections_may_be_sharded_one_by_one():
     assert all(parameter.grad is not None for parameter in stack.parameters())
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-@pytest.mark.usefixtures("_alone")
-def test_sharded_layers_may_be_bf16_and_the_maps_stay_fp32(monkeypatch):
-    from torch.distributed.device_mesh import init_device_mesh
+def test_sharded_layers_may_be_bf16_and_the_maps_stay_fp32(mesh, monkeypatch):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     stack = HyperConnectedStack(connections())
@@ -125,7 +122,7 @@ def test_sharded_layers_may_be_bf16_and_the_maps_stay_fp32(monkeypatch):
     for connection in other.connections:
         connection.layer.bfloat16()
     truth = other(x)
-    mesh, policy = init_device_mesh("cpu", (1,)), MixedPrecisionPolicy(torch.bfloat16)
+    policy = MixedPrecisionPolicy(torch.bfloat16)
     for connection in stack.connections:
         fully_shard(connection.layer, mesh=mesh, mp_policy=policy)
     fully_shard(stack, mesh=mesh)
