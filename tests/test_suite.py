@@ -71,7 +71,7 @@ def test_a_quick_run_end_to_end(tmp_path, capsys):
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_the_compiled_reference(tmp_path):
     rows = measured(COMPILED, case=Case("pre_apply", "inference", 8, 16, dtype="float32"))
-    assert rows[COMPILED].status == "ok"
+    assert rows[COMPILED].status == "ok", rows[COMPILED].fault
     assert rows[COMPILED].us > 0
 
 
