@@ -21,7 +21,9 @@ from mhc_tile.autotune.bench import copy_bandwidth
 from mhc_tile.autotune.timing import Timer
 
 ROTATED_BYTES = 300e6  # several times the L2 of any GPU
+FEWEST_SETS = 8  # a large set's place in memory makes up to 2% of its time: several places' mean
 MOST_SETS = 32
+MEMORY_OF_SETS = 1 / 16  # of the GPU's, beyond which large sets are fewer
 TURN_US = 1000.0  # of one turn: the host's part of starting a graph is then below 1% of it
 MOST_REPLAYS = 50
 WARM = 3  # turns before the first that counts
@@ -92,20 +94,26 @@ class CpuBench:
 
 
 class CudaBench:
-    """The current GPU."""
+    """The current GPU.
+
+    Args:
+        fewest_sets: of inputs, however large, if memory allows.
+    """
 
     device = "cuda"
 
-    def __init__(self) -> None:
+    def __init__(self, fewest_sets: int = FEWEST_SETS) -> None:
         self._stream = torch.cuda.Stream()
+        self._fewest_sets = fewest_sets
+        self._memory = torch.cuda.get_device_properties().total_memory
 
     def bandwidth(self) -> float:
         """Bytes read and written per second by a large copy."""
         return copy_bandwidth()
 
     def sets(self, nbytes: int) -> int:
-        """How many input sets of a size are rotated, so that none is found in the L2 cache."""
-        return max(2, min(MOST_SETS, int(ROTATED_BYTES / max(nbytes, 1)) + 1))
+        """How many input sets of a size are rotated."""
+        return sets_of(nbytes, self._memory, self._fewest_sets)
 
     def timed(self, function: Function, sets: Sets) -> Timed:
         """A timer of a function on these inputs, warm."""
@@ -226,6 +234,24 @@ class CudaBench:
 Bench = CpuBench | CudaBench
 
 
+def sets_of(nbytes: int, memory: int, fewest: int = FEWEST_SETS) -> int:
+    """How many input sets are rotated, so that none is found in the L2 cache.
+
+    Args:
+        nbytes: of a set.
+        memory: the GPU's, in bytes.
+        fewest: of large sets, if memory allows; two in any case.
+
+    Example:
+        >>> [sets_of(size * 2**20, 140 * 2**30) for size in (1, 10, 160, 2000)]
+        [32, 29, 8, 4]
+    """
+    size = max(nbytes, 1)
+    rotated = int(ROTATED_BYTES / size) + 1
+    fit = int(memory * MEMORY_OF_SETS / size)
+    return max(2, min(MOST_SETS, max(rotated, min(fewest, fit))))
+
+
 @contextlib.contextmanager
 def tf32_products() -> Iterator[None]:
     """Let PyTorch multiply fp32 matrices in tf32, for a while.
@@ -241,11 +267,15 @@ def tf32_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def bench_of(device: str) -> Bench:
+def bench_of(device: str, fewest_sets: int = FEWEST_SETS) -> Bench:
     """The bench of "cuda" or "cpu"; on a GPU it also gives Triton's cache a fixed place.
 
     Without one, Inductor moves that cache to its own once it builds a kernel in this very process,
     and what a package compiled before is compiled again, by this process or the next.
+
+    Args:
+        device: its name.
+        fewest_sets: of `sets_of`, for a GPU.
 
     Raises:
         ValueError: torch sees no GPU, or the name is another.
@@ -258,7 +288,7 @@ def bench_of(device: str) -> Bench:
         raise ValueError("perf: --device cuda must have a GPU, got none; --device cpu needs none")
     home = Path(os.environ.get("TRITON_HOME") or Path.home())
     os.environ.setdefault("TRITON_CACHE_DIR", str(home / ".triton" / "cache"))  # Triton's own
-    return CudaBench()
+    return CudaBench(fewest_sets)
 
 
 def _median(function: Callable[[], Any]) -> float:

@@ -64,6 +64,16 @@ def test_the_cpu():
     assert isinstance(device, CpuBench)
 
 
+@pytest.mark.parametrize("size", [2**10, 2**20, 2**24, 2**27, 2**30, 2**34])
+@pytest.mark.parametrize("memory", [2**34, 140 * 2**30])
+def test_sets_exceed_every_cache_and_leave_memory(size, memory):
+    count = bench.sets_of(size, memory)
+    assert 2 <= count <= bench.MOST_SETS
+    assert count == bench.MOST_SETS or count * size > bench.ROTATED_BYTES
+    assert count <= max(2, memory / 16 / size, bench.ROTATED_BYTES / size + 1)
+    assert bench.sets_of(size, memory, 2) <= count
+
+
 def test_other_devices_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="perf: --device must be cuda or cpu, got tpu"):
         bench_of("tpu")
@@ -74,7 +84,7 @@ def test_other_devices_are_refused(monkeypatch):
 
 def test_tritons_cache_stays_where_it_is(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(bench, "CudaBench", CpuBench)
+    monkeypatch.setattr(bench, "CudaBench", lambda fewest_sets: CpuBench())
     monkeypatch.setenv("TRITON_HOME", str(tmp_path))
     monkeypatch.setenv("TRITON_CACHE_DIR", "")
     monkeypatch.delenv("TRITON_CACHE_DIR")  # noticed by monkeypatch, so that it is put back
