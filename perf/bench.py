@@ -97,12 +97,12 @@ class CudaBench:
     """The current GPU.
 
     Args:
-        fewest_sets: of inputs, however large, if memory allows.
+        fewest_sets: as `sets_of` takes it.
     """
 
     device = "cuda"
 
-    def __init__(self, fewest_sets: int = FEWEST_SETS) -> None:
+    def __init__(self, fewest_sets: int) -> None:
         self._stream = torch.cuda.Stream()
         self._fewest_sets = fewest_sets
         self._memory = torch.cuda.get_device_properties().total_memory
@@ -234,7 +234,7 @@ class CudaBench:
 Bench = CpuBench | CudaBench
 
 
-def sets_of(nbytes: int, memory: int, fewest: int = FEWEST_SETS) -> int:
+def sets_of(nbytes: int, memory: int, fewest: int) -> int:
     """How many input sets are rotated, so that none is found in the L2 cache.
 
     Args:
@@ -243,7 +243,7 @@ def sets_of(nbytes: int, memory: int, fewest: int = FEWEST_SETS) -> int:
         fewest: of large sets, if memory allows; two in any case.
 
     Example:
-        >>> [sets_of(size * 2**20, 140 * 2**30) for size in (1, 10, 160, 2000)]
+        >>> [sets_of(size * 2**20, 140 * 2**30, 8) for size in (1, 10, 160, 2000)]
         [32, 29, 8, 4]
     """
     size = max(nbytes, 1)
@@ -275,7 +275,7 @@ def bench_of(device: str, fewest_sets: int = FEWEST_SETS) -> Bench:
 
     Args:
         device: its name.
-        fewest_sets: of `sets_of`, for a GPU.
+        fewest_sets: as `sets_of` takes it, for a GPU.
 
     Raises:
         ValueError: torch sees no GPU, or the name is another.

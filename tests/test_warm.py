@@ -18,7 +18,7 @@ pytest.importorskip("tabulate")
 pytest.importorskip("tqdm")
 
 from mhc_tile.autotune import worker
-from mhc_tile.perf import output, records, suite, warm
+from mhc_tile.perf import bench, output, records, suite, warm
 from mhc_tile.perf.__main__ import main
 from mhc_tile.perf.bench import CpuBench
 from mhc_tile.perf.operations import Case, cases
@@ -168,7 +168,12 @@ def test_one_turn_of_those_that_are_wanted(monkeypatch):
         found = real(self, function, sets)
         return dataclasses.replace(found, timer=lambda: turns.append(1) or 1.0)
 
+    def bench_of(device, fewest_sets):
+        assert (device, fewest_sets) == ("cpu", 2)  # the others need memory, too
+        return CpuBench()
+
     monkeypatch.setattr(CpuBench, "timed", timed)
+    monkeypatch.setattr(bench, "bench_of", bench_of)
     with inductor.patch(compile_threads=7):  # monkeypatch would leave Inductor without it
         assert list(warm.handler("cpu", OURS_ALONE)(((8, 16), [SMALL]))) == [[]]
         assert inductor.compile_threads == 1
