@@ -12,7 +12,7 @@ from ..ops.sublayer import Open, finish
 from ._arguments import Extras, check_module, split_extras
 from .connections import Connection, ManifoldHyperConnection, Residual
 
-# Tools such as torch.fx put another function in its place while they trace.
+# A tool that puts another function in its place is to see every call.
 _CALL = nn.Module.__call__
 # Modules of other tools whose forward takes anything, and the attribute that holds what they call:
 # torch.compile and activation checkpointing.
@@ -52,12 +52,17 @@ class HyperConnectedStack(nn.Module):
         torch.Size([2, 10, 4, 64])
     """
 
-    _inspected: tuple[nn.Module | None, ...] = ()
+    _inspected: tuple[Any, ...] = ()
 
     def __init__(self, connections: Iterable[nn.Module], *, fused: bool = True) -> None:
         super().__init__()
         if not isinstance(fused, bool):
             raise TypeError(f"HyperConnectedStack: fused must be True or False, got {fused!r}")
+        if not isinstance(connections, Iterable):
+            raise TypeError(
+                f"HyperConnectedStack: connections must be an iterable of modules, "
+                f"got {type(connections).__name__}"
+            )
         found = list(connections)
         for index, connection in enumerate(found):
             check_module("HyperConnectedStack", f"connections[{index}]", connection)
@@ -73,7 +78,6 @@ class HyperConnectedStack(nn.Module):
                     f"{expected[0]} and hidden_size {expected[1]} as connections[{index - 1}] has, "
                     f"got {sizes[0]} and {sizes[1]}"
                 )
-
         self._inspect()
 
     def __len__(self) -> int:
@@ -141,16 +145,17 @@ class HyperConnectedStack(nn.Module):
 
     def _inspect(self) -> None:
         """Read which keywords each connection takes: once, as signatures are slow to read."""
-        self._inspected = self._sources()
+        self._inspected = self._forwards()
         self._keywords = [_keywords_of(connection) for connection in self.connections]
 
-    def _sources(self) -> tuple[nn.Module | None, ...]:
-        """The connections and their layers, to see when one is another."""
-        return tuple(m for c in self.connections for m in (c, c._modules.get("layer")))
+    def _forwards(self) -> tuple[Any, ...]:
+        """What the connections and their layers run, to see when one is replaced."""
+        modules = (m for c in self.connections for m in (c, c._modules.get("layer", c)))
+        return tuple(type(module).forward for module in modules)
 
     def _route(self, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
         """Those of the keywords that each connection takes."""
-        now, before = self._sources(), self._inspected
+        now, before = self._forwards(), self._inspected
         if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
             self._inspect()
         for name in kwargs:
