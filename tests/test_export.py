@@ -1,4 +1,4 @@
-"""torch.export with dynamic batch and sequence: a program takes sizes that it was not traced with."""
+"""torch.export with dynamic batch and sequence: a program takes sizes it was not traced with."""
 
 import pytest
 import torch
