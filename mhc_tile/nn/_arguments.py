@@ -54,6 +54,8 @@ def check_output(kind: str, layer_input: Tensor, result: Any) -> Any:
     Returns:
         The same, the output in the dtype of layer_input (autocast may change it).
     """
+    if isinstance(result, Tensor):  # at once, as every layer of a model passes here
+        return result if result.dtype is layer_input.dtype else result.to(layer_input.dtype)
     output, extras = split_extras(result)
     if not isinstance(output, Tensor):
         what = type(result).__name__ + (

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..config import MHCConfig
 from ..reference import compute_dtype
 
-_HALVES = (torch.bfloat16, torch.float16)
+_HALVES = frozenset({torch.bfloat16, torch.float16})
 
 # sigmoid(40) is 1 to the last bit of float64.
 _SATURATED = 40.0
