@@ -1,6 +1,8 @@
 """The one `torch.library.Library` of the package, and how an op enters it.
 
 `define` registers the schema, the implementations, the fake and the autograd formula of an op.
+Under forward-mode AD and the transforms of `torch.func`, which need more than a formula for the
+reverse mode, an op is its CPU implementation: operators of PyTorch, which have all formulas.
 `Library.define` with `impl` adds about 1 us of host time to a call where
 `torch.library.custom_op` adds 7, and refuses a second definition of the same name instead of
 silently replacing the first.
@@ -8,11 +10,13 @@ silently replacing the first.
 
 import functools
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 NAMESPACE = "mhc_tile"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -33,9 +37,9 @@ def define(
     *,
     cpu: Formula,
     fake: Formula,
+    setup_context: Formula,
+    backward: Formula,
     cuda: Formula | None = None,
-    setup_context: Formula | None = None,
-    backward: Formula | None = None,
 ) -> torch._ops.OpOverload:
     """Register an op.
 
@@ -47,7 +51,7 @@ def define(
         fake: the same signature on fake tensors: contiguous empties of the right shapes.
         cuda: the implementation on CUDA tensors; `cpu`'s where no kernel exists.
         setup_context: as in `torch.library.register_autograd`.
-        backward: as in `torch.library.register_autograd`; None for an op without gradient.
+        backward: as in `torch.library.register_autograd`.
 
     Returns:
         The op's default overload, which is what public functions call.
@@ -56,19 +60,48 @@ def define(
     qualified = f"{NAMESPACE}::{name}"
     _LIBRARY.define(schema)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
-    _LIBRARY.impl(name, _contiguous(_with_defaults(op, cpu)), "CPU")
+    composite = _contiguous(_with_defaults(op, cpu))
+    _LIBRARY.impl(name, composite, "CPU")
     _LIBRARY.impl(name, _contiguous(_with_defaults(op, cuda or cpu)), "CUDA")
     fake = _known_to_inductor(op, _with_defaults(op, fake))
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
-    if backward is not None:
-        torch.library.register_autograd(
-            qualified, backward, setup_context=setup_context, lib=_LIBRARY
-        )
+    formula = torch._library.autograd.Info(backward, setup_context)
+    reverse = torch._library.autograd.make_autograd_impl(op, formula)
+    autograd = _composite_under_transforms(name, composite, reverse)
+    _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
     for device in ("cpu", "cuda"):
         _LIBRARY.impl(name, _outside_autocast(op, device), f"Autocast{device.upper()}")
     if not name.startswith("_"):
         OPS[name] = op
     return op
+
+
+def under_transforms() -> bool:
+    """Whether forward-mode AD or a transform of `torch.func` is at work."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def _composite_under_transforms(name: str, composite: Formula, reverse: Formula) -> Formula:
+    """The autograd implementation: the reverse formula, or operators that have every formula."""
+
+    def implementation(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        if not under_transforms():
+            return reverse(keyset, *args, **kwargs)
+        if any(isinstance(value, Tensor) and value.is_cuda for value in args):
+            _warn_of_reference(name)
+        return composite(*args, **kwargs)
+
+    return implementation
+
+
+@functools.cache
+def _warn_of_reference(name: str) -> None:
+    warnings.warn(
+        f"{name}: the PyTorch reference runs instead of a kernel: forward-mode AD and torch.func "
+        "need formulas that a kernel has not",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def _with_defaults(op: torch._ops.OpOverload, function: Formula) -> Formula:

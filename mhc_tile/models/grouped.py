@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._library import define
+from .._library import define, under_transforms
 
 
 def grouped_linear(
@@ -58,7 +58,8 @@ def spread(values: Tensor, source_R: Tensor, slots_TM: Tensor) -> Tensor:
     Returns:
         [R, ...].
     """
-    return _Spread.apply(values, source_R, slots_TM)
+    function = _Spread.forward if under_transforms() else _Spread.apply
+    return function(values, source_R, slots_TM)
 
 
 def gather(rows: Tensor, source_R: Tensor, slots_TM: Tensor) -> Tensor:
@@ -72,7 +73,8 @@ def gather(rows: Tensor, source_R: Tensor, slots_TM: Tensor) -> Tensor:
     Returns:
         [T, ...].
     """
-    return _Gather.apply(rows, source_R, slots_TM)
+    function = _Gather.forward if under_transforms() else _Gather.apply
+    return function(rows, source_R, slots_TM)
 
 
 class _Spread(torch.autograd.Function):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, gradients, reference
-from .._library import define, derive, rounded
+from .._library import define, derive, rounded, under_transforms
 from . import _dispatch
 from ._dispatch import flat, leading, on_cuda, tuned
 from ._saved import given, keep_projection, keep_shapes
@@ -64,9 +64,10 @@ def pre(
     constants = check_pre(
         "pre", x, phi, alpha, bias, norm_eps, pre_eps, post_scale, iters, sinkhorn_eps
     )
-    if return_x:
+    if return_x and not under_transforms():
         return HandingOn.apply(x, phi, alpha, bias, constants, False)
-    return pre_op(x, phi, alpha, bias, **constants)[:3]
+    results = pre_op(x, phi, alpha, bias, **constants)[:3]
+    return (*results, x) if return_x else results
 
 
 def check_pre(

@@ -4,7 +4,8 @@
 leaves its share of grad_x, `sum_o h_res[o, i] * grad_x_next[o, c]`, to pre's backward, which reads
 grad_x_next itself in place of that share: 4 C elements a token less to write at n = 4. So the x
 that `begin` or `cross` hands on has a gradient only for the `cross` or `finish` that it is meant
-for; no public function returns it.
+for; no public function returns it. Forward-mode AD and `torch.func` take the plain ops, each with
+its own gradient of x.
 """
 
 from collections.abc import Callable
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 
 from .._autocast import autocast_dtype
+from .._library import under_transforms
 from ._saved import given, keep_shapes
 from .boundary import boundary_op
 from .merge import check_merge, merge_backward_maps, merge_op
-from .pre import HandingOn, check_pre, pre_backward
+from .pre import HandingOn, check_pre, pre_backward, pre_op
 
 
 def sublayer(
@@ -103,6 +105,8 @@ def begin(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **constants: Any)
 
 def _open(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, constants: dict[str, Any]) -> Open:
     x = x.contiguous()  # once, not in each op that reads it
+    if under_transforms():
+        return Open(*pre_op(x, phi, alpha, bias, **constants)[:3], x, x)
     layer_input, h_post, h_res, handed = HandingOn.apply(x, phi, alpha, bias, constants, True)
     return Open(layer_input, h_post, h_res, handed, x)
 
@@ -120,6 +124,9 @@ def cross(
     check_merge("boundary", x, layer_output, h_post, h_res)
     constants = check_pre("boundary", x, phi, alpha, bias, **constants)
     maps = (h_post, h_res, phi, alpha, bias)
+    if under_transforms():
+        x_next, *output = boundary_op(x, layer_output, *maps, **constants)[:4]
+        return Open(*output, x_next, x_next)
     layer_input, h_post, h_res, handed, *own = _Crossing.apply(
         handed, _kept(opened), layer_output, *maps, constants
     )
@@ -134,6 +141,8 @@ def finish(opened: Open, layer_output: Tensor) -> Tensor:
 
 def _finish(opened: Open, layer_output: Tensor) -> Tensor:
     maps = (opened.h_post, opened.h_res)
+    if under_transforms():
+        return merge_op(opened.x, layer_output, *maps)
     return _Finishing.apply(opened.handed, _kept(opened), layer_output, *maps)
 
 
