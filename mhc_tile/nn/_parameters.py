@@ -4,12 +4,15 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..config import MHCConfig
 from ..reference import compute_dtype
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _HALVES = frozenset({torch.bfloat16, torch.float16})
 
@@ -137,6 +140,16 @@ def _start_projection(phi: Tensor, alpha: Tensor, config: MHCConfig) -> None:
     nn.init.constant_(alpha, 0.01 if config.init == "paper" else 0.0)
 
 
+def while_tracing(function: Function) -> Function:
+    """Let torch.compile call a function as it traces, and take its result for a constant.
+
+    What `torch.compiler.assume_constant_result` does, which would import Dynamo.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@while_tracing
 def _warn_of_rounding(kind: str) -> None:
     warnings.warn(
         f"{kind}: its own parameters must be float32, got some rounded to 16 bits: maps are "
@@ -144,10 +157,6 @@ def _warn_of_rounding(kind: str) -> None:
         "mp_policy, and load states that hold them in float32.",
         stacklevel=1,
     )
-
-
-# What torch.compiler.assume_constant_result does, which would import Dynamo: it warns as it traces.
-_warn_of_rounding._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class MappingModule(nn.Module):

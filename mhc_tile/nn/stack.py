@@ -151,7 +151,7 @@ class HyperConnectedStack(nn.Module):
     def _forwards(self) -> tuple[Any, ...]:
         """What the connections and their layers run, to see when one is replaced."""
         modules = (m for c in self.connections for m in (c, c._modules.get("layer", c)))
-        return tuple(type(module).forward for module in modules)
+        return tuple(getattr(type(module), "forward", None) for module in modules)
 
     def _route(self, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
         """Those of the keywords that each connection takes."""
