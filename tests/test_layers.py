@@ -267,7 +267,7 @@ def test_wrapped_layers_are_routed_by_what_they_wrap():
 
     torch._dynamo.reset()
     x = four()
-    for wrap in (wrapped, checkpoint_wrapper):
+    for wrap in (wrapped, checkpoint_wrapper, nn.DataParallel):
         stack = HyperConnectedStack(
             [wrap(ManifoldHyperConnection(linear(), WIDTH))]
             + [ManifoldHyperConnection(wrap(layer), WIDTH) for layer in (Masked(), linear())]

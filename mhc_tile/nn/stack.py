@@ -14,9 +14,10 @@ from .connections import Connection, ManifoldHyperConnection, Residual
 
 # A tool that puts another function in its place is to see every call.
 _CALL = nn.Module.__call__
-# Modules of other tools whose forward takes anything, and the attribute that holds what they call:
-# torch.compile and activation checkpointing.
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+# Where modules whose forward takes anything hold what they call: torch.compile, activation
+# checkpointing, FSDP1, DDP.
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 class HyperConnectedStack(nn.Module):
@@ -173,7 +174,7 @@ class HyperConnectedStack(nn.Module):
 
 def _keywords_of(module: nn.Module) -> frozenset[str] | None:
     """The keywords that a module's `forward` takes after its input; None if it takes any."""
-    for name in _WRAPPERS:
+    for name in (*_WRAPPERS, "module") if isinstance(module, _PARALLEL) else _WRAPPERS:
         if (wrapped := module._modules.get(name)) is not None:
             return _keywords_of(wrapped)
     try:
