@@ -1,6 +1,6 @@
 """The mapping: one pass over x for the projection and the sum of squares, then the maps.
 
-    inv_rms    = 1 / sqrt(mean over n * C of x^2 + norm_eps), 0 where all of x is 0
+    inv_rms    = 1 / sqrt(mean over n * C of x^2 + norm_eps), 0 where the mean is 0
     projection = (vec(x) @ phi^T) * inv_rms
     logits     = projection * [alpha_pre | alpha_post | alpha_res] + bias
     h_pre      = sigmoid(logits_pre) + pre_eps
@@ -11,7 +11,8 @@ groups of tokens stream past through a ring of shared-memory tiles. It reads n *
 phi once a block, and writes n * n + 2n + 1 floats a token and member (5% of x at 1024 elements a
 member, n = 4). `finish` adds these parts in the order of the members and forms the maps; `pre` has
 a finish of its own. The segments of nC follow from C alone, so a token's bits never depend on its
-neighbours.
+neighbours. Squares and their sums are fp32, subnormal numbers included: a token counts as zero
+where they vanish, as in the reference, for |x| below 3e-23.
 """
 
 from collections.abc import Callable, Iterator
