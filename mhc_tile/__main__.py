@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; those of the process if None.
 
     Returns:
-        The exit code: 0, 1 for an error that was printed, 2 for wrong usage, 3 for a regression
-        that `perf` found, 130 after Ctrl-C.
+        The exit code: 0, 1 where something failed or is missing, 2 for wrong usage or what this
+        machine lacks, 3 for a regression that `perf` found, 130 after Ctrl-C.
     """
     try:
         from .autotune._extras import MissingExtraError
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return args.run(args)
         except (ValueError, OSError, MissingExtraError) as error:
             sys.stderr.write(f"mhc-tile: {error}\n")
-            return 1
+            return 2
     except KeyboardInterrupt:  # also while it imports
         sys.stderr.write("\nmhc-tile: interrupted\n")
         return 130

@@ -167,7 +167,7 @@ def place(tmp_path, monkeypatch, now):
 
 def test_the_command(place, capsys):
     taken, path = place
-    assert main(["gate", "--static"]) == 1
+    assert main(["gate", "--static"]) == 2
     assert f"{path} must hold counts of ops, got" in capsys.readouterr().err
     assert main(["gate", "--static", "--write"]) == 0
     assert main(["gate", "--static"]) == 0
@@ -193,10 +193,10 @@ def test_arguments_that_do_not_fit(capsys, monkeypatch):
         (["--static", "--json", "-"], "--static must come without --json, got -"),
         (["--static", "--arch", "sm_70"], "--arch must be one of sm_80, "),
     ):
-        assert main(["gate", *arguments]) == 1
+        assert main(["gate", *arguments]) == 2
         assert why in capsys.readouterr().err
     monkeypatch.setattr(_static, "available", lambda: "no nvcc: install it")
-    assert main(["gate", "--static"]) == 1
+    assert main(["gate", "--static"]) == 2
     assert "a compiler must be here, got none: no nvcc" in capsys.readouterr().err
 
 
