@@ -164,7 +164,7 @@ def misnamed() -> str:
     path = os.path.expanduser(given)
     if os.access(path, os.R_OK):
         return ""
-    what = "it may not be read" if os.path.exists(path) else "nothing is there"
+    what = "it may not be read" if os.path.exists(path) else "nothing that may be read is there"
     return f"{VARIABLE}: must be a table, a folder of tables or {OFF}, got {given}: {what}"
 
 

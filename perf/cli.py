@@ -6,7 +6,6 @@ parsed arguments to an exit code. TileLang and matplotlib are imported by who ne
 
 import argparse
 import contextlib
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -241,6 +240,10 @@ def _gate_static(args: argparse.Namespace) -> int:
         raise ValueError(f"perf gate: --arch must be one of {known}, got {args.arch}")
     if why := _static.available():
         raise ValueError(f"perf gate: a compiler must be here, got none: {why}")
+    if (nvcc := _toolchain.nvcc()) and not _toolchain.nvcc_version(nvcc):
+        raise ValueError(
+            f"perf gate: nvcc must run, got {nvcc}, which does not; see mhc-tile doctor"
+        )
     cache = _toolchain.kernel_cache()  # TileLang makes it as soon as it is imported
     given.check_folder("perf gate", cache, "TileLang's cache", "TILELANG_CACHE_DIR")
     from . import static_gate
@@ -284,14 +287,15 @@ def _baseline(args: argparse.Namespace, gpu: str | None) -> "Record":
     if not (args.baseline or gpu):
         raise ValueError("perf gate: --baseline must be given for a result of a CPU, got none")
     path = args.baseline or baseline_path(str(gpu))
-    if not os.path.exists(path):  # which is False, too, where a folder may not be looked into
+    try:
+        base = records.read(path)
+    except FileNotFoundError as error:
         place = path if args.baseline or is_checkout() else Path("baseline.json")
         ending = "" if place == path else f", and `--baseline {place}` has it read"
         raise ValueError(
             f"perf gate: a baseline must be at {path}, got none; on a commit that is to be the "
             f"measure, `mhc-tile perf run --contender mhc_tile --out {place}` makes it{ending}"
-        )
-    base = records.read(path)
+        ) from error
     if left := base.environment.get("cases_left"):
         raise ValueError(
             f"perf gate: {path} must be of a run that ended, got one with {left} cases left; "

@@ -112,8 +112,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--repeats", type=given.count, default=5, help="measurements; medians are printed"
     )
     args = parser.parse_args(argv)
+    try:
+        device = describe()
+    except RuntimeError as error:
+        parser.error(str(error))
     say = sys.stdout.write
-    say(f"{describe()}; torch {torch.__version__}; {TOKENS} x {WIDTH}, n = {STREAMS}, bf16\n")
+    say(f"{device}; torch {torch.__version__}; {TOKENS} x {WIDTH}, n = {STREAMS}, bf16\n")
     say("host us       forward   training\n")
     for name, (function, tensors) in calls().items():
         forward, training = measure(function, tensors, args.calls, args.repeats)

@@ -121,7 +121,7 @@ def check_apart(command: str, read: Mapping[str, Path | None], written: Mapping[
     """
     taken = {path.resolve(): name for name, path in read.items() if path}
     for option, path in written.items():
-        if path.exists() and not path.is_file():
+        if os.path.exists(path) and not os.path.isfile(path):
             continue  # a device takes everything
         if other := taken.get(path.resolve()):
             raise ValueError(f"{command}: --{option} must be another file than {other}, got {path}")

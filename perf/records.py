@@ -165,7 +165,7 @@ def percent_of_roofline(row: Row, copy_bytes_per_s: float | None) -> float | Non
         >>> percent_of_roofline(row, 4e12)
         50.0
     """
-    if row.us is None or row.bytes is None or not copy_bytes_per_s:
+    if not row.us or row.bytes is None or not copy_bytes_per_s:
         return None
     return 100 * row.bytes / copy_bytes_per_s * 1e6 / row.us
 

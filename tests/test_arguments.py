@@ -1,6 +1,7 @@
 """What nobody can mean on a command line: empty texts of unset variables, impossible values."""
 
 import argparse
+import importlib
 import itertools
 import os
 from pathlib import Path
@@ -105,6 +106,23 @@ def test_a_folder_that_the_environment_names_is_made_or_named(tmp_path):
     said = "a command: the cache must be where files can be written, got .*file/x .*WHERE names"
     with pytest.raises(OSError, match=said):
         _arguments.check_folder("a command", tmp_path / "file" / "x", "the cache", "WHERE")
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "said"),
+    [
+        ("monitor_cost", ["--device", "mps"], "--device: invalid choice: 'mps'"),
+        ("monitor_cost", ["--tokens", "0", "1"], "--tokens: must be a whole number from 1 on"),
+        ("host_time", ["--calls", "0"], "--calls: must be a whole number from 1 on, got '0'"),
+        ("host_time", [], "must see a CUDA device, got none"),
+    ],
+)
+def test_modules_that_measure_name_what_does_not_fit(module, arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(f"mhc_tile.perf.{module}").main(arguments)
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 # Whatever is wrong with a file or a number is one line and exit code 2.

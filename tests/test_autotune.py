@@ -288,6 +288,22 @@ def test_the_command_from_candidates_to_table_and_picture(places, fake_gpu, caps
     assert {key.kernel for key in table.read(path, DEVICE).families} == {"merge", "sinkhorn"}
 
 
+def test_places_that_cannot_be_written_are_named_before_anything_is_measured(
+    places, fake_gpu, monkeypatch, capsys
+):
+    monkeypatch.setattr(compiling, "compile_all", lambda *_, **__: pytest.fail("it compiles"))
+    (places / "file").touch()
+    said = fails(capsys, *TUNE, "--output", str(places))
+    assert f"must be a file that can be written, got {places} (something else" in said
+    assert "--output names another" in said
+    said = fails(capsys, *TUNE, "--output", str(places / "file" / "x.json"))
+    assert "--output names another" in said
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(places / "file" / "x"))
+    assert "the variable TILELANG_CACHE_DIR names another place" in fails(capsys, *TUNE)
+    monkeypatch.setattr(journal, "folder", lambda: places / "file" / "x")
+    assert "the variable XDG_CACHE_HOME names another place" in fails(capsys, *TUNE)
+
+
 def test_phases_can_be_run_apart(places, fake_gpu, capsys):
     path = places / "here.json"
     output = ("--output", str(path))

@@ -89,5 +89,5 @@ def test_names_of_tables_that_cannot_be_read_raise_nothing(monkeypatch, tmp_path
     assert table.sources(DEVICE)[0] == folder / f"{DEVICE.slug}.json"
     for name in ("~no-such-user-here/x", "x" * 5000, "a/" * 3000):
         monkeypatch.setenv(table.VARIABLE, name)
-        assert f"got {name}: nothing is there" in table.misnamed()
+        assert f"got {name}: nothing that may be read is there" in table.misnamed()
         assert isinstance(table.sources(DEVICE)[0], Path)
