@@ -1,6 +1,7 @@
 """The command line: `mhc-tile` or `python -m mhc_tile`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -52,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 where something failed or is missing, 2 for wrong usage or what this
         machine lacks, 3 for a regression that `perf` found, 130 after Ctrl-C.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed before the process began, as by `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
     try:
         from .autotune._extras import MissingExtraError
 
