@@ -1,6 +1,7 @@
 """The command line: `mhc-tile` or `python -m mhc_tile`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -49,9 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; those of the process if None.
 
     Returns:
-        The exit code: 0, 1 for an error that was printed, 2 for wrong usage, 3 for a regression
-        that `perf` found, 130 after Ctrl-C.
+        The exit code: 0, 1 where something failed or is missing, 2 for wrong usage or what this
+        machine lacks, 3 for a regression that `perf` found, 130 after Ctrl-C.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed before the process began, as by `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
     try:
         from .autotune._extras import MissingExtraError
 
@@ -60,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return args.run(args)
         except (ValueError, OSError, MissingExtraError) as error:
             sys.stderr.write(f"mhc-tile: {error}\n")
-            return 1
+            return 2
     except KeyboardInterrupt:  # also while it imports
         sys.stderr.write("\nmhc-tile: interrupted\n")
         return 130

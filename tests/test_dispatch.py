@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import importlib
-import os
 import re
 import subprocess
 import sys
@@ -258,15 +257,6 @@ def test_the_ops_hand_the_configuration_down(name, batch_invariant, monkeypatch)
     set_batch_invariant(False)
     run(*cotangents(made.run()), *made.inputs)
     assert handed[2] is None
-
-
-def test_the_switch_may_come_from_the_environment():
-    code = "from mhc_tile.ops import _dispatch; print(_dispatch.BATCH_INVARIANT)"
-    for value in ("", "0", "1"):
-        environment = {**os.environ, "MHC_TILE_BATCH_INVARIANT": value}
-        command = [sys.executable, "-c", code]
-        result = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert result.stdout.strip() == str(value == "1")
 
 
 @pytest.mark.parametrize(

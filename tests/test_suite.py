@@ -203,7 +203,7 @@ def test_a_package_may_be_asked_for_with_its_version(monkeypatch, tmp_path, caps
     assert PEER in suite.names_here("cpu")
     assert list(measured(PEER)) == [PEER]
     few = [*QUICK, "--op", "expand", "--mode", "forward", "--out", str(tmp_path / "run.json")]
-    assert main([*few, "--contender", PEER]) == 1  # has no such op
+    assert main([*few, "--contender", PEER]) == 2  # has no such op
     said = "must leave one that has the chosen ops and modes, got liger-kernel"
     assert said in capsys.readouterr().err
 
@@ -324,12 +324,13 @@ def test_a_gpu_that_answers_no_more_ends_the_run(monkeypatch, tmp_path, capsys):
         (["--contender", "tile-kernels 0"], "must begin one of mhc_tile, reference (eager), "),
         (["--contender", "reference (compiled, t"], "one that can be measured here, of mhc_tile, "),
         (["--out", "."], "perf: --out must be a file, got the folder ."),
-        (["--tokens", "3"], "--op, --mode, --tokens and --hidden must leave a case, got none"),
+        (["--tokens", "3"], "perf run: --tokens must be among 64 here, got 3"),
+        (["--hidden", "-1"], "perf run: --hidden must be among 64 here, got -1"),
     ],
 )
 def test_bad_input_is_named(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main([*QUICK, *arguments]) == 1
+    assert main([*QUICK, *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -342,7 +343,7 @@ def test_a_missing_extra_is_named_before_anything_is_measured(monkeypatch, capsy
 
     monkeypatch.setattr(_extras.importlib, "import_module", missing)
     monkeypatch.setattr(CpuBench, "bandwidth", lambda self: pytest.fail("it measures"))
-    assert main(QUICK) == 1
+    assert main(QUICK) == 2
     assert "pip install 'mhc-tile[perf]' brings it" in capsys.readouterr().err
 
 

@@ -91,7 +91,7 @@ def test_a_run_beside_its_corpus_resumes(config, tmp_path):
     ],
 )
 def test_resume_refuses_what_it_would_ignore(tmp_path, capsys, options, said):
-    assert main(["train", "--resume", str(tmp_path), *options]) == 1
+    assert main(["train", "--resume", str(tmp_path), *options]) == 2
     assert f"train: {said}" in capsys.readouterr().err
 
 
