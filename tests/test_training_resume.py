@@ -83,7 +83,7 @@ def test_a_run_beside_its_corpus_resumes(config, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--steps", "8"], "--steps must be left out with --resume, got 8"),
+        (["--batch-size", "8"], "--batch-size must be left out with --resume, got 8"),
         (["--learning-rate", "5"], "--learning-rate must be left out with --resume, got 5.0"),
         (["--residual", "hc"], "--residual must be left out with --resume, got 'hc'"),
         (["--out", "x"], "--out must be left out with --resume, got 'x'"),
