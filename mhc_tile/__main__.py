@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from . import __version__
 
@@ -69,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             settle(sys.stderr)
     except KeyboardInterrupt:  # also while it imports
-        sys.stderr.write("\nmhc-tile: interrupted\n")
+        with suppress(OSError):
+            sys.stderr.write("\nmhc-tile: interrupted\n")
         return 130
 
 

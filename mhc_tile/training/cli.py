@@ -207,6 +207,10 @@ def _guarded(command: str, start: Callable[[], int], hint: Callable[[], str]) ->
     except KeyboardInterrupt as ended:
         say("\n" + (hint() or "interrupted; there is nothing to resume"))
         return exit_code(ended.args[0] if isinstance(ended, Ended) else signal.SIGINT)
+    except OSError:  # as when the disk is full: what has been saved can go on
+        if hint():
+            say(hint())
+        raise
     except (MemoryError, OverflowError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _TOO_LARGE.search(str(error)):
             raise

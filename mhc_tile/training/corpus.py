@@ -11,6 +11,7 @@ import sysconfig
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,9 +45,10 @@ class Corpus:
 
     def __post_init__(self) -> None:
         """Hash the tokens, so that a resumed run can tell whether they are the same."""
-        digest = hashlib.sha256(_bytes(self.train))
+        digest = hashlib.sha256()
+        _hash(self.train, digest)
         digest.update(b"|")
-        digest.update(_bytes(self.validation))
+        _hash(self.validation, digest)
         object.__setattr__(self, "fingerprint", digest.hexdigest())
 
     def describe(self) -> dict[str, str | int]:
@@ -183,13 +185,12 @@ def load_corpus(path: str | Path | None = None) -> Corpus:
     return _from_folder(root, files, str(root), len(found) - len(files))
 
 
-def _bytes(tokens: Tensor) -> ctypes.Array[ctypes.c_char] | bytes:
-    """The bytes of a tensor, not copied: `Tensor.numpy` needs a package that nothing else does."""
-    tokens = tokens.contiguous()
-    if not tokens.numel():
-        return b""
-    size = tokens.numel() * tokens.element_size()
-    return (ctypes.c_char * size).from_address(tokens.data_ptr())
+def _hash(tokens: Tensor, digest: Any) -> None:
+    """Hash a tensor's bytes in place; `Tensor.numpy` needs a package that nothing else does."""
+    tokens = tokens.cpu().contiguous()
+    if tokens.numel():
+        size = tokens.numel() * tokens.element_size()
+        digest.update((ctypes.c_char * size).from_address(tokens.data_ptr()))
 
 
 def _is_text(content: bytes) -> bool:

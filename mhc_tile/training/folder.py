@@ -25,14 +25,15 @@ def full_path(path: str | Path, argument: str) -> Path:
         argument: what it is, for the message, such as "train: run_dir".
 
     Returns:
-        The path; links and ".." stay in it.
+        The path; links stay in it, unless it goes up by "..".
 
     Raises:
         ValueError: It is empty, which as a path would be the working directory.
     """
     if not os.fspath(path).strip():
         raise ValueError(f"{argument} must not be empty, got {str(path)!r}")
-    return Path(os.path.expanduser(path)).absolute()  # pathlib raises for an unknown user
+    full = Path(os.path.expanduser(path)).absolute()  # pathlib raises for an unknown user
+    return full.resolve() if ".." in full.parts else full
 
 
 def require_unused(folder: Path, argument: str) -> None:
@@ -45,8 +46,11 @@ def require_unused(folder: Path, argument: str) -> None:
     Raises:
         FolderInUseError: It has files, or it is a file.
     """
-    used = folder.exists() and not folder.is_dir()
-    if used or (folder.exists() and any(path.name != _LOCK for path in folder.iterdir())):
+    if folder.is_dir():
+        used = any(path.name != _LOCK for path in folder.iterdir())
+    else:
+        used = folder.exists()
+    if used:
         raise FolderInUseError(f"{argument} must not exist yet or be empty, got {str(folder)!r}")
 
 

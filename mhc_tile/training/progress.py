@@ -60,7 +60,7 @@ class Progress:
         self._corpus = corpus
         self._due = time.monotonic()
         self._bar: Any = None
-        with suppress(ValueError):  # stderr has been closed
+        with suppress(OSError, ValueError):  # stderr is closed or gone
             if sys.stderr.isatty():
                 tqdm = require("tqdm", "progress bar").tqdm
                 self._bar = tqdm(total=steps, desc=f"{name:>10}", unit="step")
@@ -69,6 +69,10 @@ class Progress:
         """Show rows."""
         for row in rows:
             self._take(row)
+        runs = [row["corpus"] for row in rows if row["kind"] == "run" and "corpus" in row]
+        if runs and self._corpus:
+            self._say(_describe(runs[-1]))
+            self._corpus = False
         if rows and (rows[-1]["kind"], rows[-1]["step"]) == ("validation", self.steps):
             self._close()
         elif self._bar is not None:
@@ -81,9 +85,6 @@ class Progress:
     def _take(self, row: Row) -> None:
         if row["kind"] == "run":
             self.steps = row["config"]["steps"]
-            if self._corpus and "corpus" in row:
-                self._say(_describe(row["corpus"]))
-                self._corpus = False
         elif row["kind"] == "step":
             self.step = row["step"]
             self._show("loss", row["loss"], ".3f")
