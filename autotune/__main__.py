@@ -15,8 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; those of the process if None.
 
     Returns:
-        The exit code: 0, 1 where something failed, 2 for wrong usage or what this machine lacks,
-        130 after Ctrl-C.
+        The exit code: 0, 1 for an error that was printed, 2 for wrong usage, 130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser(
         prog="python -m mhc_tile.autotune", description="Fit the kernels to this GPU."
@@ -27,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return cli.run(args)
     except (ValueError, OSError, MissingExtraError) as error:
         sys.stderr.write(f"autotune: {str(error).removeprefix('autotune: ')}\n")
-        return 2
+        return 1
     except KeyboardInterrupt:
         same = "the same command without --force" if args.force else "the same command"
         sys.stderr.write(f"\nautotune: interrupted; {same} goes on from here\n")

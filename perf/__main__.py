@@ -16,8 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; those of the process if None.
 
     Returns:
-        The exit code: 0, 1 where this library is wrong or fails, 2 for wrong usage or what this
-        machine lacks, 3 for a regression, 130 after Ctrl-C.
+        The exit code: 0, 1 for an error that was printed, 2 for wrong usage, 3 for a regression,
+        130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser(
         prog="python -m mhc_tile.perf", description="Measure, compare, judge and report."
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, MissingExtraError) as error:
         said = str(error).removeprefix("perf: ")
         sys.stderr.write(f"{said}\n" if said.startswith("perf ") else f"perf: {said}\n")
-        return 2
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write("\nperf: interrupted\n")
         return 130

@@ -46,7 +46,7 @@ def run(capsys, *arguments: str) -> str:
 
 
 def fails(capsys, *arguments: str) -> str:
-    assert __main__.main(["autotune", *arguments]) == 2
+    assert __main__.main(["autotune", *arguments]) == 1
     return capsys.readouterr().err
 
 
@@ -246,7 +246,7 @@ def test_both_commands_are_one(capsys):
         module.main(["--help"])
     other = capsys.readouterr().out
     assert one[one.index("options:") :] == other[other.index("options:") :]
-    assert module.main(["--tokens", "3"]) == 2
+    assert module.main(["--tokens", "3"]) == 1
     assert capsys.readouterr().err.startswith("autotune: ")
 
 

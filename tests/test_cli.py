@@ -137,7 +137,7 @@ def baselines(tmp_path, monkeypatch):
 
 def test_gate_reads_the_baseline_of_the_model(files, baselines, capsys):
     good, slow = files(good=record(row(91)), slow=record(row(99)))
-    assert main(["gate", good]) == 2
+    assert main(["gate", good]) == 1
     error = capsys.readouterr().err
     path = baselines / "nvidia_h200.json"
     assert f"must be at {path}, got none" in error
@@ -152,7 +152,7 @@ def test_gate_reads_the_baseline_of_the_model(files, baselines, capsys):
     assert main(["compare", str(path), good]) == 0
     assert "no regression in 1 case; 1 in one of them only\n" in capsys.readouterr().out
     records.write(record(row(90), cases_left=3), path)
-    assert main(["gate", good]) == 2
+    assert main(["gate", good]) == 1
     assert "must be of a run that ended, got one with 3 cases left" in capsys.readouterr().err
     records.write(record(row(90)), path)
     assert main(["gate", slow, "--baseline", slow]) == 0
@@ -162,7 +162,7 @@ def test_results_without_a_case_in_common_are_refused(files, baselines, capsys):
     one, other, none = files(one=record(row()), other=record(row(case=OTHER)), none=record())
     gate = ["gate", one, "--baseline", none]
     for command in (["compare", one, other], ["compare", one, none], ["compare", none, one], gate):
-        assert main([*command, "--force"]) == 2
+        assert main([*command, "--force"]) == 1
         assert "must have a case of mhc_tile in common, got none" in capsys.readouterr().err
     assert main(["gate", other, "--baseline", one, "--force"]) == 3
     assert "1 missing of 1 case; 1 in one of them only\n" in capsys.readouterr().out
@@ -182,7 +182,7 @@ def test_a_baseline_that_is_included_is_one(path):
 def test_gate_refuses_a_result_of_another_commit(files, baselines, capsys):
     (stale,) = files(stale=record(row(), commit="fedcba"))
     records.write(record(row()), baselines / "nvidia_h200.json")
-    assert main(["gate", stale]) == 2
+    assert main(["gate", stale]) == 1
     assert "must be of this checkout's commit 0123456789ab, got fedcba" in capsys.readouterr().err
     assert main(["gate", stale, "--force"]) == 0
 
@@ -193,7 +193,7 @@ def test_gate_refuses_what_was_measured_beside_others(files, baselines, capsys, 
     (result,) = files(result=beside if which == "result" else alone)
     path = baselines / "nvidia_h200.json"
     records.write(beside if which == "base" else alone, path)
-    assert main(["gate", result]) == 2
+    assert main(["gate", result]) == 1
     where = path if which == "base" else result
     said = f"perf gate: {where} must be measured alone, by `mhc-tile perf run --contender mhc_tile`"
     assert f"{said}, got times of tile-kernels 1.0, too" in capsys.readouterr().err
@@ -202,7 +202,7 @@ def test_gate_refuses_what_was_measured_beside_others(files, baselines, capsys, 
 
 
 def test_gate_measures_where_it_is_given_no_result(baselines, monkeypatch, capsys, tmp_path):
-    assert main(["gate"]) == 2
+    assert main(["gate"]) == 1
     assert "a GPU or a result file must be given" in capsys.readouterr().err
     monkeypatch.setattr(cli, "_gpu_here", lambda: "NVIDIA H200")
     records.write(record(row(90)), baselines / "nvidia_h200.json")
@@ -210,9 +210,9 @@ def test_gate_measures_where_it_is_given_no_result(baselines, monkeypatch, capsy
         monkeypatch.setattr(cli, "_measure", lambda *_, us=us: record(row(us)))
         assert main(["gate", "--out", str(tmp_path / "new.json")]) == code
         assert records.read(tmp_path / "new.json").rows[0].us == us
-    assert main(["gate", str(tmp_path / "new.json"), "--out", "x"]) == 2
+    assert main(["gate", str(tmp_path / "new.json"), "--out", "x"]) == 1
     capsys.readouterr()
-    assert main(["gate", "--out", str(baselines / "nvidia_h200.json")]) == 2
+    assert main(["gate", "--out", str(baselines / "nvidia_h200.json")]) == 1
     assert "perf gate: --out must not be the baseline, got " in capsys.readouterr().err
 
 
@@ -260,7 +260,7 @@ def test_gate_refuses_before_it_measures(
     records.write(record(row(90)), baselines / "nvidia_h200.json")
     files(h100=record(row(), gpu="NVIDIA H100"), steps=record(row(), kind="overhead"))
     (tmp_path / "file").touch()
-    assert main(["gate", *(word.format(tmp_path) for word in arguments)]) == 2
+    assert main(["gate", *(word.format(tmp_path) for word in arguments)]) == 1
     assert message.format(tmp_path) in capsys.readouterr().err
 
 
@@ -274,7 +274,7 @@ def test_gate_names_a_missing_extra_before_it_measures(baselines, monkeypatch, c
     monkeypatch.setattr(cli, "_measure", lambda *_: pytest.fail("it measures"))
     records.write(record(row(90)), baselines / "nvidia_h200.json")
     monkeypatch.setattr(_extras.importlib, "import_module", missing)
-    assert main(["gate"]) == 2
+    assert main(["gate"]) == 1
     assert "pip install 'mhc-tile[perf]' brings it" in capsys.readouterr().err
 
 
@@ -327,16 +327,16 @@ def test_a_gpu_that_copies_otherwise_is_refused_before_it_measures(bench, monkey
     slow = {"gpu": "NVIDIA H200", "copy_bytes_per_s": 3.9e12}
     monkeypatch.setattr(suite, "environment", lambda bandwidth: dict(slow))
     monkeypatch.setattr(suite, "measure", lambda *_: pytest.fail("it measures"))
-    assert main(["gate"]) == 2
+    assert main(["gate"]) == 1
     assert "copy bandwidth: -7.1%" in capsys.readouterr().err
     slow["copy_bytes_per_s"] = 4.5e12
-    assert main(["gate"]) == 2
+    assert main(["gate"]) == 1
     assert "copy bandwidth: +7.1%" in capsys.readouterr().err
 
 
 def test_a_result_of_a_cpu_needs_a_baseline_by_name(files, baselines, capsys):
     (result,) = files(cpu=record(row(), gpu=None, copy_bytes_per_s=None))
-    assert main(["gate", result]) == 2
+    assert main(["gate", result]) == 1
     assert "--baseline must be given for a result of a CPU" in capsys.readouterr().err
     assert main(["gate", result, "--baseline", result]) == 0
 

@@ -204,7 +204,7 @@ def test_nothing_is_written_over_what_is_read(arguments, message, files, capsys,
     monkeypatch.setattr(environment, "commit", lambda: ENVIRONMENT["commit"])
     monkeypatch.chdir(Path(base).parent)
     asked = [word.format(base=base, new=new) for word in arguments]
-    assert main(asked) == 2
+    assert main(asked) == 1
     said = capsys.readouterr().err
     assert message in said
     assert said.startswith("perf")
@@ -218,7 +218,7 @@ def test_a_verdict_is_said_before_files_are_written(files, capsys, monkeypatch, 
 
     monkeypatch.setattr(Path, "write_text", full)
     base, slow = files(base=record(row()), slow=record(row(99)))
-    assert main(["compare", base, slow, "--markdown", str(tmp_path / "x.md")]) == 2
+    assert main(["compare", base, slow, "--markdown", str(tmp_path / "x.md")]) == 1
     said = capsys.readouterr()
     assert "1 regression of 1 case\n" in said.out
     assert "No space left on device" in said.err
@@ -260,13 +260,13 @@ def test_markdown_and_json(files, capsys, tmp_path):
 
 def test_results_that_do_not_fit_are_errors(files, capsys, tmp_path):
     base, other = files(base=record(row()), other=record(row(), gpu="NVIDIA A100"))
-    assert main(["compare", base, other]) == 2
+    assert main(["compare", base, other]) == 1
     assert "gpu: NVIDIA H200 -> NVIDIA A100; --force" in capsys.readouterr().err
     assert main(["compare", base, other, "--force"]) == 0
     (tmp_path / "old.json").write_text('{"schema": 0}')
-    assert main(["compare", base, str(tmp_path / "old.json")]) == 2
+    assert main(["compare", base, str(tmp_path / "old.json")]) == 1
     assert "must have schema 1, got 0" in capsys.readouterr().err
-    assert main(["compare", base, str(tmp_path / "none.json")]) == 2
+    assert main(["compare", base, str(tmp_path / "none.json")]) == 1
     assert capsys.readouterr().err.startswith("perf: ")
     for wrong in ("-3", "nan", "many"):
         with pytest.raises(SystemExit) as stop:

@@ -223,6 +223,6 @@ if __name__ == "__main__":
 )
 def test_bad_input_is_named(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main([*RUN, *arguments]) == 2
+    assert main([*RUN, *arguments]) == 1
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
