@@ -240,6 +240,24 @@ def test_the_lock_of_a_killed_process_is_gone(config, tmp_path):
     assert resume(tmp_path / "run").status == "done"
 
 
+def test_checkpoints_may_be_on_another_disk(config, tmp_path):
+    train(config, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "disk")
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "disk")
+    assert resume(tmp_path / "run", steps=4).run_dir == tmp_path / "run"
+    assert {path.name for path in (tmp_path / "disk").iterdir()} == {
+        "step_00000002.pt",
+        "step_00000004.pt",
+    }
+
+
+def test_a_link_to_a_checkpoint_stands_for_its_run(config, tmp_path):
+    train(config, tmp_path / "run")
+    (tmp_path / "latest.pt").symlink_to(list_checkpoints(tmp_path / "run")[-1])
+    assert resume(tmp_path / "latest.pt", steps=4).run_dir == tmp_path / "run"
+    assert len(list_checkpoints(tmp_path / "run")) == 2
+
+
 # files of others
 
 

@@ -269,13 +269,20 @@ def test_another_fault_keeps_its_traceback(run, monkeypatch):
         main(["train", "--resume", str(run)])
 
 
-@pytest.mark.parametrize("threads", ["0", "-1", "99999999999"])
+@pytest.mark.parametrize("option", ["num-streams", "iters", "batch-size", "eval-batches", "steps"])
+def test_a_number_that_torch_cannot_take_is_named(tmp_path, capsys, option):
+    large = str(10**20)
+    assert main(["train", "--out", str(tmp_path / "run"), f"--{option}", large]) == 1
+    said = capsys.readouterr().err
+    assert said == f"mhc-tile: train: --{option} must be below 2147483648, got {large}\n"
+
+
+@pytest.mark.parametrize("threads", ["0", "-1", "2000000000"])
 def test_a_number_of_threads_that_cannot_be_is_named(tmp_path, capsys, threads):
     pytest.importorskip("matplotlib")
     assert main(["demo", "--out", str(tmp_path / "demo"), "--threads", threads]) == 1
-    assert f"demo: --threads must be a number of CPU threads, got {threads}" in (
-        capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    assert said == f"mhc-tile: demo: --threads must be from 1 to 1024, got {threads}\n"
 
 
 @pytest.mark.parametrize("settings", ['{"steps": "x"}', '{"corpus": 3}', '{"seed": -1}', "[1]"])

@@ -28,6 +28,8 @@ from .signals import Ended, exit_code, raising
 
 _FAILED = 1
 _TOO_LARGE = re.compile(r"out of memory|allocate memory|enough memory|overflow", re.IGNORECASE)
+_TOO_MANY = 2**31  # of anything but seeds: torch's own messages name no option
+_MAX_THREADS = 1024  # OpenMP ends the process where it cannot make them
 _Started = TypeVar("_Started")
 
 _TRAIN_OPTIONS: dict[str, tuple[Any, str]] = {
@@ -110,7 +112,7 @@ def run_train(args: argparse.Namespace) -> int:
         RuntimeError: A package of the extra is missing.
     """
     given = _given("train", args, beside_resume=("corpus", "steps"))
-    out = Path()
+    out: Path | None = None
 
     def start() -> int:
         nonlocal out
@@ -127,9 +129,10 @@ def run_train(args: argparse.Namespace) -> int:
 
         return _finish_train(_in_new_folder("train", given, fresh))
 
-    return _guarded(
-        "train", start, lambda: _resume_hint("train", out) if list_checkpoints(out) else ""
-    )
+    def hint() -> str:
+        return _resume_hint("train", out) if out is not None and list_checkpoints(out) else ""
+
+    return _guarded("train", start, hint)
 
 
 def run_demo(args: argparse.Namespace) -> int:
@@ -148,13 +151,16 @@ def run_demo(args: argparse.Namespace) -> int:
         RuntimeError: A package of the extra is missing.
     """
     given = _given("demo", args, beside_resume=("corpus", "threads"))
-    out = Path()
+    out: Path | None = None
 
     def start() -> int:
         nonlocal out
         for module in ("tqdm", "tabulate", "matplotlib.figure"):
             require(module, "demo")
-        _set_threads(given.get("threads", 2))
+        threads = given.get("threads", 2)
+        if not 1 <= threads <= _MAX_THREADS:
+            raise ValueError(f"demo: --threads must be from 1 to {_MAX_THREADS}, got {threads}")
+        torch.set_num_threads(threads)
         if "resume" in given:
             out = full_path(given["resume"], "demo: --resume")
         else:
@@ -176,15 +182,18 @@ def run_demo(args: argparse.Namespace) -> int:
         say(f"\n{sentence(result.legs)}\n\nReport: {result.report}")
         return 0
 
-    return _guarded(
-        "demo", start, lambda: _resume_hint("demo", out) if (out / "demo.json").exists() else ""
-    )
+    def hint() -> str:
+        if out is None or not (out / "demo.json").exists():
+            return ""
+        return _resume_hint("demo", out)
+
+    return _guarded("demo", start, hint)
 
 
 def _given(
     command: str, args: argparse.Namespace, beside_resume: tuple[str, ...]
 ) -> dict[str, Any]:
-    """The options that were given: none empty, none that --resume would ignore.
+    """The options that were given: none empty or too large, none that --resume would ignore.
 
     A shell passes an empty one for a variable that is not set; taken for a path it would be the
     working directory.
@@ -194,8 +203,12 @@ def _given(
         flag = "--" + name.replace("_", "-")
         if isinstance(value, str) and not value.strip():
             raise ValueError(f"{command}: {flag} must not be empty, got {value!r}")
-        if "resume" in given and name not in ("resume", *beside_resume):
-            raise ValueError(f"{command}: {flag} must be left out with --resume, got {value!r}")
+        if isinstance(value, int) and value >= _TOO_MANY and name != "seed":
+            raise ValueError(f"{command}: {flag} must be below {_TOO_MANY}, got {value}")
+    ignored = [name for name in given if name not in ("resume", *beside_resume)]
+    if "resume" in given and ignored:
+        flag, value = "--" + ignored[0].replace("_", "-"), given[ignored[0]]
+        raise ValueError(f"{command}: {flag} must be left out with --resume, got {value!r}")
     return given
 
 
@@ -208,8 +221,8 @@ def _guarded(command: str, start: Callable[[], int], hint: Callable[[], str]) ->
         say("\n" + (hint() or "interrupted; there is nothing to resume"))
         return exit_code(ended.args[0] if isinstance(ended, Ended) else signal.SIGINT)
     except OSError:  # as when the disk is full: what has been saved can go on
-        if hint():
-            say(hint())
+        if text := hint():
+            say(text)
         raise
     except (MemoryError, OverflowError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _TOO_LARGE.search(str(error)):
@@ -220,15 +233,6 @@ def _guarded(command: str, start: Callable[[], int], hint: Callable[[], str]) ->
         ) from error
     finally:
         settle(sys.stdout)
-
-
-def _set_threads(threads: int) -> None:
-    try:
-        torch.set_num_threads(threads)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"demo: --threads must be a number of CPU threads, got {threads}"
-        ) from error
 
 
 def _train_config(given: dict[str, Any]) -> TrainConfig:

@@ -22,6 +22,7 @@ from .checkpoint import Checkpoints, find_checkpoint, load_checkpoint, restore, 
 from .config import TrainConfig, resumed_config
 from .corpus import Corpus, load_corpus
 from .device import pick_device
+from .extras import require
 from .folder import full_path, owned, require_unused
 from .metrics import MetricsLog, Row, same_config
 from .monitor import GainMonitor, GainRule, gain_row, measure_gains, warning_row
@@ -145,9 +146,12 @@ def resume(
         OSError: As `train`.
     """
     path = full_path(path, "resume: path")
-    run_dir = find_checkpoint(path).resolve().parent.parent
+    find_checkpoint(path)  # refuses a folder of somebody else before a lock is left there
+    if path.is_file():
+        path = path.resolve()
+    run_dir = path.parent.parent if path.is_file() else path
     with owned(run_dir, "resume: path"):
-        checkpoint = find_checkpoint(path).resolve()  # again: there may be a newer one by now
+        checkpoint = find_checkpoint(path)  # again: there may be a newer one by now
         state = load_checkpoint(checkpoint)
         config = resumed_config(stored_config(checkpoint, state), corpus, steps)
         return _Run(config, run_dir, on_rows, (checkpoint, state)).train()
@@ -171,6 +175,8 @@ class _Run:
             config.batch_size, config.sequence_length + 1, config.eval_batches
         )
         self.device = pick_device(config.device)
+        if config.tensorboard:  # before anything is written
+            require("torch.utils.tensorboard", "TensorBoard metrics")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = Decoder(config.model, config.residual, config.connection).to(self.device)
