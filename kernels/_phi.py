@@ -21,7 +21,7 @@ def load_macro(
 ) -> Callable[..., None]:
     """The macro `load_phi(fragments, unscales, phi, member, tx)`, of some or all of a warp's steps.
 
-    Where phi is scaled, which takes all steps, the macro without `last` loads them all.
+    Where phi is scaled, which takes all steps, the macro without `last` scales them all.
     """
     n, C, rows, width, steps = (
         segment.n, segment.channels, segment.rows, segment.width, segment.steps
@@ -44,9 +44,22 @@ def load_macro(
                 values[v] = phi[row, stream, channel + v]
 
     @T.macro
+    def clear_low(fragments, spoilt):
+        """Where an element of a row is not finite, the low parts count no more: infinity stays."""
+        for tile in T.unroll(phi_tiles):
+            if spoilt[tile] != 0.0:  # NaN
+                for block in T.unroll(first * 2, end * 2):
+                    for v in T.unroll(4):
+                        place = (block * phi_tiles + tile) * 8 + v // 2 * 4 + 2 + v % 2
+                        fragments[place] = T.cast(0.0, dtype)
+
+    @T.macro
     def load_phi(fragments, unscales, phi, member, tx):
         """phi[:, :, segment] into registers, high and low parts, in the A operand's order."""
         values = T.alloc_local((8,), F32)
+        spoilt = T.alloc_local((phi_tiles,), F32)
+        for tile in T.unroll(phi_tiles):
+            spoilt[tile] = 0.0
         for step in T.unroll(first, end):
             for tile in T.unroll(phi_tiles):
                 load_values(values, phi, member, tx, step, tile)
@@ -56,31 +69,35 @@ def load_macro(
                             base = ((step * 2 + half) * phi_tiles + tile) * 8 + pair * 4 + e
                             value = values[half * 4 + pair * 2 + e]
                             fragments[base] = T.cast(value, dtype)
-                            fragments[base + 2] = T.cast(rest(value, fragments[base]), dtype)
+                            low = value - T.cast(fragments[base], F32)
+                            fragments[base + 2] = T.cast(low, dtype)
+                            spoilt[tile] += low * 0.0
+        clear_low(fragments, spoilt)
 
     @T.macro
     def load_scaled_phi(fragments, unscales, phi, member, tx):
-        """The same in fp16, by way of all values in registers."""
+        """The same in fp16, by way of fp32 values in the same registers."""
+        values = T.alloc_local((8,), F32)
+        for step in T.unroll(first, end):
+            for tile in T.unroll(phi_tiles):
+                load_values(values, phi, member, tx, step, tile)
+                for v in T.unroll(8):
+                    fragments[((step * 2 + v // 4) * phi_tiles + tile) * 4 + v % 4] = values[v]
         if last is None:
-            values = T.alloc_local((8,), F32)
-            wide = T.alloc_local((steps * phi_tiles * 8,), F32)
-            for step in T.unroll(steps):
-                for tile in T.unroll(phi_tiles):
-                    load_values(values, phi, member, tx, step, tile)
-                    for v in T.unroll(8):
-                        wide[((step * 2 + v // 4) * phi_tiles + tile) * 4 + v % 4] = values[v]
-            scale_rows(fragments, unscales, wide)
+            scale_rows(fragments, unscales)
 
     return load_scaled_phi if scaled else load_phi
 
 
 def scale_macro(segment: Segment) -> Callable[..., None]:
-    """The macro `scale_rows(fragments, unscales, wide)`: from fp32 values to scaled pairs."""
-    steps, phi_tiles = segment.steps, segment.phi_tiles
+    """The macro `scale_rows(fragments, unscales)`: from fp32 values to scaled pairs."""
+    steps, phi_tiles, size = segment.steps, segment.phi_tiles, segment.fragment_registers
 
     @T.macro
-    def scale_rows(fragments, unscales, wide):
+    def scale_rows(fragments, unscales):
         """A tile of a lane is of one row, and so is that of the other three of its quad."""
+        # the array gets the type of its last view, in which tensor cores count offsets
+        narrow = T.view(fragments, (2 * size,), SCALED)
         pair_values = T.alloc_local((2,), F32)
         largest = T.alloc_var(F32, 0.0)
         exponent = T.alloc_var("int32", 0)
@@ -88,7 +105,7 @@ def scale_macro(segment: Segment) -> Callable[..., None]:
             largest = 0.0
             for block in T.unroll(steps * 2):
                 for v in T.unroll(4):
-                    largest = T.max(largest, T.abs(wide[(block * phi_tiles + tile) * 4 + v]))
+                    largest = T.max(largest, T.abs(fragments[(block * phi_tiles + tile) * 4 + v]))
             largest = T.max(largest, T.shfl_xor(largest, 1))
             largest = T.max(largest, T.shfl_xor(largest, 2))
             exponent = exponent_of(largest)
@@ -97,10 +114,11 @@ def scale_macro(segment: Segment) -> Callable[..., None]:
                 for pair in T.unroll(2):
                     base = (block * phi_tiles + tile) * 8 + pair * 4
                     for e in T.unroll(2):
-                        pair_values[e] = wide[base // 2 + e] * scale_of(exponent)
-                        fragments[base + e] = T.cast(pair_values[e], SCALED)
-                        fragments[base + 2 + e] = T.cast(
-                            rest(pair_values[e], fragments[base + e]), SCALED
+                        pair_values[e] = fragments[base // 2 + e] * scale_of(exponent)
+                    for e in T.unroll(2):
+                        narrow[base + e] = T.cast(pair_values[e], SCALED)
+                        narrow[base + 2 + e] = T.cast(
+                            rest(pair_values[e], T.cast(pair_values[e], SCALED)), SCALED
                         )
 
     return scale_rows

@@ -114,6 +114,12 @@ class Segment:
         """32-bit registers a thread needs for phi."""
         return self.steps * 2 * self.phi_tiles * 4
 
+    def fragments(self, dtype: str) -> tuple[tuple[int], str]:
+        """Shape and dtype of a thread's registers for phi; see `_phi` for fp16."""
+        if dtype == SCALED:
+            return (self.fragment_registers,), F32
+        return (2 * self.fragment_registers,), dtype
+
     def shared_bytes(self, tiles: int, sums: int = 2) -> int:
         """Shared memory of a ring of `tiles` tiles and of the sums of so many groups."""
         return self.group * (tiles * self.row * 2 + sums * self.warps * self.sums_row * 4)

@@ -177,7 +177,7 @@ def boundary_program(
             if tx < apply_first:
                 if handover:
                     T.set_max_nreg(project_registers, 1)
-                fragments = T.alloc_local((segment.fragment_registers * 2,), dtype)
+                fragments = T.alloc_local(*segment.fragments(dtype))
                 unscales = T.alloc_local((segment.phi_tiles,), F32)
                 thread = T.alloc_var("int32", tx)
                 # one half after the other; the compiler, to whom the second condition is not that

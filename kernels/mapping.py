@@ -168,7 +168,7 @@ def project_program(
             tx = T.get_thread_binding()
             x_tile = T.alloc_shared((ahead + 1, G, segment.row), dtype)
             sums = T.alloc_shared((2, warps, G, segment.sums_row), F32)
-            fragments = T.alloc_local((segment.fragment_registers * 2,), dtype)
+            fragments = T.alloc_local(*segment.fragments(dtype))
             unscales = T.alloc_local((segment.phi_tiles,), F32)
             total = T.alloc_var(F32, 0.0)
             rounds = T.alloc_var(

@@ -277,7 +277,7 @@ def team_program(
             if tx < apply_first:
                 if handover:
                     T.set_max_nreg(project_registers, 1)
-                fragments = T.alloc_local((segment.fragment_registers * 2,), dtype)
+                fragments = T.alloc_local(*segment.fragments(dtype))
                 unscales = T.alloc_local((segment.phi_tiles,), F32)
                 if tx < main_threads:
                     load_phi(fragments, unscales, phi, member, tx)
