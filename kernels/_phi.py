@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import tilelang.language as T
 
+from ._pairs import WORD
 from ._programs import F32
 from ._projection import SCALED, STEP, TILE_ROWS, WARP, Segment
 from ._split import exponent_of, rest, scale_of, unscale_of
@@ -91,14 +92,14 @@ def load_macro(
 
 def scale_macro(segment: Segment) -> Callable[..., None]:
     """The macro `scale_rows(fragments, unscales)`: from fp32 values to scaled pairs."""
-    steps, phi_tiles, size = segment.steps, segment.phi_tiles, segment.fragment_registers
+    steps, phi_tiles = segment.steps, segment.phi_tiles
 
     @T.macro
     def scale_rows(fragments, unscales):
         """A tile of a lane is of one row, and so is that of the other three of its quad."""
-        # the array gets the type of its last view, in which tensor cores count offsets
-        narrow = T.view(fragments, (2 * size,), SCALED)
-        pair_values = T.alloc_local((2,), F32)
+        high_word, low_word = T.alloc_local((1,), WORD), T.alloc_local((1,), WORD)
+        high, low = T.view(high_word, (2,), SCALED), T.view(low_word, (2,), SCALED)
+        values = T.alloc_local((2,), F32)
         largest = T.alloc_var(F32, 0.0)
         exponent = T.alloc_var("int32", 0)
         for tile in T.unroll(phi_tiles):
@@ -112,13 +113,16 @@ def scale_macro(segment: Segment) -> Callable[..., None]:
             unscales[tile] = unscale_of(exponent)
             for block in T.unroll(steps * 2):
                 for pair in T.unroll(2):
-                    base = (block * phi_tiles + tile) * 8 + pair * 4
+                    place = (block * phi_tiles + tile) * 4 + pair * 2
                     for e in T.unroll(2):
-                        pair_values[e] = fragments[base // 2 + e] * scale_of(exponent)
+                        values[e] = fragments[place + e] * scale_of(exponent)
+                    for e in T.vectorized(2):
+                        high[e] = T.cast(values[e], SCALED)
                     for e in T.unroll(2):
-                        narrow[base + e] = T.cast(pair_values[e], SCALED)
-                        narrow[base + 2 + e] = T.cast(
-                            rest(pair_values[e], T.cast(pair_values[e], SCALED)), SCALED
-                        )
+                        values[e] = rest(values[e], high[e])
+                    for e in T.vectorized(2):
+                        low[e] = T.cast(values[e], SCALED)
+                    fragments[place] = T.reinterpret(high_word[0], F32)
+                    fragments[place + 1] = T.reinterpret(low_word[0], F32)
 
     return scale_rows

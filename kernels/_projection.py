@@ -115,7 +115,7 @@ class Segment:
         return self.steps * 2 * self.phi_tiles * 4
 
     def fragments(self, dtype: str) -> tuple[tuple[int], str]:
-        """Shape and dtype of a thread's registers for phi; see `_phi` for fp16."""
+        """Shape and dtype of a thread's registers for phi; for fp16 they are fp32 words first."""
         if dtype == SCALED:
             return (self.fragment_registers,), F32
         return (2 * self.fragment_registers,), dtype
@@ -170,6 +170,7 @@ class Segment:
         G, rows, steps, batches = self.group, self.rows, self.steps, self.batches
         phi_tiles = self.phi_tiles
         name = MMA_NAMES[dtype]
+        tile_size = 4 if dtype == SCALED else 8  # of `fragments`
 
         def unscale(unscales, phi_tile):
             return unscales[phi_tile] if dtype == SCALED else 1.0
@@ -209,7 +210,8 @@ class Segment:
                             for b in T.unroll(batches):
                                 T.ptx_mma(
                                     F32, "m16n8k16", "row", "col", name, name, "fp32",
-                                    fragments.data, ((step * 2 + half) * phi_tiles + phi_tile) * 8,
+                                    fragments.data,
+                                    ((step * 2 + half) * phi_tiles + phi_tile) * tile_size,
                                     x_lane.data, b * 8 + half * 4, accumulators.data,
                                     (b * phi_tiles + phi_tile) * 4, T.bool(False),
                                 )  # fmt: skip
