@@ -3,8 +3,8 @@
 bf16 has fp32's range and keeps 16 mantissa bits of every element. fp16 keeps 22 bits, but has a
 small range: each warp scales its elements of a row by a power of two that brings the largest to
 2^14 up to 2^15, and `project` scales the sum back. So 22 bits count from the row's largest element,
-whatever its size. An element that is not finite reaches its own row's sums only, as in the
-reference.
+whatever its size. Beside an element that is not finite the low part is NaN, and `project` leaves
+it out: the element does to its row's sums what it does in the reference, and nothing to others.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import tilelang.language as T
 from ._pairs import WORD
 from ._programs import F32
 from ._projection import SCALED, STEP, TILE_ROWS, WARP, Segment
-from ._split import exponent_of, rest, scale_of, unscale_of
+from ._split import exponent_of, scale_of, unscale_of
 
 
 def load_macro(
@@ -45,22 +45,9 @@ def load_macro(
                 values[v] = phi[row, stream, channel + v]
 
     @T.macro
-    def clear_low(fragments, spoilt):
-        """Where an element of a row is not finite, the low parts count no more: infinity stays."""
-        for tile in T.unroll(phi_tiles):
-            if spoilt[tile] != 0.0:  # NaN
-                for block in T.unroll(first * 2, end * 2):
-                    for v in T.unroll(4):
-                        place = (block * phi_tiles + tile) * 8 + v // 2 * 4 + 2 + v % 2
-                        fragments[place] = T.cast(0.0, dtype)
-
-    @T.macro
     def load_phi(fragments, unscales, phi, member, tx):
         """phi[:, :, segment] into registers, high and low parts, in the A operand's order."""
         values = T.alloc_local((8,), F32)
-        spoilt = T.alloc_local((phi_tiles,), F32)
-        for tile in T.unroll(phi_tiles):
-            spoilt[tile] = 0.0
         for step in T.unroll(first, end):
             for tile in T.unroll(phi_tiles):
                 load_values(values, phi, member, tx, step, tile)
@@ -72,8 +59,6 @@ def load_macro(
                             fragments[base] = T.cast(value, dtype)
                             low = value - T.cast(fragments[base], F32)
                             fragments[base + 2] = T.cast(low, dtype)
-                            spoilt[tile] += low * 0.0
-        clear_low(fragments, spoilt)
 
     @T.macro
     def load_scaled_phi(fragments, unscales, phi, member, tx):
@@ -119,7 +104,7 @@ def scale_macro(segment: Segment) -> Callable[..., None]:
                     for e in T.vectorized(2):
                         high[e] = T.cast(values[e], SCALED)
                     for e in T.unroll(2):
-                        values[e] = rest(values[e], high[e])
+                        values[e] = values[e] - T.cast(high[e], F32)
                     for e in T.vectorized(2):
                         low[e] = T.cast(values[e], SCALED)
                     fragments[place] = T.reinterpret(high_word[0], F32)

@@ -17,6 +17,7 @@ from typing import Any
 import tilelang.language as T
 
 from ._programs import F32, PASS_CONFIGS, ceil_div, macro
+from ._split import LARGEST
 
 WARP = 32
 STEP = 32  # elements of a token that a warp consumes with one 16-byte read a lane: two k16 steps
@@ -233,10 +234,11 @@ class Segment:
                     for phi_tile in T.unroll(phi_tiles):
                         row = phi_tile * TILE_ROWS + lane_row
                         if row < rows:
+                            # the sum of low parts, where it is a number
                             for e in T.unroll(2):
                                 sums[buffer, warp, token + lane_pair * 2 + e, 1 + row] = (
                                     accumulators[b, phi_tile * 4 + e]
-                                    + accumulators[b, phi_tile * 4 + 2 + e]
+                                    + T.min(accumulators[b, phi_tile * 4 + 2 + e], LARGEST)
                                 ) * unscale(unscales, phi_tile)
 
         return project
