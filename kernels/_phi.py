@@ -20,16 +20,15 @@ from ._split import exponent_of, scale_of, unscale_of
 def load_macro(
     segment: Segment, dtype: str, first: int = 0, last: int | None = None
 ) -> Callable[..., None]:
-    """The macro `load_phi(fragments, unscales, phi, member, tx)`, of some or all of a warp's steps.
+    """The macro `load_phi(fragments, phi, member, tx)`, of some or all of a warp's steps.
 
-    Where phi is scaled, which takes all steps, the macro without `last` scales them all.
+    Where phi is to be scaled it leaves fp32 values: call `scale_phi` when all steps are there.
     """
     n, C, rows, width, steps = (
         segment.n, segment.channels, segment.rows, segment.width, segment.steps
     )  # fmt: skip
     phi_tiles, scaled = segment.phi_tiles, dtype == SCALED
     end = steps if last is None else last
-    scale_rows = scale_macro(segment)
 
     @T.macro
     def load_values(values, phi, member, tx, step, tile):
@@ -45,7 +44,7 @@ def load_macro(
                 values[v] = phi[row, stream, channel + v]
 
     @T.macro
-    def load_phi(fragments, unscales, phi, member, tx):
+    def load_phi(fragments, phi, member, tx):
         """phi[:, :, segment] into registers, high and low parts, in the A operand's order."""
         values = T.alloc_local((8,), F32)
         for step in T.unroll(first, end):
@@ -61,26 +60,24 @@ def load_macro(
                             fragments[base + 2] = T.cast(low, dtype)
 
     @T.macro
-    def load_scaled_phi(fragments, unscales, phi, member, tx):
-        """The same in fp16, by way of fp32 values in the same registers."""
+    def load_values_of_phi(fragments, phi, member, tx):
+        """The same as fp32, in the registers of the pairs to come."""
         values = T.alloc_local((8,), F32)
         for step in T.unroll(first, end):
             for tile in T.unroll(phi_tiles):
                 load_values(values, phi, member, tx, step, tile)
                 for v in T.unroll(8):
                     fragments[((step * 2 + v // 4) * phi_tiles + tile) * 4 + v % 4] = values[v]
-        if last is None:
-            scale_rows(fragments, unscales)
 
-    return load_scaled_phi if scaled else load_phi
+    return load_values_of_phi if scaled else load_phi
 
 
-def scale_macro(segment: Segment) -> Callable[..., None]:
-    """The macro `scale_rows(fragments, unscales)`: from fp32 values to scaled pairs."""
+def scale_macro(segment: Segment, dtype: str) -> Callable[..., None]:
+    """The macro `scale_phi(fragments, unscales)`: from fp32 values to scaled pairs, for fp16."""
     steps, phi_tiles = segment.steps, segment.phi_tiles
 
     @T.macro
-    def scale_rows(fragments, unscales):
+    def scale_phi(fragments, unscales):
         """A tile of a lane is of one row, and so is that of the other three of its quad."""
         high_word, low_word = T.alloc_local((1,), WORD), T.alloc_local((1,), WORD)
         high, low = T.view(high_word, (2,), SCALED), T.view(low_word, (2,), SCALED)
@@ -110,4 +107,8 @@ def scale_macro(segment: Segment) -> Callable[..., None]:
                     fragments[place] = T.reinterpret(high_word[0], F32)
                     fragments[place + 1] = T.reinterpret(low_word[0], F32)
 
-    return scale_rows
+    @T.macro
+    def leave(fragments, unscales):
+        """Nothing is scaled."""
+
+    return scale_phi if dtype == SCALED else leave
