@@ -17,6 +17,7 @@ from typing import Any
 import tilelang.language as T
 
 from ._programs import F32, PASS_CONFIGS, ceil_div, macro
+from ._split import LARGEST
 
 WARP = 32
 STEP = 32  # elements of a token that a warp consumes with one 16-byte read a lane: two k16 steps
@@ -114,6 +115,12 @@ class Segment:
         """32-bit registers a thread needs for phi."""
         return self.steps * 2 * self.phi_tiles * 4
 
+    def fragments(self, dtype: str) -> tuple[tuple[int], str]:
+        """Shape and dtype of a thread's registers for phi; for fp16 they are fp32 words first."""
+        if dtype == SCALED:
+            return (self.fragment_registers,), F32
+        return (2 * self.fragment_registers,), dtype
+
     def shared_bytes(self, tiles: int, sums: int = 2) -> int:
         """Shared memory of a ring of `tiles` tiles and of the sums of so many groups."""
         return self.group * (tiles * self.row * 2 + sums * self.warps * self.sums_row * 4)
@@ -164,6 +171,7 @@ class Segment:
         G, rows, steps, batches = self.group, self.rows, self.steps, self.batches
         phi_tiles = self.phi_tiles
         name = MMA_NAMES[dtype]
+        tile_size = 4 if dtype == SCALED else 8  # of `fragments`
 
         def unscale(unscales, phi_tile):
             return unscales[phi_tile] if dtype == SCALED else 1.0
@@ -203,7 +211,8 @@ class Segment:
                             for b in T.unroll(batches):
                                 T.ptx_mma(
                                     F32, "m16n8k16", "row", "col", name, name, "fp32",
-                                    fragments.data, ((step * 2 + half) * phi_tiles + phi_tile) * 8,
+                                    fragments.data,
+                                    ((step * 2 + half) * phi_tiles + phi_tile) * tile_size,
                                     x_lane.data, b * 8 + half * 4, accumulators.data,
                                     (b * phi_tiles + phi_tile) * 4, T.bool(False),
                                 )  # fmt: skip
@@ -225,10 +234,11 @@ class Segment:
                     for phi_tile in T.unroll(phi_tiles):
                         row = phi_tile * TILE_ROWS + lane_row
                         if row < rows:
+                            # the sum of low parts, where it is a number
                             for e in T.unroll(2):
                                 sums[buffer, warp, token + lane_pair * 2 + e, 1 + row] = (
                                     accumulators[b, phi_tile * 4 + e]
-                                    + accumulators[b, phi_tile * 4 + 2 + e]
+                                    + T.min(accumulators[b, phi_tile * 4 + 2 + e], LARGEST)
                                 ) * unscale(unscales, phi_tile)
 
         return project

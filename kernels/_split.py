@@ -11,7 +11,7 @@ import tilelang.language as T
 from ._programs import F32
 
 _HALF, _TF32 = T.uint32(0x1000), T.uint32(0xFFFFE000)  # of tf32's last place, tf32's bits
-_LARGEST = 2.0**128 - 2.0**104  # of float32
+LARGEST = 2.0**128 - 2.0**104  # of float32
 _ROUNDS_TO_INFINITY = 2.0**128 - 2.0**116  # from here on, in tf32
 
 
@@ -37,7 +37,7 @@ def round_rest(value: Any) -> Any:
 def rest(value: Any, high: Any) -> Any:
     """What rounding to `high` left over of value, fp32; 0 where high is not finite."""
     left = value - T.cast(high, F32)
-    return T.Select(T.abs(left) <= T.float32(_LARGEST), left, T.float32(0.0))
+    return T.Select(T.abs(left) <= T.float32(LARGEST), left, T.float32(0.0))
 
 
 def exponent_of(value: Any) -> Any:

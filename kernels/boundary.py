@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import _projection_any, mapping, merge, pre, pre_team
 from ._boundary_streams import CHUNK, MAPS, STREAMS, stream_macros
-from ._phi import load_macro
+from ._phi import load_macro, scale_macro
 from ._programs import (
     F32,
     ITEM_BYTES,
@@ -131,7 +131,7 @@ def boundary_program(
     tokens = T.dynamic("tokens")
     half = (config.steps + 1) // 2
     load_first, load_rest = load_macro(segment, dtype, 0, half), load_macro(segment, dtype, half)
-    project = segment.project_macro(dtype)
+    scale_phi, project = scale_macro(segment, dtype), segment.project_macro(dtype)
     clear_pad, fetch, fetch_output, take_output, merge = stream_macros(
         segment, tokens, apply_warps, dtype
     )
@@ -177,15 +177,17 @@ def boundary_program(
             if tx < apply_first:
                 if handover:
                     T.set_max_nreg(project_registers, 1)
-                fragments = T.alloc_local((segment.fragment_registers * 2,), dtype)
+                fragments = T.alloc_local(*segment.fragments(dtype))
                 unscales = T.alloc_local((segment.phi_tiles,), F32)
                 thread = T.alloc_var("int32", tx)
                 # one half after the other; the compiler, to whom the second condition is not that
                 # of the first, would load both at once, for which there are no registers
                 if (tx < main_threads) and (rounds > 0):
-                    load_first(fragments, unscales, phi, member, tx)
+                    load_first(fragments, phi, member, tx)
                 if (tx < main_threads) and (last >= 0):
-                    load_rest(fragments, unscales, phi, member, tx)
+                    load_rest(fragments, phi, member, tx)
+                if (tx < main_threads) and (rounds + last > 0):  # the same again
+                    scale_phi(fragments, unscales)
                 T.sync_grid()
                 for j in T.serial(rounds + lag):
                     T.sync_threads(2, meeting)

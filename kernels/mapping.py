@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import _projection_any
-from ._phi import load_macro
+from ._phi import load_macro, scale_macro
 from ._programs import (
     F32,
     ITEM_BYTES,
@@ -153,7 +153,7 @@ def project_program(
     segment = Segment(n, C, rows, segment_width(C, members), steps, G)
     columns, warps, threads = segment.columns, segment.warps, segment.threads
     tokens = T.dynamic("tokens")
-    load_phi = load_macro(segment, dtype)
+    load_phi, scale_phi = load_macro(segment, dtype), scale_macro(segment, dtype)
     fetch = segment.fetch_macro(tokens, threads)
     project = segment.project_macro(dtype)
     blocks = T.min(most_blocks, T.ceildiv(tokens, G))
@@ -168,7 +168,7 @@ def project_program(
             tx = T.get_thread_binding()
             x_tile = T.alloc_shared((ahead + 1, G, segment.row), dtype)
             sums = T.alloc_shared((2, warps, G, segment.sums_row), F32)
-            fragments = T.alloc_local((segment.fragment_registers * 2,), dtype)
+            fragments = T.alloc_local(*segment.fragments(dtype))
             unscales = T.alloc_local((segment.phi_tiles,), F32)
             total = T.alloc_var(F32, 0.0)
             rounds = T.alloc_var(
@@ -178,7 +178,8 @@ def project_program(
             for j in T.serial(ahead):
                 fetch(x_tile, j, x, T.cast(j * most_blocks + block, "int64") * G, member, tx)
                 T.ptx_commit_group()
-            load_phi(fragments, unscales, phi, member, tx)
+            load_phi(fragments, phi, member, tx)
+            scale_phi(fragments, unscales)
 
             for j in T.serial(rounds + 1):
                 T.ptx_wait_group(ahead - 1)
