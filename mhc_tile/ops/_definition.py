@@ -144,26 +144,39 @@ class Op:
         """A kernel's results, its configuration from a table or the default."""
         if not isinstance(self.kernel, str):
             return self.kernel(*args, **constants)  # type: ignore[misc]
-        kernel = KERNELS[self.kernel]
+        kernel, count = KERNELS[self.kernel], len(self.tensors)
         first, n = self._streams(*args)
         tokens = first.shape[: first.dim() - self._axes]
-        rest = args[len(self.tensors) :]
-        others = {**dict(zip(self.arguments, rest, strict=False)), **constants}
-        given = (*args[: len(self.tensors)], *rest[len(self.arguments) :])
-        tensors = [
-            value if value is None or not known.per_token else flat(value, len(known.axes))
-            for value, known in zip(given, self._given, strict=False)
-        ]
+        tensors, others = args, constants
+        if self.arguments:
+            others = {**dict(zip(self.arguments, args[count:], strict=False)), **constants}
+            tensors = args[:count]
+        flattened = len(tokens) != 1
+        if flattened:
+            pairs = zip(tensors, self._flattened, strict=False)
+            tensors = [v if axes is None or v is None else flat(v, axes) for v, axes in pairs]
+            size = tokens.numel()
+        else:
+            size = tokens[0]
         results = tuned(
             self.kernel,
             first,
-            (tokens.numel(), n, first.shape[-1] if kernel.of_channels else 0),
-            lambda config: kernel.call(tensors, others, config),
+            (size, n, first.shape[-1] if kernel.of_channels else 0),
+            lambda config: kernel.launch(kernel.load(), tensors, others, config),
         )
-        found = zip(self.returned, results, strict=True)
-        return _single(
-            [leading(value, tokens) if quantity(name).per_token else value for name, value in found]
-        )
+        if flattened:
+            pairs = zip(results, self._unflattened, strict=True)
+            results = tuple([leading(v, tokens) if per_token else v for v, per_token in pairs])
+        return results[0] if len(results) == 1 else results
+
+    @cached_property
+    def _flattened(self) -> list[int | None]:
+        """Of each tensor how many dims are no tokens; None where no dim is."""
+        return [len(known.axes) if known.per_token else None for known in self._given]
+
+    @cached_property
+    def _unflattened(self) -> list[bool]:
+        return [quantity(name).per_token for name in self.returned]
 
     @cached_property
     def _given(self) -> list[Quantity]:
@@ -175,7 +188,7 @@ class Op:
         known = self._given
         return next((i for i, q in enumerate(known) if q.axes == ("n", "C")), 0)
 
-    @property
+    @cached_property
     def _axes(self) -> int:
         """How many of that tensor's dims are no tokens."""
         return len(self._given[self._first].axes)
