@@ -12,6 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..kernels import _lowering, _static, _toolchain
+from . import _arguments as given
 from . import compiling, journal, report, table, tuner
 from ._extras import require
 from .device import Device, describe, driver_version, identity
@@ -21,6 +22,9 @@ from .registry import KERNELS, Target
 from .worker import WorkerDied, WorkerHung
 
 SECONDS = 60.0  # for one candidate: the inputs, its launches, its graph
+# What no GPU, model or machine has yet; beyond it integers of programs and waits overflow.
+MOST: dict[str, float] = {"hidden": 1 << 20, "tokens": _toolchain.MOST_TOKENS}
+MOST |= {"multiprocessors": 1 << 16, "jobs": 1 << 12, "budget": 1e6, "timeout": 86400}
 _BANDWIDTH = f"{__package__}.bench:copy_bandwidth"
 
 
@@ -39,16 +43,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     phase.add_argument("--measure-only", action="store_true", help="what is compiled; no table")
     phase.add_argument("--write-only", action="store_true", help="a table of what is measured")
     how = parser.add_argument_group("how")
-    how.add_argument("--arch", help="without a GPU: such as sm_90a")
+    how.add_argument("--arch", type=given.text, help="without a GPU: such as sm_90a")
     how.add_argument("--multiprocessors", type=int, help="with --arch, of a model that has fewer")
     how.add_argument("--budget", type=float, metavar="MINUTES", help="begin no measurement after")
     how.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compiling processes")
-    how.add_argument("--timeout", type=float, default=SECONDS, help="seconds for a candidate")
+    limit = "seconds for a candidate, at most a day"
+    how.add_argument("--timeout", type=float, default=SECONDS, help=limit)
     again = how.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_false", dest="force", help="the default: go on")
     again.add_argument("--force", action="store_true", help="measure again what is known")
     parser.set_defaults(force=False)
-    how.add_argument("--output", type=Path, help="the table; default: the user's data folder")
+    how.add_argument("--output", type=given.path, help="the table; default: the user's data folder")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,8 +76,9 @@ def run(args: argparse.Namespace) -> int:
     if device is not None and not (args.dry_run or args.compile_only or args.measure_only):
         table.check(_path(args, device), device)
     wanted = problems(shapes, args.kernel or KERNELS)
-    folder = journal.folder()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, cache = journal.folder(), _toolchain.kernel_cache()
+    given.check_folder("autotune", folder, "the user's cache", "XDG_CACHE_HOME")
+    given.check_folder("autotune", cache, "TileLang's cache", "TILELANG_CACHE_DIR")
     log = folder / "workers.log"
     if args.write_only:
         return _write(args, _device(device), target, wanted)
@@ -86,7 +92,6 @@ def run(args: argparse.Namespace) -> int:
         _say(report.listing(plans, target.arch))
         return 1 if failed else 0
     options = [option for plan in plans for option in plan.options if option.pruned]
-    cache = _toolchain.kernel_cache()
     _say(f"{count} programs for {target.arch} in {cache}; {len(options)} candidates pruned")
     if args.compile_only:
         for plan in failed:
@@ -136,11 +141,14 @@ def _shapes(args: argparse.Namespace) -> Sequence[Shape]:
     for name in ("streams", "dtype"):
         if args.preset and getattr(args, name):
             raise ValueError(f"autotune: --{name} must come with --hidden, got --preset")
-    for name in ("hidden", "tokens", "multiprocessors", "jobs", "budget", "timeout"):
+    for name, most in MOST.items():
         values = getattr(args, name)
         values = values if isinstance(values, list) else [values]
-        if any(value is not None and value <= 0 for value in values):
-            raise ValueError(f"autotune: --{name} must be above 0, got {values}")
+        for value in values:
+            if value is not None and not 0 < value <= most:
+                raise ValueError(
+                    f"autotune: --{name} must be above 0 and at most {most}, got {value}"
+                )
     if wrong := [n for n in args.streams or () if n not in _toolchain.STREAMS]:
         raise ValueError(f"autotune: --streams must be in {_toolchain.STREAMS}, got {wrong}")
     tokens = tuple(args.tokens or TOKENS)

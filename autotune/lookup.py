@@ -12,6 +12,7 @@ C keep their default's order at a C of no table (H200: 32768 x 6144 was 12% slow
 """
 
 import math
+import os
 import threading
 import warnings
 from dataclasses import dataclass, field
@@ -122,7 +123,7 @@ def load(device: Device) -> Tables:
     if why := table.misnamed():
         found.faults.append(f"{why}; it is bypassed")
     for path in table.sources(device):
-        if not path.is_file():
+        if not os.path.isfile(path):  # nor where a folder may not be looked into
             continue
         try:
             families = table.read(path, device).families

@@ -10,6 +10,7 @@ leaves the old table, and of two writers neither loses what it wrote.
 """
 
 import contextlib
+import errno
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ._switches import NO
 from .device import Device
 
 SCHEMA = 1
@@ -145,18 +147,25 @@ def user_path(device: Device) -> Path:
 
 
 def is_off() -> bool:
-    """Whether tables are switched off by MHC_TILE_TABLES=off."""
-    return os.environ.get(VARIABLE, "").lower() == OFF
+    """Whether tables are switched off by MHC_TILE_TABLES=off, or another word for no."""
+    given = _given()
+    return bool(given) and given.lower() in NO
+
+
+def _given() -> str:
+    return os.environ.get(VARIABLE, "").strip()
 
 
 def misnamed() -> str:
-    """Why MHC_TILE_TABLES names nothing that is there; empty if it does, or is not set."""
-    given = os.environ.get(VARIABLE)
-    if not given or is_off() or Path(given).expanduser().exists():
+    """Why MHC_TILE_TABLES names nothing that can be read; empty if it does, or is not set."""
+    given = _given()
+    if not given or is_off():
         return ""
-    return (
-        f"{VARIABLE}: must be a table, a folder of tables or {OFF}, got {given}: nothing is there"
-    )
+    path = os.path.expanduser(given)
+    if os.access(path, os.R_OK):
+        return ""
+    what = "it may not be read" if os.path.exists(path) else "nothing that may be read is there"
+    return f"{VARIABLE}: must be a table, a folder of tables or {OFF}, got {given}: {what}"
 
 
 def sources(device: Device) -> list[Path]:
@@ -169,10 +178,10 @@ def sources(device: Device) -> list[Path]:
         return []
     name = f"{device.slug}.json"
     found = [user_folder() / name, SHIPPED / name]
-    if given := os.environ.get(VARIABLE):
-        path = Path(given).expanduser()
-        is_file = path.suffix == ".json" or path.is_file()
-        found.insert(0, path if is_file else path / name)
+    if given := _given():
+        path = Path(os.path.expanduser(given))  # leaves a name of no user as it is
+        is_file = path.suffix == ".json" or os.path.isfile(path)
+        found.insert(0, path if is_file and not os.path.isdir(path) else path / name)
     return found
 
 
@@ -267,12 +276,20 @@ def check(path: Path, device: Device) -> None:
         TableError: The file has a newer schema or is for another GPU.
         OSError: It cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=path.parent):
-        pass
-    if path.exists():
-        with contextlib.suppress(UnreadableError):
-            read(path, device)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.exists():
+            if not path.is_file():
+                raise FileExistsError(errno.EEXIST, "something else of that name is there")
+            with contextlib.suppress(UnreadableError):
+                read(path, device)
+    except OSError as error:
+        raise type(error)(
+            f"autotune: the table must be a file that can be written, got {path} "
+            f"({error.strerror or error}); --output names another"
+        ) from error
 
 
 def update(path: Path, device: Device, families: Iterable[Family]) -> Table:

@@ -20,7 +20,8 @@ validates itself, being `PENDING` until it is there.
 
 Products with phi run in tf32 on operands rounded to nearest, for fp32 x on pairs of them. Those for
 grad_phi run in bf16 with grad_raw as a pair high + low (x is bf16 already), so 16 mantissa bits
-count; for fp16, whose range is too small for grad_raw, and fp32 as pairs of tf32.
+count; for fp16, whose range is too small for grad_raw, in tf32 with grad_raw as a pair, and for
+fp32 with both as pairs.
 """
 
 import functools
@@ -35,7 +36,7 @@ from tilelang.layout import make_swizzled_layout
 from ._mapping_records import PENDING, record_width
 from ._programs import F32, ITEM_BYTES, PASS_CONFIGS, ceil_div, logits_per_token, program
 from ._projection import shared_limit
-from ._sinkhorn_walk import round_tf32
+from ._split import rest, round_rest, round_tf32
 
 # What `part` says of grad_x_part; "" leaves it out.
 ADDED, MIXED = "added", "mixed"
@@ -146,7 +147,8 @@ def _macros(
     channels: int, n: int, dtype: str, with_pre: bool, part: str, tile: int, width: int
 ) -> tuple[Any, Any, Any, Any]:
     """Parts of `columns_program`: fetch, high and low (what tensor cores keep, lose), products."""
-    narrow = dtype == "bfloat16"  # x goes to the tensor cores as it is; fp16 goes as tf32 parts
+    # bf16 goes to the tensor cores as it is, fp16 as tf32, which holds it, fp32 as pairs of tf32
+    narrow, exact = dtype == "bfloat16", dtype == "float32"
     rows = {"transpose_A": True, "policy": T.GemmWarpPolicy.FullRow}
     copy = T.async_copy if is_aligned(channels, dtype) else T.copy
     with_part = bool(part)
@@ -178,7 +180,8 @@ def _macros(
         return T.cast(value, dtype) if narrow else round_tf32(value)
 
     def low(value):
-        return high(value - T.cast(high(value), F32))
+        left = rest(value, high(value))
+        return T.cast(left, dtype) if narrow else round_rest(left)
 
     @T.macro
     def add_grad_phi(streams, x_high, x_low, grad_raw_high, grad_raw_low, grad_phi, now):
@@ -187,11 +190,15 @@ def _macros(
             T.gemm(streams[now, :, :], grad_raw_low, grad_phi, **rows)
         else:
             for t, c in T.Parallel(tile, n * width):
-                x_high[t, c] = high(T.cast(streams[now, t, c], F32))
-                x_low[t, c] = low(T.cast(streams[now, t, c], F32))
+                if exact:
+                    x_high[t, c] = high(streams[now, t, c])
+                    x_low[t, c] = round_rest(streams[now, t, c] - high(streams[now, t, c]))
+                else:
+                    x_high[t, c] = T.cast(streams[now, t, c], F32)
             T.gemm(x_high, grad_raw_high, grad_phi, **rows)
             T.gemm(x_high, grad_raw_low, grad_phi, **rows)
-            T.gemm(x_low, grad_raw_high, grad_phi, **rows)
+            if exact:
+                T.gemm(x_low, grad_raw_high, grad_phi, **rows)
 
     return fetch, high, low, add_grad_phi
 
@@ -273,7 +280,7 @@ def columns_program(
                 )
             for k, c in T.Parallel(rows, columns):
                 if exact:
-                    phi_low[k, c] = round_tf32(phi_tile[k, c] - round_tf32(phi_tile[k, c]))
+                    phi_low[k, c] = round_rest(phi_tile[k, c] - round_tf32(phi_tile[k, c]))
                 phi_tile[k, c] = round_tf32(phi_tile[k, c])
             if overlap and not with_pre:
                 T.pdl_sync()

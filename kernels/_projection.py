@@ -4,8 +4,7 @@ The projection keeps phi in registers and lets tokens stream past. In one warp's
 (lane = 4 * g + t) phi is the A operand and eight tokens are the B operand:
 
 * A holds eight rows of phi twice: rows 0-7 are their high parts, rows 8-15 what rounding left over
-  (phi = high + low: 16 mantissa bits in bf16, 22 in fp16), so a thread adds the two products with
-  one instruction.
+  (phi = high + low, see `_phi`), so a thread adds the two products with one instruction.
 * The order of the K axis is free as long as A and B agree. One 16-byte read gives a lane eight
   neighbouring elements of a token; elements 0-3 feed one instruction, 4-7 the next. Neither operand
   needs `ldmatrix` or a shuffle.
@@ -13,6 +12,7 @@ The projection keeps phi in registers and lets tokens stream past. In one warp's
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import tilelang.language as T
 
@@ -22,6 +22,7 @@ WARP = 32
 STEP = 32  # elements of a token that a warp consumes with one 16-byte read a lane: two k16 steps
 TILE_ROWS = 8  # rows of phi in one A operand
 MMA_NAMES = {"bfloat16": "bf16", "float16": "fp16"}
+SCALED = "float16"  # of which phi may leave the range
 
 # Bytes of shared memory that one block may use; other architectures from 8.0 on allow 99 KiB.
 SHARED_LIMITS = {"sm_80": 166912, "sm_90a": 232448, "sm_100a": 232448, "sm_103a": 232448}
@@ -117,40 +118,6 @@ class Segment:
         """Shared memory of a ring of `tiles` tiles and of the sums of so many groups."""
         return self.group * (tiles * self.row * 2 + sums * self.warps * self.sums_row * 4)
 
-    def load_macro(
-        self, dtype: str, first: int = 0, last: int | None = None
-    ) -> Callable[..., None]:
-        """The macro `load_phi(fragments, phi, member, tx)`, of some or all of a warp's steps."""
-        n, C, rows, width, steps = self.n, self.channels, self.rows, self.width, self.steps
-        phi_tiles = self.phi_tiles
-
-        @T.macro
-        def load_phi(fragments, phi, member, tx):
-            """phi[:, :, segment] into registers, high and low parts, in the A operand's order."""
-            values = T.alloc_local((8,), F32)
-            lane_row = tx % WARP // 4
-            for step in T.unroll(first, steps if last is None else last):
-                inner = (tx // WARP * steps + step) * STEP + tx % 4 * 8
-                stream = inner // width
-                channel = member * width + inner % width
-                for tile in T.unroll(phi_tiles):
-                    for v in T.vectorized(8):
-                        values[v] = 0.0
-                    row = tile * TILE_ROWS + lane_row
-                    if (stream < n) and (channel < C) and (row < rows):
-                        for v in T.vectorized(8):
-                            values[v] = phi[row, stream, channel + v]
-                    for half in T.unroll(2):
-                        for pair in T.unroll(2):
-                            for e in T.unroll(2):
-                                base = ((step * 2 + half) * phi_tiles + tile) * 8 + pair * 4 + e
-                                value = values[half * 4 + pair * 2 + e]
-                                fragments[base] = T.cast(value, dtype)
-                                rest = value - T.cast(fragments[base], F32)
-                                fragments[base + 2] = T.cast(rest, dtype)
-
-        return load_phi
-
     def fetch_macro(self, tokens: object, threads: int) -> Callable[..., None]:
         """The macro `fetch(tile, slot, x, first, member, tx)`; `tokens` is the dynamic T.
 
@@ -193,13 +160,16 @@ class Segment:
         return fetch
 
     def project_macro(self, dtype: str) -> Callable[..., None]:
-        """The macro `project(sums, buffer, fragments, tile, slot, tx)`."""
+        """The macro `project(sums, buffer, fragments, unscales, tile, slot, tx)`."""
         G, rows, steps, batches = self.group, self.rows, self.steps, self.batches
         phi_tiles = self.phi_tiles
         name = MMA_NAMES[dtype]
 
+        def unscale(unscales, phi_tile):
+            return unscales[phi_tile] if dtype == SCALED else 1.0
+
         @T.macro
-        def project(sums, buffer, fragments, tile, slot, tx):
+        def project(sums, buffer, fragments, unscales, tile, slot, tx):
             """sums[buffer, warp] = [sum_k x[k]^2, sum_k phi[r, k] * x[k]] of a group of tokens.
 
             k runs over the warp's elements. The sum of squares is the diagonal of x @ x^T: one
@@ -259,15 +229,29 @@ class Segment:
                                 sums[buffer, warp, token + lane_pair * 2 + e, 1 + row] = (
                                     accumulators[b, phi_tile * 4 + e]
                                     + accumulators[b, phi_tile * 4 + 2 + e]
-                                )
+                                ) * unscale(unscales, phi_tile)
 
         return project
 
 
+def add(total: Any, part: Any) -> Any:
+    """Total + part of sums of squares, where subnormal numbers count whatever the nvcc options."""
+    return T.call_extern(F32, "__fmaf_ieee_rn", total, 1.0, part)
+
+
 @macro
 def inverse_rms(scale: T.Ref, elements, norm_eps):
-    """From the sum of squares to `1 / sqrt(sum / elements + norm_eps)`; 0 where the sum is 0."""
-    scale = T.if_then_else(scale == 0.0, 0.0, T.rsqrt(scale * (1.0 / elements) + norm_eps))
+    """From the sum of squares to `1 / sqrt(sum / elements + norm_eps)`; 0 where the sum is 0.
+
+    A small sum, whose mean could be subnormal, is lifted by 2^64 first, and norm_eps with it: exact
+    on the way there and back.
+    """
+    lift = T.alloc_var(F32, 1.0)
+    lift = T.if_then_else(scale < 2.0**-100, 2.0**64, 1.0)
+    scale = T.call_extern(F32, "__fmaf_ieee_rn", scale, lift, 0.0)
+    eps = T.if_then_else(lift > 1.0, min(norm_eps * 2.0**64, 2.0**127), norm_eps)
+    scale = T.if_then_else(scale == 0.0, 0.0, T.rsqrt(scale * (1.0 / elements) + eps))
+    scale = T.if_then_else(lift > 1.0, scale * 2.0**32, scale)
 
 
 @macro

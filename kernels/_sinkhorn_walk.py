@@ -40,12 +40,6 @@ def sigmoid(value: Any) -> Any:
     return reciprocal(1.0 + T.exp(-value))
 
 
-def round_tf32(value: Any) -> Any:
-    """Value rounded to tf32's 10 mantissa bits; a tensor core itself would truncate."""
-    bits = T.reinterpret(value, "uint32") + T.uint32(0x1000)
-    return T.reinterpret(bits & T.uint32(0xFFFFE000), F32)
-
-
 @macro
 def softmax_out(matrix, n):
     """Turn the logits in `matrix` [n, n], registers, into softmax_o(logits)."""

@@ -29,6 +29,7 @@ from tilelang import tvm
 from ._mapping_columns import ADDED, MIXED
 from ._pairs import WORD, lower, upper
 from ._programs import F32
+from ._split import exponent_of, scale_of, unscale_of
 from ._team_backward_roles import (
     BF16,
     CHUNK,
@@ -42,7 +43,6 @@ from ._team_backward_roles import (
     WARP,
     WARP_CHANNELS,
     Share,
-    exponent_of,
     largest_of,
     load_macro,
     unknown,
@@ -95,9 +95,9 @@ def columns_macros(share: Share, tokens: object) -> tuple[Callable[..., None], .
             maxima[warp] = largest
         T.sync_threads(5, threads)
         exponent = exponent_of(largest_of(maxima, share.warps))
-        largest = T.reinterpret((268 - exponent) << 23, F32)
+        largest = scale_of(exponent)
         if tx == 0:
-            T.view(scaled, (2 * WARP * 4,), F32)[3] = T.reinterpret((exponent - 14) << 23, F32)
+            T.view(scaled, (2 * WARP * 4,), F32)[3] = unscale_of(exponent)
         for v in T.unroll(TILES * ROW_TILES * 4):
             phi_tile[v] = T.cast(values[v] * largest, F16)
 

@@ -15,6 +15,7 @@ import tilelang.language as T
 from ._mapping_records import record_width, sums_width
 from ._pairs import WORD
 from ._programs import F32, ceil_div, logits_per_token
+from ._split import exponent_of, rest, scale_of, unscale_of
 
 WARP = 32
 GROUP = 16  # tokens that travel together: K of the products for grad_phi
@@ -69,12 +70,6 @@ class Share:
 def swizzled(chunk: Any, token: Any, stream: Any) -> Any:
     """First element of a chunk of a token and stream, the fifth being grad_layer_input."""
     return (chunk ^ (token % 4 * 2 + (token // 4 + stream) % 2)) * CHUNK
-
-
-def exponent_of(value: object) -> object:
-    """The biased exponent of a float, within what the scales by powers of two can express."""
-    bits = T.reinterpret(value, "int32") >> 23 & 255
-    return T.min(T.max(bits, 15), 253)
 
 
 def largest_of(maxima: Any, count: int) -> Any:
@@ -334,16 +329,16 @@ def receive_macros(share: Share, members: int, slots: int) -> tuple[Callable[...
         quarter = tx % WARP // 8  # token % 4; the token is 4 * warp + quarter
         # a power of two that brings the largest to 2^14 or a little more
         exponent = exponent_of(ready[4])
-        scale = T.reinterpret((268 - exponent) << 23, F32)
+        scale = scale_of(exponent)
         if row <= STREAMS + 1:
-            unscale = T.reinterpret((exponent - 14) << 23, F32)
+            unscale = unscale_of(exponent)
             unscale *= T.view(scaled, (2 * WARP * 4,), F32)[3]
             column = T.if_then_else(row < STREAMS, row, row + 2)
             weights[tx // 8, column] = T.if_then_else(row <= STREAMS, ready[3], unscale)
         for r in T.unroll(ROW_TILES):
             high_low[row * 4 + quarter, r * 4 + warp] = T.cast(ready[r], BF16)
             high_low[row * 4 + quarter, (ROW_TILES + r) * 4 + warp] = T.cast(
-                ready[r] - T.cast(T.cast(ready[r], BF16), F32), BF16
+                rest(ready[r], T.cast(ready[r], BF16)), BF16
             )
             scaled[
                 warp // 2, (quarter * 2 + warp % 2) * 4 + row // 2, r * 2 + row % 2

@@ -12,6 +12,7 @@ import tilelang.language as T
 from ._mapping_columns import MIXED
 from ._pairs import WORD, lower, upper
 from ._programs import F32, logits_per_token
+from ._split import rest
 from ._team_backward_roles import (
     BF16,
     CHUNK,
@@ -83,8 +84,8 @@ def sums_macros(share: Share, tokens: object) -> tuple[Callable[..., None], ...]
         for v in T.vectorized(2):
             both[v] = T.cast(pair[v], BF16)
         mixing[0] = both_words[0]
-        pair[0] = pair[0] - lower(mixing[0])
-        pair[1] = pair[1] - upper(mixing[0])
+        pair[0] = rest(pair[0], lower(mixing[0]))
+        pair[1] = rest(pair[1], upper(mixing[0]))
         for v in T.vectorized(2):
             both[v] = T.cast(pair[v], BF16)
         mixing[1] = both_words[0]

@@ -10,7 +10,7 @@ import tilelang.language as T
 
 from ._pairs import WORD, lower, upper
 from ._programs import F32, ceil_div, logits_per_token
-from ._projection import WARP, Segment, inverse_rms, sigmoid, sinkhorn_registers
+from ._projection import WARP, Segment, add, inverse_rms, sigmoid, sinkhorn_registers
 
 
 def word_columns(n: int) -> int:
@@ -54,7 +54,7 @@ def send_macros(segment: Segment, slots: int, threads: int) -> tuple[Callable[..
                 part = T.alloc_var(F32, 0.0)
                 if (slot_token < G) and (q * WARP + lane < columns):
                     for w in T.unroll(warps):
-                        part = part + sums[0, w, slot_token, q * WARP + lane]
+                        part = add(part, sums[0, w, slot_token, q * WARP + lane])
                     T.atomic_store(
                         exchange[
                             team, T.cast(group % slots, "int64"), member, slot_token,
@@ -105,7 +105,7 @@ def owner_macro(
         for q in T.unroll(lanes):
             totals[q] = T.reinterpret(words[q, 0] & -2, F32)
             for m in T.unroll(1, members):
-                totals[q] = totals[q] + T.reinterpret(words[q, m] & -2, F32)
+                totals[q] = add(totals[q], T.reinterpret(words[q, m] & -2, F32))
         scale = T.shfl_sync(totals[0], 0)
         inverse_rms(scale, n * segment.channels, norm_eps)
         for q in T.unroll(lanes):

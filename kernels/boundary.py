@@ -26,6 +26,7 @@ from torch import Tensor
 
 from . import _projection_any, mapping, merge, pre, pre_team
 from ._boundary_streams import CHUNK, MAPS, STREAMS, stream_macros
+from ._phi import load_macro
 from ._programs import (
     F32,
     ITEM_BYTES,
@@ -129,7 +130,7 @@ def boundary_program(
     exchange_shape = config.exchange_shape(n)
     tokens = T.dynamic("tokens")
     half = (config.steps + 1) // 2
-    load_first, load_rest = segment.load_macro(dtype, 0, half), segment.load_macro(dtype, half)
+    load_first, load_rest = load_macro(segment, dtype, 0, half), load_macro(segment, dtype, half)
     project = segment.project_macro(dtype)
     clear_pad, fetch, fetch_output, take_output, merge = stream_macros(
         segment, tokens, apply_warps, dtype
@@ -177,19 +178,20 @@ def boundary_program(
                 if handover:
                     T.set_max_nreg(project_registers, 1)
                 fragments = T.alloc_local((segment.fragment_registers * 2,), dtype)
+                unscales = T.alloc_local((segment.phi_tiles,), F32)
                 thread = T.alloc_var("int32", tx)
                 # one half after the other; the compiler, to whom the second condition is not that
                 # of the first, would load both at once, for which there are no registers
                 if (tx < main_threads) and (rounds > 0):
-                    load_first(fragments, phi, member, tx)
+                    load_first(fragments, unscales, phi, member, tx)
                 if (tx < main_threads) and (last >= 0):
-                    load_rest(fragments, phi, member, tx)
+                    load_rest(fragments, unscales, phi, member, tx)
                 T.sync_grid()
                 for j in T.serial(rounds + lag):
                     T.sync_threads(2, meeting)
                     if (j > 0) and (j <= rounds) and (tx < main_threads):
                         thread = unknown(sums, tx)
-                        project(sums, 0, fragments, x_tile, (j - 1) % depth, thread)
+                        project(sums, 0, fragments, unscales, x_tile, (j - 1) % depth, thread)
                         T.sync_threads(1, main_threads)
                         thread = unknown(sums, tx)
                         send(

@@ -1,6 +1,6 @@
 """The mapping: one pass over x for the projection and the sum of squares, then the maps.
 
-    inv_rms    = 1 / sqrt(mean over n * C of x^2 + norm_eps), 0 where all of x is 0
+    inv_rms    = 1 / sqrt(mean over n * C of x^2 + norm_eps), 0 where the mean is 0
     projection = (vec(x) @ phi^T) * inv_rms
     logits     = projection * [alpha_pre | alpha_post | alpha_res] + bias
     h_pre      = sigmoid(logits_pre) + pre_eps
@@ -11,7 +11,8 @@ groups of tokens stream past through a ring of shared-memory tiles. It reads n *
 phi once a block, and writes n * n + 2n + 1 floats a token and member (5% of x at 1024 elements a
 member, n = 4). `finish` adds these parts in the order of the members and forms the maps; `pre` has
 a finish of its own. The segments of nC follow from C alone, so a token's bits never depend on its
-neighbours.
+neighbours. Squares and their sums are fp32, subnormal numbers included: a token counts as zero
+where they vanish, as in the reference, for |x| below 3e-23.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from . import _projection_any
+from ._phi import load_macro
 from ._programs import (
     F32,
     ITEM_BYTES,
@@ -39,6 +41,7 @@ from ._projection import (
     WARP,
     WARP_ROLE_CONFIGS,
     Segment,
+    add,
     inverse_rms,
     segment_width,
     shared_limit,
@@ -150,7 +153,7 @@ def project_program(
     segment = Segment(n, C, rows, segment_width(C, members), steps, G)
     columns, warps, threads = segment.columns, segment.warps, segment.threads
     tokens = T.dynamic("tokens")
-    load_phi = segment.load_macro(dtype)
+    load_phi = load_macro(segment, dtype)
     fetch = segment.fetch_macro(tokens, threads)
     project = segment.project_macro(dtype)
     blocks = T.min(most_blocks, T.ceildiv(tokens, G))
@@ -166,6 +169,7 @@ def project_program(
             x_tile = T.alloc_shared((ahead + 1, G, segment.row), dtype)
             sums = T.alloc_shared((2, warps, G, segment.sums_row), F32)
             fragments = T.alloc_local((segment.fragment_registers * 2,), dtype)
+            unscales = T.alloc_local((segment.phi_tiles,), F32)
             total = T.alloc_var(F32, 0.0)
             rounds = T.alloc_var(
                 "int32", (T.ceildiv(tokens, G) + most_blocks - 1 - block) // most_blocks
@@ -174,7 +178,7 @@ def project_program(
             for j in T.serial(ahead):
                 fetch(x_tile, j, x, T.cast(j * most_blocks + block, "int64") * G, member, tx)
                 T.ptx_commit_group()
-            load_phi(fragments, phi, member, tx)
+            load_phi(fragments, unscales, phi, member, tx)
 
             for j in T.serial(rounds + 1):
                 T.ptx_wait_group(ahead - 1)
@@ -184,7 +188,7 @@ def project_program(
                     fetch(x_tile, (j + ahead) % (ahead + 1), x, first, member, tx)
                 T.ptx_commit_group()
                 if j < rounds:
-                    project(sums, j % 2, fragments, x_tile, j % (ahead + 1), tx)
+                    project(sums, j % 2, fragments, unscales, x_tile, j % (ahead + 1), tx)
                 # parts[member, token] = sum over the warps of group j - 1
                 if j >= 1:
                     for p in T.serial(ceil_div(G * columns, threads)):
@@ -194,7 +198,7 @@ def project_program(
                         if (entry < G * columns) and (token < tokens):
                             total = sums[(j - 1) % 2, 0, row, entry % columns]
                             for w in T.unroll(1, warps):
-                                total = total + sums[(j - 1) % 2, w, row, entry % columns]
+                                total = add(total, sums[(j - 1) % 2, w, row, entry % columns])
                             parts[member, token, entry % columns] = total
 
     return mhc_project
@@ -212,7 +216,7 @@ def gather_macro(n: int, channels: int, members: int, norm_eps: float) -> Callab
             totals[q] = 0.0
             if q * WARP + lane < columns:
                 for m in T.unroll(members):
-                    totals[q] += parts[m, token, q * WARP + lane]
+                    totals[q] = add(totals[q], parts[m, token, q * WARP + lane])
         scale = T.shfl_sync(totals[0], 0)
         inverse_rms(scale, n * channels, norm_eps)
         for q in T.unroll(ceil_div(columns, WARP)):

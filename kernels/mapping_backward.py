@@ -15,7 +15,8 @@ cotangents into one record of floats a token, `_mapping_columns` forms grad_x an
 from it, and `parts_program` adds those, and what blocks of tokens summed for alpha and bias, in a
 fixed order. Per token 2 n C elements and about 3 (n*n + 2n) floats cross device memory, and phi and
 grad_phi once. Where launches overlap each begins while the one ahead drains. A token of zeros has
-inv_rms = 0 and so no gradient through the projection.
+inv_rms = 0 and so no gradient through the projection. Records hold `radial` in fp32: where norm_eps
+is 0 and |x| below 1e-20, it leaves the range for gradients of size 1, and grad_x is not finite.
 """
 
 import tilelang.language as T

@@ -38,6 +38,7 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
+from ._phi import load_macro
 from ._programs import F32, architecture, ceil_div, dtype_name, logits_per_token, overlaps, program
 from ._programs import multiprocessors as count_multiprocessors
 from ._projection import WARP, WARP_ROLE_CONFIGS, Segment, segment_width, shared_limit
@@ -240,7 +241,7 @@ def team_program(
     project_registers = config.project_registers(n, C)
     exchange_shape = config.exchange_shape(n)
     tokens = T.dynamic("tokens")
-    load_phi, project = segment.load_macro(dtype), segment.project_macro(dtype)
+    load_phi, project = load_macro(segment, dtype), segment.project_macro(dtype)
     fetch = segment.fetch_macro(tokens, WARP * apply_warps)
     clear, send = send_macros(segment, slots, threads)
     pre_apply = apply_macro(segment, depth, dtype, tokens, WARP * apply_warps)
@@ -277,14 +278,15 @@ def team_program(
                 if handover:
                     T.set_max_nreg(project_registers, 1)
                 fragments = T.alloc_local((segment.fragment_registers * 2,), dtype)
+                unscales = T.alloc_local((segment.phi_tiles,), F32)
                 if tx < main_threads:
-                    load_phi(fragments, phi, member, tx)
+                    load_phi(fragments, unscales, phi, member, tx)
                 T.sync_grid()
                 for j in T.serial(rounds + lag):
                     T.sync_threads(2, meeting)
                     if (j < rounds) and (tx < main_threads):
                         T.sync_threads(3, main_threads + apply_warps * WARP)
-                        project(sums, 0, fragments, x_tile, j % depth, tx)
+                        project(sums, 0, fragments, unscales, x_tile, j % depth, tx)
                         T.sync_threads(1, main_threads)
                         send(sums, exchange, team, member, j, tx // WARP, warps, lane)
             elif tx < receive_first:

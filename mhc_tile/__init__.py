@@ -5,7 +5,9 @@ Importing the package needs torch alone: no GPU and no TileLang.
 """
 
 from . import _checkout as _checkout  # first: it makes kernels, autotune and perf importable
-from . import nn, ops, reference
+from . import nn as nn
+from . import ops as ops
+from . import reference as reference
 from ._version import __version__
 from .config import MHCConfig
 from .nn import (
@@ -55,7 +57,4 @@ __all__ = [
     "HyperConnection",
     "ManifoldHyperConnection",
     "Residual",
-    "nn",
-    "ops",
-    "reference",
-]
+]  # without nn, ops and reference: `import *` would replace torch.nn by mhc_tile.nn

@@ -1,8 +1,10 @@
 """The command line: `mhc-tile` or `python -m mhc_tile`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from . import __version__
 
@@ -50,19 +52,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, 1 for an error that was printed, 2 for wrong usage, 3 for a regression
-        that `perf` found, 130 after Ctrl-C.
+        that `perf` found, 128 and its number after a signal: 130 after Ctrl-C.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed before the process began, as by `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
     try:
         from .autotune._extras import MissingExtraError
+        from .training.progress import settle, write_line
 
-        args = build_parser().parse_args(argv)
         try:
+            args = build_parser().parse_args(argv)
             return args.run(args)
         except (ValueError, OSError, MissingExtraError) as error:
-            sys.stderr.write(f"mhc-tile: {error}\n")
+            write_line(sys.stderr, f"mhc-tile: {error}")
             return 1
+        finally:
+            settle(sys.stderr)
     except KeyboardInterrupt:  # also while it imports
-        sys.stderr.write("\nmhc-tile: interrupted\n")
+        with suppress(OSError):
+            sys.stderr.write("\nmhc-tile: interrupted\n")
         return 130
 
 

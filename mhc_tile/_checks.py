@@ -5,6 +5,7 @@ public call, and hand back the sizes they derived.
 """
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -96,13 +97,39 @@ def parameters(op: str, x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> 
     return num_streams, width
 
 
-def count(op: str, **values: int) -> None:
-    """Check integers that must be at least 1."""
+def count(op: str, *, minimum: int = 1, **values: Any) -> None:
+    """Check integers that must be at least 1, or another minimum."""
     for name, value in values.items():
-        # NumPy's integers are none of Python's
-        whole = isinstance(value, (int, torch.SymInt)) or hasattr(value, "__index__")
-        if not whole or value < 1:
-            raise ValueError(f"{op}: {name} must be an int of at least 1, got {value!r}")
+        whole = as_int(value)
+        if whole is None or whole < minimum:
+            raise ValueError(f"{op}: {name} must be an int of at least {minimum}, got {value!r}")
+
+
+def as_int(value: Any) -> Any:
+    """The integer that a value is, NumPy's among them; None where it is none: a bool."""
+    if isinstance(value, (int, torch.SymInt)):  # an index of a SymInt would fix its value
+        return None if isinstance(value, bool) else value
+    try:
+        return None if _is_bool(value) else operator.index(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def as_number(value: Any) -> Any:
+    """The number that a value is, NumPy's among them; None where it is none: a bool, a str."""
+    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        return None if isinstance(value, bool) else value
+    if _is_bool(value) or not hasattr(value, "__float__"):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):  # an array or a tensor of several
+        return None
+
+
+def _is_bool(value: Any) -> bool:
+    """Whether a NumPy value or a tensor is of bools."""
+    return str(getattr(value, "dtype", None)) in ("bool", "torch.bool")
 
 
 def at_least(op: str, minimum: float, **values: float) -> None:
@@ -122,6 +149,5 @@ def positive(op: str, **values: float) -> None:
 
 
 def _is_number(op: str, name: str, value: Any) -> None:
-    known = isinstance(value, (int, float, torch.SymInt, torch.SymFloat))
-    if not (known or hasattr(value, "__float__")):  # NumPy's, tensors of one element
+    if as_number(value) is None:
         raise ValueError(f"{op}: {name} must be a number, got {value!r}")

@@ -5,6 +5,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from . import _checks
+
 INITS = ("paper", "residual")
 
 
@@ -24,7 +26,7 @@ class MHCConfig:
             of 0.01) or "residual" (the network starts as the plain residual network).
 
     Raises:
-        TypeError: A count is not an int.
+        TypeError: A count is not an int, or another constant not a number.
         ValueError: A value is out of range; the message names it.
 
     Example:
@@ -45,19 +47,10 @@ class MHCConfig:
     def __post_init__(self) -> None:
         """Reject what no layer could compute."""
         for name in ("num_streams", "iters"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"MHCConfig: {name} must be an int, got {value!r}")
-            if value < 1:
-                raise ValueError(f"MHCConfig: {name} must be at least 1, got {value}")
+            check_count(self, name)
         for name in ("norm_eps", "pre_eps", "sinkhorn_eps"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"MHCConfig: {name} must be finite and at least 0, got {value}")
-        if not (math.isfinite(self.post_scale) and self.post_scale > 0):
-            raise ValueError(
-                f"MHCConfig: post_scale must be finite and above 0, got {self.post_scale}"
-            )
+            check_number(self, name)
+        check_number(self, "post_scale", positive=True)
         if self.init not in INITS:
             raise ValueError(f"MHCConfig: init must be one of {list(INITS)}, got {self.init!r}")
 
@@ -75,3 +68,37 @@ class MHCConfig:
     def replace(self, **changes: Any) -> "MHCConfig":
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
+
+
+def check_count(config: Any, name: str, minimum: int = 1) -> None:
+    """Check a field of a frozen dataclass that counts; NumPy's integers become Python's.
+
+    Raises:
+        TypeError: It is not an int.
+        ValueError: It is below the minimum.
+    """
+    kind, value = type(config).__name__, getattr(config, name)
+    whole = _checks.as_int(value)
+    if whole is None:
+        raise TypeError(f"{kind}: {name} must be an int, got {value!r}")
+    if whole < minimum:
+        raise ValueError(f"{kind}: {name} must be at least {minimum}, got {value}")
+    object.__setattr__(config, name, whole)
+
+
+def check_number(config: Any, name: str, *, positive: bool = False) -> None:
+    """Check a field of a frozen dataclass that is at least 0, or above it; NumPy's become floats.
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is out of range or not finite.
+    """
+    kind, value = type(config).__name__, getattr(config, name)
+    number = _checks.as_number(value)
+    if number is None:
+        rule = "a number above 0" if positive else "a number of at least 0"
+        raise TypeError(f"{kind}: {name} must be {rule}, got {value!r}")
+    if not (math.isfinite(number) and (number > 0 if positive else number >= 0)):
+        rule = "above 0" if positive else "at least 0"
+        raise ValueError(f"{kind}: {name} must be finite and {rule}, got {value}")
+    object.__setattr__(config, name, number)

@@ -69,7 +69,13 @@ def _gpu() -> Iterator[Finding]:
         )
         return
     for index in range(torch.cuda.device_count()):
-        device = describe(index)
+        try:
+            device = describe(index)
+        except RuntimeError as error:  # of the driver
+            said = " ".join(str(error).split())
+            remedy = "nvidia-smi says more; a process that hangs, or a restart of the driver"
+            yield Finding(f"GPU {index}", "missing", f"does not answer: {said[:200]}", remedy)
+            continue
         supported = device.capability >= _toolchain.MINIMUM_CAPABILITY
         yield Finding(
             f"GPU {index}",
@@ -89,7 +95,10 @@ def _tables() -> Iterator[Finding]:
         if table.is_off():
             yield Finding(item, "note", f"switched off by {table.VARIABLE}={table.OFF}")
             continue
-        tables = lookup.load(describe(index))
+        try:
+            tables = lookup.load(describe(index))
+        except RuntimeError:  # said above
+            continue
         files = ", ".join(str(path) for path in tables.files)
         entries = sum(len(family.entries) for family in tables.families.values())
         if not entries:
@@ -131,11 +140,12 @@ def _compiler() -> Iterator[Finding]:
 
 
 def _cache(folder: Path) -> Finding:
-    parent = next(path for path in (folder, *folder.parents) if path.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+    # os.path says no of what may not be looked at, where Path raises
+    parent = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not (os.path.isdir(parent) and os.access(parent, os.W_OK | os.X_OK)):
         remedy = "set TILELANG_CACHE_DIR to a writable folder, else kernels compile in each process"
         return Finding("kernel cache", "missing", f"{folder} is not writable", remedy)
-    kernels = sum(1 for _ in folder.glob("*/*/kernels/*")) if folder.is_dir() else 0
+    kernels = sum(1 for _ in folder.glob("*/*/kernels/*")) if os.path.isdir(folder) else 0
     return Finding("kernel cache", "ok", f"{kernels} kernels in {folder}")
 
 

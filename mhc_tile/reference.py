@@ -43,7 +43,8 @@ def inverse_rms(x: Tensor, norm_eps: float) -> Tensor:
     `inv_rms = 1 / sqrt(sum_{i,c} x[i, c]^2 / (n*C) + norm_eps)`
 
     A token whose squares sum to zero has no direction: its inv_rms is defined as 0, so that its
-    logits are the bias and no gradient reaches x through them, whatever norm_eps is.
+    logits are the bias and no gradient reaches x through them, whatever norm_eps is. In float32
+    that includes tokens of |x| below 2.6e-23, whose squares underflow; subnormal squares count.
 
     Args:
         x: [..., n, C], any float dtype.

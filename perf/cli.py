@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mhc_tile.autotune import _arguments as given
+
 if TYPE_CHECKING:
     from .compare import Comparison
     from .records import Record
@@ -83,8 +85,8 @@ def _add_overhead(commands: Any) -> None:
 
 def _add_compare(commands: Any) -> None:
     parser = commands.add_parser("compare", help="two results, case by case; 3 if one is slower")
-    parser.add_argument("base", type=Path, help="the older result, of `mhc-tile perf run`")
-    parser.add_argument("new", type=Path, help="the newer result")
+    parser.add_argument("base", type=given.path, help="the older result, of `mhc-tile perf run`")
+    parser.add_argument("new", type=given.path, help="the newer result")
     _add_output(parser)
     parser.set_defaults(perform=_compare)
 
@@ -94,12 +96,12 @@ def _add_gate(commands: Any) -> None:
         "gate", help="this checkout against the baseline of this GPU's model; 3 if it is slower"
     )
     parser.add_argument(
-        "result", type=Path, nargs="?", help="of `mhc-tile perf run`; default: measure now"
+        "result", type=given.path, nargs="?", help="of `mhc-tile perf run`; default: measure now"
     )
     parser.add_argument(
-        "--baseline", type=Path, metavar="FILE", help="default: perf/baselines/<gpu>.json"
+        "--baseline", type=given.path, metavar="FILE", help="default: perf/baselines/<gpu>.json"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="keep what is measured now")
+    parser.add_argument("--out", type=given.path, metavar="FILE", help="keep what is measured now")
     _add_output(parser)
     static = parser.add_argument_group(
         "without a GPU", "Registers, spills, shared memory, launches"
@@ -107,7 +109,7 @@ def _add_gate(commands: Any) -> None:
     static.add_argument(
         "--static", action="store_true", help="registers, spills, launches; no times"
     )
-    static.add_argument("--arch", help="this one only, such as sm_90a")
+    static.add_argument("--arch", type=given.text, help="this one only, such as sm_90a")
     static.add_argument("--fresh", action="store_true", help="compile what is recorded, too")
     static.add_argument("--write", action="store_true", help="record in perf/static what is now")
     parser.set_defaults(perform=_gate)
@@ -115,10 +117,14 @@ def _add_gate(commands: Any) -> None:
 
 def _add_report(commands: Any) -> None:
     parser = commands.add_parser("report", help="one HTML page of a result, with its pictures")
-    parser.add_argument("result", type=Path, help="of `mhc-tile perf run` or `overhead`")
-    parser.add_argument("--baseline", type=Path, metavar="FILE", help="an older result, to compare")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: beside the result")
-    parser.add_argument("--figures", type=Path, metavar="DIR", help="the pictures as PNG, too")
+    parser.add_argument("result", type=given.path, help="of `mhc-tile perf run` or `overhead`")
+    parser.add_argument(
+        "--baseline", type=given.path, metavar="FILE", help="an older result, to compare"
+    )
+    parser.add_argument("--out", type=given.path, metavar="FILE", help="default: beside the result")
+    parser.add_argument(
+        "--figures", type=given.path, metavar="DIR", help="the pictures as PNG, too"
+    )
     parser.add_argument("--force", action="store_true", help="whatever differs between the results")
     parser.set_defaults(perform=_report_page)
 
@@ -128,8 +134,9 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         "--threshold", type=_percent, default=5.0, metavar="PERCENT", help="default: 5"
     )
     parser.add_argument("--force", action="store_true", help="whatever differs between the results")
-    parser.add_argument("--markdown", metavar="FILE", help="for a pull request; - for the terminal")
-    parser.add_argument("--json", metavar="FILE", help="for programs; - for the terminal")
+    file: dict[str, Any] = {"type": given.output, "metavar": "FILE"}
+    parser.add_argument("--markdown", **file, help="for a pull request; - for the terminal")
+    parser.add_argument("--json", **file, help="for programs; - for the terminal")
 
 
 COMMANDS: list[Callable[[Any], None]] = [
@@ -226,11 +233,19 @@ def _gate_static(args: argparse.Namespace) -> int:
             what = name if name == "result" else f"--{name}"
             value = getattr(args, name)
             raise ValueError(f"perf gate: --static must come without {what}, got {value}")
-    from mhc_tile.kernels import _static
+    from mhc_tile.kernels import _static, _toolchain
 
     if args.arch and args.arch not in _static.ARCHITECTURES:
         known = ", ".join(_static.ARCHITECTURES)
         raise ValueError(f"perf gate: --arch must be one of {known}, got {args.arch}")
+    if why := _static.available():
+        raise ValueError(f"perf gate: a compiler must be here, got none: {why}")
+    if (nvcc := _toolchain.nvcc()) and not _toolchain.nvcc_version(nvcc):
+        raise ValueError(
+            f"perf gate: nvcc must run, got {nvcc}, which does not; see mhc-tile doctor"
+        )
+    cache = _toolchain.kernel_cache()  # TileLang makes it as soon as it is imported
+    given.check_folder("perf gate", cache, "TileLang's cache", "TILELANG_CACHE_DIR")
     from . import static_gate
 
     chosen = [args.arch] if args.arch else _static.ARCHITECTURES
@@ -267,16 +282,20 @@ def _check_alone(record: "Record", path: Path, args: argparse.Namespace) -> None
 
 def _baseline(args: argparse.Namespace, gpu: str | None) -> "Record":
     from . import records
+    from .environment import is_checkout
 
     if not (args.baseline or gpu):
         raise ValueError("perf gate: --baseline must be given for a result of a CPU, got none")
     path = args.baseline or baseline_path(str(gpu))
-    if not path.is_file():
+    try:
+        base = records.read(path)
+    except FileNotFoundError as error:
+        place = path if args.baseline or is_checkout() else Path("baseline.json")
+        ending = "" if place == path else f", and `--baseline {place}` has it read"
         raise ValueError(
             f"perf gate: a baseline must be at {path}, got none; on a commit that is to be the "
-            f"measure, `mhc-tile perf run --contender mhc_tile --out {path}` makes it"
-        )
-    base = records.read(path)
+            f"measure, `mhc-tile perf run --contender mhc_tile --out {place}` makes it{ending}"
+        ) from error
     if left := base.environment.get("cases_left"):
         raise ValueError(
             f"perf gate: {path} must be of a run that ended, got one with {left} cases left; "
@@ -356,7 +375,7 @@ def _percent(text: str) -> float:
     try:
         value = float(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be a number of percent, got {text}") from error
+        raise argparse.ArgumentTypeError(f"must be a number of percent, got {text!r}") from error
     if not 0 <= value < 1000:
         raise argparse.ArgumentTypeError(f"must be from 0 to 1000 percent, got {text}")
     return value

@@ -67,6 +67,11 @@ def version(package: str) -> str | None:
         return None
 
 
+def is_checkout() -> bool:
+    """Whether this package is in its repository, and not installed from a wheel."""
+    return (ROOT / "pyproject.toml").is_file()
+
+
 def commit() -> str | None:
     """The checkout's commit; None outside of one.
 

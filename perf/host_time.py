@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import mhc_tile
+from mhc_tile.autotune import _arguments as given
 from mhc_tile.autotune.device import describe
 
 TOKENS, STREAMS, WIDTH = 64, 4, 1280
@@ -106,11 +107,17 @@ def measure(function: Call, tensors: Sequence[Tensor], count: int, repeats: int)
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--calls", type=int, default=50, help="calls of one measurement")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements; medians are printed")
+    parser.add_argument("--calls", type=given.count, default=50, help="calls of one measurement")
+    parser.add_argument(
+        "--repeats", type=given.count, default=5, help="measurements; medians are printed"
+    )
     args = parser.parse_args(argv)
+    try:
+        device = describe()
+    except RuntimeError as error:
+        parser.error(str(error))
     say = sys.stdout.write
-    say(f"{describe()}; torch {torch.__version__}; {TOKENS} x {WIDTH}, n = {STREAMS}, bf16\n")
+    say(f"{device}; torch {torch.__version__}; {TOKENS} x {WIDTH}, n = {STREAMS}, bf16\n")
     say("host us       forward   training\n")
     for name, (function, tensors) in calls().items():
         forward, training = measure(function, tensors, args.calls, args.repeats)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
+from mhc_tile.autotune import _arguments as given
 from mhc_tile.models import CONFIGS, Decoder, model_config
 from mhc_tile.nn import ManifoldHyperConnection
 from mhc_tile.training.monitor import GainMonitor, gain_row, measure_gains
@@ -105,10 +106,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(description="What the stability monitor costs.")
     parser.add_argument("--model", default="1m", choices=CONFIGS)
-    parser.add_argument("--tokens", type=int, nargs=2, default=(8, 128), metavar=("B", "S"))
-    parser.add_argument("--every", type=int, default=10, help="steps between records")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tokens", type=given.count, nargs=2, default=(8, 128), metavar=("B", "S"))
+    parser.add_argument("--every", type=given.count, default=10, help="steps between records")
+    parser.add_argument("--rounds", type=given.count, default=15)
+    here = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+    parser.add_argument("--device", choices=here, default=here[0])
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     result = measure(

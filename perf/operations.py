@@ -4,6 +4,7 @@ Axes: T tokens, n streams, C hidden size. A sublayer is `pre`, an identity layer
 model calls them.
 """
 
+import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -273,3 +274,29 @@ def cases(*, quick: bool = False, device: str = "cuda", ops: Sequence[str] = ())
             sweep = (*MORE_TOKENS, *MORE_WIDTHS)
             found += [Case(op, mode, *size) for size in sweep for mode in ("inference", "training")]
     return found
+
+
+def chosen_cases(args: argparse.Namespace) -> list[Case]:
+    """The cases that the options of `mhc-tile perf run` leave.
+
+    Raises:
+        ValueError: They leave none.
+    """
+    known = cases(quick=args.quick, device=args.device, ops=args.op)
+    for name, attribute in (("tokens", "tokens"), ("hidden", "hidden_size")):
+        sizes = sorted({getattr(case, attribute) for case in known})
+        if wrong := [size for size in getattr(args, name) if size not in sizes]:
+            among = ", ".join(map(str, sizes))
+            raise ValueError(f"perf run: --{name} must be among {among} here, got {wrong[0]}")
+    chosen = [
+        case
+        for case in known
+        if (not args.mode or case.mode in args.mode)
+        and (not args.tokens or case.tokens in args.tokens)
+        and (not args.hidden or case.hidden_size in args.hidden)
+    ]
+    if not chosen:
+        raise ValueError(
+            "perf run: --op, --mode, --tokens and --hidden must leave a case, got none"
+        )
+    return chosen

@@ -1,6 +1,7 @@
 """What the measuring commands share: where a result goes, progress, errors in one line."""
 
 import contextlib
+import os
 import sys
 import tempfile
 import time
@@ -56,9 +57,9 @@ def check_file(command: str, option: str, path: Path, *, replaced: bool = True) 
         ValueError: It is a folder, or a device that would be replaced.
         OSError: It cannot be written.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # os.path says no of what may not be looked at, where Path raises
         raise ValueError(f"{command}: --{option} must be a file, got the folder {path}")
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         if replaced:
             raise ValueError(f"{command}: --{option} must be a file, got the device {path}")
         return
@@ -120,7 +121,7 @@ def check_apart(command: str, read: Mapping[str, Path | None], written: Mapping[
     """
     taken = {path.resolve(): name for name, path in read.items() if path}
     for option, path in written.items():
-        if path.exists() and not path.is_file():
+        if os.path.exists(path) and not os.path.isfile(path):
             continue  # a device takes everything
         if other := taken.get(path.resolve()):
             raise ValueError(f"{command}: --{option} must be another file than {other}, got {path}")

@@ -14,13 +14,13 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch._inductor.config
 from torch import nn
 
+from mhc_tile.autotune import _arguments as given
 from mhc_tile.autotune._extras import require
 from mhc_tile.autotune.timing import rounds
 from mhc_tile.models import CONFIGS
@@ -40,6 +40,7 @@ from .slices import (
     Slice,
     Step,
     Sublayers,
+    absent,
     names_here,
 )
 
@@ -58,11 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, default=BATCH, help=f"sequences (default: {BATCH})")
     add("--sequence", type=int, default=SEQUENCE, help=f"tokens of each (default: {SEQUENCE})")
     add("--optimizer", action="store_true", help="with a step of AdamW")
-    add("--contender", nargs="+", default=[], help="by the beginnings of their names; default: all")
+    names = "by the beginnings of their names; default: all"
+    add("--contender", type=given.text, nargs="+", default=[], help=names)
     add("--turns", type=int, default=TURNS, help=f"of each contender (default: {TURNS})")
-    add("--device", default="cuda", help="cuda or cpu (default: cuda)")
-    add("--out", type=Path, metavar="FILE", help="result file (default: overhead-<gpu>.json)")
-    add("--figures", type=Path, metavar="DIR", help="what a step is made of as PNG, too")
+    add("--device", type=given.text, default="cuda", help="cuda or cpu (default: cuda)")
+    add("--out", type=given.path, metavar="FILE", help="result file (default: overhead-<gpu>.json)")
+    add("--figures", type=given.path, metavar="DIR", help="what a step is made of as PNG, too")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,6 +88,9 @@ def run(args: argparse.Namespace) -> int:
     slices = [Slice(model, *shape) for model in dict.fromkeys(args.model)]
     where = environment.environment(bench.bandwidth(), args.device)
     where |= {"denominator": {}, "cases_left": len(slices)}
+    if missing := absent(args.contender):
+        where["left_out"] = missing
+        output.say(*missing)
     path = output.result_path("overhead", where, args.out)
     output.check_figures("perf overhead", args.figures)
     progress, parts, lost = output.Progress(), list[dict[str, Row]](), False

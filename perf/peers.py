@@ -7,7 +7,7 @@ returns is brought back for the check. Where an op of ours has no counterpart, t
 import contextlib
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -65,9 +65,10 @@ class Contender:
 
 
 def tile_kernels(op: str) -> Contender | None:
-    """DeepSeek's TileKernels; without a graph of gradients its `pre` is one fused kernel.
+    """DeepSeek's TileKernels: the stages of version 2, or `pre` and `merge` of version 1.
 
-    Its `pre` has no backward of its own: that adds to what the backward of its `merge` leaves.
+    Without a graph of gradients that `pre` is one fused kernel. It has no backward of its own: that
+    adds to what the backward of `merge` leaves.
 
     Args:
         op: a key of `operations.OPERATIONS`.
@@ -75,6 +76,10 @@ def tile_kernels(op: str) -> Contender | None:
     Raises:
         ImportError: It is not installed.
     """
+    if _has_stages():
+        from . import stages
+
+        return stages.tile_kernels(op)
     module = _tile_kernels_module()
     constants: dict[str, Any] = {"norm_eps": EPS, "mhc_mult": STREAMS, "post_mult_value": 2.0}
     constants |= {"pre_eps": 0.0, "sinkhorn_eps": EPS, "sinkhorn_repeat": ITERS}
@@ -193,6 +198,42 @@ ADAPTERS: dict[str, Callable[[str], Contender | None]] = {
     "hyper-connections": hyper_connections,
 }
 """By package: from an op's name, the contender, or None where it has no such op."""
+
+
+def lacks(package: str) -> Mapping[str, str]:
+    """Ops of ours that an installed package leaves to others, each with the reason.
+
+    Args:
+        package: a key of `ADAPTERS`.
+    """
+    if package != "tile-kernels" or not _has_stages():
+        return {}
+    from . import stages
+
+    return stages.LACKS
+
+
+def left_out(ops: Collection[str], wanted: Callable[[str], bool]) -> list[str]:
+    """A line for every installed package and reason for which it takes no part in some ops.
+
+    Args:
+        ops: keys of `operations.OPERATIONS`.
+        wanted: whether a contender is, by its name.
+    """
+    lines = []
+    for package in ADAPTERS:
+        reasons: dict[str, list[str]] = {}
+        if version(package) and wanted(named(package)):
+            for op, why in lacks(package).items():
+                if op in ops:
+                    reasons.setdefault(why, []).append(op)
+        lines += [f"{named(package)} has no {', '.join(o)}: {why}" for why, o in reasons.items()]
+    return lines
+
+
+def _has_stages() -> bool:
+    """Whether the TileKernels that is installed is of version 2 or later."""
+    return int((version("tile-kernels") or "0").partition(".")[0]) >= 2
 
 
 def _tile_kernels_module() -> ModuleType:

@@ -165,7 +165,7 @@ def percent_of_roofline(row: Row, copy_bytes_per_s: float | None) -> float | Non
         >>> percent_of_roofline(row, 4e12)
         50.0
     """
-    if row.us is None or row.bytes is None or not copy_bytes_per_s:
+    if not row.us or row.bytes is None or not copy_bytes_per_s:
         return None
     return 100 * row.bytes / copy_bytes_per_s * 1e6 / row.us
 
@@ -221,7 +221,7 @@ def read(path: Path) -> Record:
     except OSError as error:
         what = f"perf: {path} must be a result file that can be read, got: {error.strerror}"
         raise type(error)(what) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"perf: {path} must be a JSON result file, got {error}") from error
     if not isinstance(data, dict) or "schema" not in data:
         raise ValueError(f"perf: {path} must be a result of `mhc-tile perf`, got other JSON")
@@ -259,6 +259,9 @@ def _is(value: Any, kind: Any) -> bool:
     if get_origin(kind) in (Mapping, dict):
         content = get_args(kind)[1]
         return isinstance(value, dict) and all(_is(v, content) for v in value.values())
+    if get_origin(kind) is list:
+        (content,) = get_args(kind)
+        return isinstance(value, list) and all(_is(one, content) for one in value)
     kinds = get_args(kind) or (kind,)
     if Any in kinds or (value is None and type(None) in kinds):
         return True
@@ -277,6 +280,8 @@ _ENVIRONMENT = {
     "cases_left": int | None,
     "packages": dict[str, Any],
     "settings": dict[str, Any],
+    "tables": list[Any],
+    "left_out": list[str],
 }
 
 

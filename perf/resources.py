@@ -20,6 +20,8 @@ from pathlib import Path
 
 from mhc_tile.kernels import _gate, _static
 
+from .environment import ROOT, is_checkout
+
 RECORDS = Path(__file__).parent / "static"
 PROCESSES = 2  # each lowers in one thread and waits for nvcc
 
@@ -63,6 +65,19 @@ def judge(arch: str, now: _gate.Record, *, write: bool = False) -> list[str]:
     return [f"{arch}: {fault}" for fault in found]
 
 
+def check_writable() -> None:
+    """Refuse to record anything in an installed package, where no commit would hold it.
+
+    Raises:
+        ValueError: The package is no checkout.
+    """
+    if not is_checkout():
+        raise ValueError(
+            f"perf gate: --write must run in a checkout, got the installed package {ROOT}; "
+            "clone the repository, and install it from there with `pip install -e .`"
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a line a kernel, then what is wrong; 1 if anything is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -72,6 +87,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if why := _static.available():
         parser.error(why)
+    if args.write:
+        try:
+            check_writable()
+        except ValueError as error:
+            parser.error(str(error))
     wrong = []
     architectures = [args.arch] if args.arch else _static.ARCHITECTURES
     for arch, now in measure(architectures, fresh=args.fresh).items():

@@ -20,6 +20,7 @@ from mhc_tile.models import CONFIGS, Decoder, ModelConfig, model_config
 from .bench import tf32_products
 from .connections import PeerConnection, ReferenceConnection
 from .environment import version
+from .peers import lacks, left_out
 from .records import OURS
 
 PLAIN = "residual (compiled)"
@@ -45,8 +46,22 @@ def names_here(device: str) -> list[str]:
         >>> any("tf32" in name for name in names_here("cpu"))
         False
     """
-    installed = [name for name in NAMES if name not in PEERS or version(name)]
+    installed = [name for name in NAMES if name not in PEERS or _joins(name)]
     return [name for name in installed if device == "cuda" or not name.endswith(TF32)]
+
+
+def _joins(package: str) -> bool:
+    """Whether a package is installed that has what joins a sublayer, `pre` and `merge`."""
+    return version(package) is not None and not {"pre", "merge"} & lacks(package).keys()
+
+
+def absent(wanted: Sequence[str]) -> list[str]:
+    """A line for each installed package that cannot join sublayers, with the reason.
+
+    Args:
+        wanted: beginnings of contenders' names; all if empty.
+    """
+    return left_out(("pre", "merge"), lambda name: not wanted or name.startswith(tuple(wanted)))
 
 
 Connect = Callable[[int, nn.Module], nn.Module]  # from a sublayer's index and its layer

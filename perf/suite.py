@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mhc_tile.autotune import _arguments as given
 from mhc_tile.autotune._extras import require
 from mhc_tile.autotune.timing import rounds
 
@@ -26,8 +27,8 @@ from .accuracy import TOLERANCE, as_tuple, check, leaves_of
 from .bench import Bench, bench_of
 from .compare import check_comparable
 from .environment import environment, version
-from .operations import MODES, OPERATIONS, Case, Inputs, Operation, Results, cases
-from .peers import ADAPTERS, Contender, named
+from .operations import MODES, OPERATIONS, Case, Inputs, Operation, Results, chosen_cases
+from .peers import ADAPTERS, Contender, left_out, named
 from .records import OURS, Record, Row
 
 EAGER, COMPILED = "reference (eager)", "reference (compiled)"
@@ -42,17 +43,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `mhc-tile perf run`."""
     add = parser.add_argument
     add("--quick", action="store_true", help="the main sizes only: under 3 minutes, all compiled")
-    add("--device", default="cuda", help="cuda, or cpu for small sizes (default: cuda)")
+    add(
+        "--device",
+        type=given.text,
+        default="cuda",
+        help="cuda, or cpu for small sizes (default: cuda)",
+    )
     add("--op", nargs="+", choices=tuple(OPERATIONS), default=[], help="these only")
     add("--mode", nargs="+", choices=MODES, default=[], help="these only")
     add("--tokens", type=int, nargs="+", default=[], help="T: cases of these only")
     add("--hidden", type=int, nargs="+", default=[], help="C: cases of these only")
-    add("--contender", nargs="+", default=[], help="by the beginnings of their names; default: all")
+    names = "by the beginnings of their names; default: all"
+    add("--contender", type=given.text, nargs="+", default=[], help=names)
     turns = f"of each contender (default: {TURNS}, {QUICK_TURNS} with --quick)"
     add("--turns", type=int, metavar="N", help=turns)
     warm.add_arguments(parser)
-    add("--out", type=Path, metavar="FILE", help="result file (default: perf-<gpu>.json)")
-    add("--figures", type=Path, metavar="DIR", help="roofline and scaling as PNG, too")
+    add("--out", type=given.path, metavar="FILE", help="result file (default: perf-<gpu>.json)")
+    add("--figures", type=given.path, metavar="DIR", help="roofline and scaling as PNG, too")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,21 +78,23 @@ def run(args: argparse.Namespace) -> int:
     warm.check_arguments(args)
     output.check_names("perf run", args.contender, NAMES, names_here(args.device))
     bench = bench_of(args.device)
-    chosen = _chosen(args)
+    chosen = chosen_cases(args)
     for package in ("tabulate", "tqdm"):
         require(package, "mhc-tile perf run", "perf")  # before minutes are spent
     where = environment(bench.bandwidth(), args.device)
+    wanted = functools.partial(_wanted, names=tuple(args.contender))
+    absent = left_out({case.op for case in chosen}, wanted)
+    where |= {"left_out": absent} if absent else {}
     path = output.result_path("perf", where, args.out)
     output.check_figures("perf run", args.figures)
     turns = args.turns or (QUICK_TURNS if args.quick else TURNS)
-    wanted = functools.partial(_wanted, names=tuple(args.contender))
     if args.warm:
         warm.compile_first(chosen, wanted, args.device, args.jobs)
     record, lost = measure_all(chosen, bench, wanted, turns, where, path)
     if not record.rows:
         raise ValueError(
             "perf run: --contender must leave one that has the chosen ops and modes, got "
-            f"{', '.join(args.contender)}"
+            f"{'; '.join([', '.join(args.contender), *absent])}"
         )
     output.say(tables.run(record), f"\nresult: {output.kept_at(record, path)}")
     if args.figures:
@@ -141,21 +150,6 @@ def measure_all(
         record = keep()
         output.say_unfinished(record, path)
     return record, lost
-
-
-def _chosen(args: argparse.Namespace) -> list[Case]:
-    chosen = [
-        case
-        for case in cases(quick=args.quick, device=args.device, ops=args.op)
-        if (not args.mode or case.mode in args.mode)
-        and (not args.tokens or case.tokens in args.tokens)
-        and (not args.hidden or case.hidden_size in args.hidden)
-    ]
-    if not chosen:
-        raise ValueError(
-            "perf run: --op, --mode, --tokens and --hidden must leave a case, got none"
-        )
-    return chosen
 
 
 def names_here(device: str) -> list[str]:

@@ -30,6 +30,7 @@ def run(record: Record) -> str:
         row.captured is False for row in record.rows
     )
     notes += [f"not installed: {', '.join(absent)}"] if absent else []
+    notes += record.environment.get("left_out", [])
     return "\n".join([place, "", text, "", *notes, *faults(record.rows)])
 
 

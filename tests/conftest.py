@@ -37,6 +37,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
+def mesh():
+    """A mesh of this process only."""
+    distributed = torch.distributed
+    if not distributed.is_available():
+        pytest.skip("torch without distributed")
+    from torch.distributed.device_mesh import init_device_mesh
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.fixture
 def files(tmp_path):
     """Writes results of `mhc-tile perf`; `files(a=Record(...))` gives their paths."""
     from mhc_tile.perf import records

@@ -27,6 +27,7 @@ from torch import Tensor
 from emulator_build import EmulationError, available
 from emulator_launch import SCHEDULES, Library
 from mhc_tile.kernels._lowering import Lowered, evaluate, lower
+from mhc_tile.kernels._static import FLAGS
 
 __all__ = ["EmulationError", "available", "emulate", "emulate_source", "poisoned"]
 
@@ -58,7 +59,11 @@ def emulate(
         EmulationError: The kernel uses what cannot be emulated, or does not compile.
     """
     run = emulate_source(
-        lower(prim_func, arch, pass_configs), arch, schedules=schedules, instrument=instrument
+        lower(prim_func, arch, pass_configs),
+        arch,
+        schedules=schedules,
+        instrument=instrument,
+        flush="-ftz=true" in (pass_configs or {}).get(FLAGS, ()),
     )
 
     def checked(**values: Any) -> None:
@@ -73,9 +78,13 @@ def emulate_source(
     *,
     schedules: Sequence[str] = SCHEDULES,
     instrument: bool = True,
+    flush: bool = False,
 ) -> Callable[..., None]:
-    """`emulate` for CUDA source, from `lower` or by hand; shapes and dtypes are not checked."""
-    library = Library(lowered, arch, instrument)
+    """`emulate` for CUDA source, from `lower` or by hand; shapes and dtypes are not checked.
+
+    With `flush` subnormal numbers are zero, except for tensor cores and IEEE intrinsics.
+    """
+    library = Library(lowered, arch, instrument, flush)
     cooperative = any(function.cooperative for function in lowered.functions)
 
     def run(**values: Any) -> None:

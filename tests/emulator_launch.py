@@ -36,12 +36,14 @@ class Library:
         lowered: source and kernels.
         arch: whose launch limits hold.
         instrument: whether the kernel's own loads and stores are checked.
+        flush: whether subnormal numbers are zero, as nvcc's -ftz=true has it.
     """
 
-    def __init__(self, lowered: Lowered, arch: str, instrument: bool):
+    def __init__(self, lowered: Lowered, arch: str, instrument: bool, flush: bool = False):
         self.lowered = lowered
         self._arch = arch
         self._instrument = instrument
+        self._flush = flush
         self._path = emulator_build.build(lowered, instrument)
         self._library = ctypes.CDLL(str(self._path))
         self._library.simt_launch.restype = ctypes.c_char_p
@@ -93,6 +95,7 @@ class Library:
             cooperative=function.cooperative,
             schedule=SCHEDULES.index(schedule),
             seed=_SEED,
+            flush=self._flush,
             instrumented=self._instrument,
             tensors=(_Tensor * len(records))(*records),
             tensor_count=len(records),
@@ -162,6 +165,7 @@ class _Launch(ctypes.Structure):
         ("cooperative", ctypes.c_int),
         ("schedule", ctypes.c_int),
         ("seed", ctypes.c_uint32),
+        ("flush", ctypes.c_int),
         ("instrumented", ctypes.c_int),
         ("tensors", ctypes.POINTER(_Tensor)),
         ("tensor_count", ctypes.c_uint),

@@ -34,6 +34,54 @@ def tile_kernels_post(layer_output, residual, h_post, h_res):
     return reference.merge(residual, layer_output, h_post[..., 0], h_res.transpose(-1, -2))
 
 
+def tile_kernels_stages(merge):
+    """TileKernels 2: stages that write into what they get, in pairs without autograd.
+
+    Their backward functions differentiate the reference, in the package's layout.
+    """
+
+    def backward(function, grad, *tensors):
+        leaves = [value.detach().requires_grad_() for value in tensors]
+        with torch.enable_grad():
+            return torch.autograd.grad(function(*leaves), leaves, grad)
+
+    def sinkhorn(logits, repeat, eps):  # [in, out]
+        turned = logits.transpose(-1, -2)
+        return reference.sinkhorn(turned, repeat, eps).transpose(-1, -2)
+
+    def sinkhorn_bwd(grad, logits, grad_logits, repeat, eps):
+        (found,) = backward(lambda value: sinkhorn(value, repeat, eps), grad, logits)
+        grad_logits.copy_(found)
+
+    def pre_apply_bwd(grad, x, h_pre, grad_x):
+        added, grad_h_pre = backward(reference.pre_apply, grad, x, h_pre)
+        grad_x += added
+        return grad_h_pre
+
+    def post_bwd(layer_output, x, h_post, h_res, grad):
+        return backward(tile_kernels_post, grad, layer_output, x, h_post, h_res)
+
+    checked = (  # outputs are given; what comes in must lie as the kernels read it
+        ("mhc_sinkhorn_fwd", lambda logits, out, *more: out.copy_(sinkhorn(logits, *more))),
+        ("mhc_sinkhorn_bwd", sinkhorn_bwd),
+        ("mhc_pre_apply_mix_fwd", lambda x, mix, out: out.copy_(reference.pre_apply(x, mix))),
+        ("mhc_pre_apply_mix_bwd", pre_apply_bwd),
+        ("mhc_post_fwd", merge(tile_kernels_post)),
+        ("mhc_post_bwd", post_bwd),
+        ("expand_to_mhc_fwd", lambda hidden, out: out.copy_(reference.expand(hidden, 4))),
+        ("expand_to_mhc_bwd", lambda x, out: out.copy_(reference.collapse(x))),
+    )
+    return {name: _contiguous(function) for name, function in checked}
+
+
+def _contiguous(function):
+    def call(*values):
+        assert all(v.is_contiguous() for v in values if isinstance(v, Tensor))
+        return function(*values)
+
+    return call
+
+
 def liger_coefficients(x, phi, bias, pre, post, res, fp32, iters, *_):
     """phi is [4C, 24], the gates are three scalars."""
     assert not fp32
@@ -58,8 +106,10 @@ def _kept(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def _members(package: str, merge: Wrap) -> tuple[str, dict[str, Any]]:
+def _members(package: str, merge: Wrap, version: str = VERSION) -> tuple[str, dict[str, Any]]:
     """The module and what is in it."""
+    if package == "tile-kernels" and version.startswith("2."):
+        return "tile_kernels.mhc", tile_kernels_stages(merge)
     if package == "tile-kernels":
         members = {"mhc_pre": tile_kernels_pre, "mhc_post": merge(tile_kernels_post)}
         return "tile_kernels.modeling.mhc.functional", members
@@ -74,22 +124,25 @@ def _members(package: str, merge: Wrap) -> tuple[str, dict[str, Any]]:
     return "hyper_connections", {"mHC": OwnMapping}
 
 
-def install(monkeypatch: pytest.MonkeyPatch, *packages: str, merge: Wrap = _kept) -> None:
+def install(
+    monkeypatch: pytest.MonkeyPatch, *packages: str, merge: Wrap = _kept, version: str = VERSION
+) -> None:
     """Let packages be installed.
 
     Args:
         monkeypatch: takes them away again.
         packages: their names.
         merge: what becomes of the function that merges.
+        version: of all of them.
     """
     real = importlib.metadata.version
 
-    def version(name: str) -> str:
-        return VERSION if name in packages else real(name)
+    def version_of(name: str) -> str:
+        return version if name in packages else real(name)
 
-    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.metadata, "version", version_of)
     for package in packages:
-        name, members = _members(package, merge)
+        name, members = _members(package, merge, version)
         parts = name.split(".")
         for count in range(1, len(parts) + 1):
             module = ModuleType(parts[count - 1])

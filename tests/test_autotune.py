@@ -185,9 +185,15 @@ def test_problems_are_listed_once_with_their_tokens_in_a_row():
         (("--preset", "paper", "--hidden", "64", "--dry-run"), "one of --preset"),
         (("--preset", "paper", "--streams", "2", "--dry-run"), "--streams must come with --hidden"),
         ((*SMALL, "--streams", "3", "--dry-run"), "--streams must be in (1, 2, 4, 8), got [3]"),
-        (("--hidden", "0", "--dry-run"), "--hidden must be above 0, got [0]"),
+        (("--hidden", "0", "--dry-run"), "--hidden must be above 0 and at most 1048576, got 0"),
         (("--hidden", "64", "--tokens", "96", "--dry-run"), "--tokens must be powers of two"),
-        ((*SMALL, "--budget", "0", "--dry-run"), "--budget must be above 0, got [0.0]"),
+        (("--hidden", str(1 << 70), "--dry-run"), "--hidden must be above 0 and at most"),
+        (("--hidden", "64", "--tokens", str(1 << 70), "--dry-run"), "--tokens must be above 0"),
+        ((*SMALL, "--jobs", str(1 << 40), "--dry-run"), "--jobs must be above 0 and at most 4096"),
+        ((*SMALL, "--budget", "0", "--dry-run"), "--budget must be above 0"),
+        ((*SMALL, "--budget", "nan", "--dry-run"), "--budget must be above 0"),
+        ((*SMALL, "--timeout", "nan", "--dry-run"), "--timeout must be above 0"),
+        ((*SMALL, "--timeout", "inf", "--dry-run"), "--timeout must be above 0"),
         ((*SMALL, "--multiprocessors", "-4", "--dry-run"), "--multiprocessors must be above 0"),
         (SMALL, "--arch must come with --compile-only or --dry-run"),
     ],
@@ -280,6 +286,22 @@ def test_the_command_from_candidates_to_table_and_picture(places, fake_gpu, caps
     assert f"table: {path}\npicture: {picture}" in said
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert {key.kernel for key in table.read(path, DEVICE).families} == {"merge", "sinkhorn"}
+
+
+def test_places_that_cannot_be_written_are_named_before_anything_is_measured(
+    places, fake_gpu, monkeypatch, capsys
+):
+    monkeypatch.setattr(compiling, "compile_all", lambda *_, **__: pytest.fail("it compiles"))
+    (places / "file").touch()
+    said = fails(capsys, *TUNE, "--output", str(places))
+    assert f"must be a file that can be written, got {places} (something else" in said
+    assert "--output names another" in said
+    said = fails(capsys, *TUNE, "--output", str(places / "file" / "x.json"))
+    assert "--output names another" in said
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(places / "file" / "x"))
+    assert "the variable TILELANG_CACHE_DIR names another place" in fails(capsys, *TUNE)
+    monkeypatch.setattr(journal, "folder", lambda: places / "file" / "x")
+    assert "the variable XDG_CACHE_HOME names another place" in fails(capsys, *TUNE)
 
 
 def test_phases_can_be_run_apart(places, fake_gpu, capsys):

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import importlib
-import os
 import re
 import subprocess
 import sys
@@ -223,15 +222,6 @@ def test_the_backward_of_pre_is_one_pass_for_many_tokens_and_two_for_few():
             if (config := kernel.pre_backward_team.default_config(channels, 4, count, "sm_90a"))
         }
         assert len(pinned) == 1, "the segments of a token's sums follow from C"
-
-
-def test_the_switch_may_come_from_the_environment():
-    code = "from mhc_tile.ops import _dispatch; print(_dispatch.BATCH_INVARIANT)"
-    for value in ("", "0", "1"):
-        environment = {**os.environ, "MHC_TILE_BATCH_INVARIANT": value}
-        command = [sys.executable, "-c", code]
-        result = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert result.stdout.strip() == str(value == "1")
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,30 @@ def test_the_table_in_use_is_named(monkeypatch, tmp_path):
     assert by_item()["tuning 0"].found == "switched off by MHC_TILE_TABLES=off"
 
 
+def test_a_gpu_that_does_not_answer_is_a_finding(monkeypatch):
+    def lost(index):
+        raise RuntimeError("CUDA error: unknown error\nCUDA kernel errors might be")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr("mhc_tile.autotune.device.describe", lost)
+    finding = by_item()["GPU 0"]
+    assert finding.status == "missing"
+    assert finding.found.startswith("does not answer: CUDA error: unknown error CUDA kernel")
+    assert "nvidia-smi" in finding.remedy
+    assert "tuning 0" not in by_item()
+
+
+def test_the_cache_is_looked_at_without_raising(monkeypatch, tmp_path):
+    def refused(self, **_):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    for name in ("exists", "is_dir", "is_file", "stat"):
+        monkeypatch.setattr(doctor.Path, name, refused)
+    finding = doctor._cache(tmp_path / "x")
+    assert (finding.item, finding.status) == ("kernel cache", "ok")
+
+
 @pytest.mark.gpu
 def test_describe_a_gpu():
     device = describe()

@@ -5,11 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -19,7 +19,9 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = PROJECT["tool"]["setuptools"]["packages"]
-TABLES = ROOT / "autotune" / "tables"
+# What lies beside the packages' code for readers, and what a command reads: all of the latter.
+DOCUMENTS = ("*.md", "*.png", "*.yml")
+INSTALLED = Path(torch.__file__).resolve().parents[1]  # wherever these tests find their packages
 MAPPED = PROJECT["tool"]["setuptools"]["package-dir"]
 
 # Who may import whom: each layer sees itself and what stands before it.
@@ -137,7 +139,7 @@ def python_in(venv: Path, code: str, *paths: Path, cwd: Path) -> str:
 
 def pip(venv: Path, *arguments: str | Path, cwd: Path) -> None:
     command = [sys.executable, "-m", "pip", "--python", venv / "bin" / "python", *arguments]
-    environment = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib")}
+    environment = {**os.environ, "PYTHONPATH": str(INSTALLED)}
     result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
 
@@ -154,12 +156,25 @@ def checkout(tmp_path_factory) -> Path:
     return copy
 
 
+@pytest.fixture(scope="module")
+def wheel(checkout, tmp_path_factory) -> Path:
+    """Built from the copy, in which there is data of another GPU and another architecture."""
+    for new in ("autotune/tables/a_gpu", "perf/baselines/a_gpu", "perf/static/sm_1"):
+        (checkout / f"{new}.json").write_text("{}")
+    place = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    result = subprocess.run([*command, "-w", place, checkout], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (found,) = place.glob("*.whl")
+    return found
+
+
 @pytest.fixture
 def venv(tmp_path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     (packages,) = (tmp_path / "venv").glob("lib/*/site-packages")
     # Behind the environment's own packages, and without the editable installs among these.
-    (packages / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (packages / "outer.pth").write_text(f"{INSTALLED}\n")
     return tmp_path / "venv"
 
 
@@ -184,17 +199,63 @@ def test_from_an_editable_install(checkout, venv, tmp_path):
         ]
 
 
-def test_from_a_wheel(checkout, venv, tmp_path):
-    (checkout / "autotune" / "tables").mkdir(exist_ok=True)
-    (checkout / "autotune" / "tables" / "a_gpu.json").write_text("{}")
-    pip(venv, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, checkout, cwd=tmp_path)
-    (wheel,) = tmp_path.glob("*.whl")
+def data_of(root: Path) -> dict[str, Path]:
+    """Files of the packages, by their place in a wheel, that are neither code nor documents."""
+    found = {}
+    for package in PACKAGES:
+        folder = root / MAPPED.get(package, package.replace(".", "/"))
+        for path in folder.rglob("*"):
+            inner = path.relative_to(folder)
+            if path.suffix in (".py", ".pyc") or any(path.match(kind) for kind in DOCUMENTS):
+                continue
+            if path.is_file() and not path.name.startswith("."):
+                found[f"{package.replace('.', '/')}/{inner}"] = path
+    return found
+
+
+RECORDS = """
+from pathlib import Path
+from mhc_tile.__main__ import main
+from mhc_tile.autotune import table
+from mhc_tile.kernels import _gate, _static
+from mhc_tile.perf import cli, records, resources
+read = [_gate.Record.read(resources.RECORDS / f"{arch}.json") for arch in _static.ARCHITECTURES]
+assert all(record.kernels for record in read)
+assert (resources.RECORDS / "ops.json").is_file()
+for gpu in ("NVIDIA H200", "NVIDIA H100 80GB HBM3"):
+    assert records.read(cli.baseline_path(gpu)).environment["gpu"] == gpu
+    assert (table.SHIPPED / cli.baseline_path(gpu).name).is_file()
+base = str(cli.baseline_path("NVIDIA H200"))
+cli._gpu_here = lambda: "Another GPU"
+print("gate", main(["perf", "gate"]))
+print("written", main(["perf", "gate", "--static", "--write"]))
+print("module", resources.main(["--write"]))
+"""
+
+
+def test_a_wheel_has_what_commands_read_and_keeps_it(wheel, venv, tmp_path):
+    pip(venv, "install", "--no-deps", wheel, cwd=tmp_path)
+    command = [venv / "bin" / "python", "-c", RECORDS]
+    environment = {**os.environ, "PYTHONPATH": ""}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert result.stdout.split() == ["gate", "1", "written", "1"], result.stderr
+    gate, written, *_ = result.stderr.splitlines()
+    assert "`mhc-tile perf run --contender mhc_tile --out baseline.json` makes it" in gate
+    assert "`--baseline baseline.json` has it read" in gate
+    for line in (written, result.stderr.splitlines()[-1]):
+        assert "--write must run in a checkout, got the installed package " in line
+        assert "`pip install -e .`" in line
+    assert list(tmp_path.glob("**/*.draft")) == []
+
+
+def test_from_a_wheel(checkout, wheel, venv, tmp_path):
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {f"{name.replace('.', '/')}.py" for name in modules() if name not in PACKAGES}
     expected |= {f"{n.replace('.', '/')}/__init__.py" for n in modules() if n in PACKAGES}
-    tables = {f"mhc_tile/autotune/tables/{path.name}" for path in TABLES.glob("*.json")}
-    tables.add("mhc_tile/autotune/tables/a_gpu.json")
-    assert packed == expected | tables | {"mhc_tile/py.typed"}
+    data = data_of(checkout).keys()
+    for new in ("autotune/tables/a_gpu.json", "perf/baselines/a_gpu.json", "perf/static/sm_1.json"):
+        assert f"mhc_tile/{new}" in data
+    assert packed == expected | data
     pip(venv, "install", "--no-deps", wheel, cwd=tmp_path)
     # Also while standing in the checkout, whose kernels/ must not win over the wheel's.
     for cwd in (tmp_path, checkout.parent):

@@ -9,7 +9,8 @@ import pytest
 pytest.importorskip("tabulate")
 
 import stand_ins
-from mhc_tile.perf import peers, records, suite, tables
+from mhc_tile.perf import peers, records, slices, suite, tables
+from mhc_tile.perf.__main__ import main
 from mhc_tile.perf.bench import CpuBench
 from mhc_tile.perf.environment import environment
 from mhc_tile.perf.operations import MODES, OPERATIONS, Case, Inputs
@@ -112,6 +113,70 @@ def test_other_missing_modules_of_tile_kernels_are_named(old_tile_kernels):
     with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
         peers._tile_kernels_module()
     assert "tilelang.utils.target" not in sys.modules
+
+
+# TileKernels 2: stages.
+
+STAGES = ("sinkhorn", "pre_apply", "merge", "expand", "collapse")
+SECOND = "2.1.0"
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize("op", STAGES)
+def test_stages_of_tile_kernels_2_compute_what_our_ops_do(monkeypatch, op, mode):
+    stand_ins.install(monkeypatch, "tile-kernels", version=SECOND)
+    assert error_of("tile-kernels", op, mode) < 1e-5
+    contender = peers.ADAPTERS["tile-kernels"](op)
+    assert contender.name == f"tile-kernels {SECOND}"
+    tensors, _ = drawn(Case(op, "training", 6, 16, dtype="float32"))
+    back = contender.gradients(*contender.take(*tensors))
+    assert all(value.equal(tensor) for value, tensor in zip(back, tensors, strict=True))
+
+
+def test_a_wrong_stage_of_tile_kernels_2_is_noticed(monkeypatch):
+    stand_ins.install(monkeypatch, "tile-kernels", version=SECOND, merge=stand_ins.scaled(1.05))
+    assert error_of("tile-kernels", "merge") > suite.TOLERANCE
+
+
+def test_what_tile_kernels_2_leaves_to_others_has_a_reason(monkeypatch):
+    stand_ins.install(monkeypatch, "tile-kernels", version=SECOND)
+    assert peers.lacks("tile-kernels").keys() == OPERATIONS.keys() - set(STAGES)
+    for op in peers.lacks("tile-kernels"):
+        assert peers.ADAPTERS["tile-kernels"](op) is None
+    (line,) = peers.left_out(OPERATIONS, lambda name: True)
+    assert line.startswith(f"tile-kernels {SECOND} has no mapping, pre, boundary, sublayer: ")
+    assert "DeepGEMM" in line
+    assert peers.left_out({"merge"}, lambda name: True) == []
+    assert peers.left_out(OPERATIONS, lambda name: name == OURS) == []
+
+
+def test_version_1_has_what_it_had(monkeypatch):
+    stand_ins.install(monkeypatch, "tile-kernels", version="1.0.0")
+    assert peers.lacks("tile-kernels") == {}
+    assert peers.ADAPTERS["tile-kernels"]("pre").name == "tile-kernels 1.0.0"
+    assert peers.ADAPTERS["tile-kernels"]("sinkhorn") is None
+
+
+@pytest.mark.parametrize(("version", "joins"), [("1.0.0", True), (SECOND, False), ("3.0", False)])
+def test_steps_are_joined_by_packages_with_pre_and_merge(monkeypatch, version, joins):
+    stand_ins.install(monkeypatch, "tile-kernels", version=version)
+    assert ("tile-kernels" in slices.names_here("cpu")) == joins
+    assert bool(slices.absent([])) != joins
+    assert slices.absent(["mhc_tile"]) == []
+
+
+def test_a_run_says_what_is_left_out(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("tqdm")
+    stand_ins.install(monkeypatch, "tile-kernels", version=SECOND)
+    out = tmp_path / "run.json"
+    few = ["run", "--device", "cpu", "--quick", "--mode", "inference", "--turns", "1"]
+    case = ["--op", "pre", "--contender", "tile", "mhc_tile", "--out", str(out)]
+    assert main([*few, *case]) == 0
+    said = f"tile-kernels {SECOND} has no pre: TileKernels 2 leaves the projection to"
+    assert said in capsys.readouterr().out
+    assert records.read(out).environment["left_out"][0].startswith(said)
+    assert main([*few, "--op", "pre", "--contender", "tile"]) == 1
+    assert said in capsys.readouterr().err
 
 
 # In a run.

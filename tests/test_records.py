@@ -52,6 +52,11 @@ def with_row(**changes) -> str:
     return text_of(rows=[{**dataclasses.asdict(row()), **changes}])
 
 
+def test_a_time_of_nothing_has_no_share_of_the_roofline():
+    row = records.Row("c", "o", "merge", "forward", 1, 8, 4, "bfloat16", us=0.0, bytes=1)
+    assert records.percent_of_roofline(row, 1e12) is None
+
+
 WHOLE = text_of(environment={"gpu": None})
 
 

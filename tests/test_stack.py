@@ -3,6 +3,7 @@
 import copy
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -87,16 +88,131 @@ def test_fused_where_nothing_else_would_run(monkeypatch):
 
 
 @pytest.fixture
-def mesh():
-    """A mesh of this process only."""
-    distributed = torch.distributed
-    if not distributed.is_available():
-        pytest.skip("torch without distributed")
-    from torch.distributed.device_mesh import init_device_mesh
+def graphs():
+    """A backend of torch.compile, and what it was given."""
+    torch._dynamo.reset()
+    seen = []
 
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    distributed.destroy_process_group()
+    def backend(graph, _inputs):
+        seen.append(graph)
+        return graph
+
+    yield backend, seen
+    torch._dynamo.reset()
+
+
+class Halved(nn.Module):
+    """A layer or tap that torch.compile makes a graph of; of torch's own it makes none."""
+
+    def forward(self, value):
+        return value / 2
+
+
+@pytest.mark.parametrize("part", ["connection", "layer", "tap"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_was_compiled_in_place_runs_compiled(fused, part, graphs):
+    backend, seen = graphs
+    parts, x = connections(), torch.randn(5, 4, WIDTH)
+    if part != "connection":
+        setattr(parts[1], part, Halved())
+    truth = one_by_one(parts, x)
+    found = parts[1] if part == "connection" else getattr(parts[1], part)
+    found.compile(backend=backend)
+    result = HyperConnectedStack(parts, fused=fused)(x)
+    assert len(seen) == 1
+    assert (result - truth).norm() <= 1e-5 * truth.norm()
+    torch._dynamo.reset()
+    whole = torch.compile(HyperConnectedStack(parts, fused=fused), fullgraph=True, backend="eager")
+    assert (whole(x) - truth).norm() <= 1e-5 * truth.norm()
+
+
+GLOBAL_HOOKS = [
+    "register_module_forward_pre_hook",
+    "register_module_forward_hook",
+    "register_module_full_backward_pre_hook",
+    "register_module_full_backward_hook",
+]
+
+
+@pytest.mark.parametrize("register", GLOBAL_HOOKS)
+def test_global_hooks_see_every_connection(register):
+    stack, seen = HyperConnectedStack(connections()), []
+    x = torch.randn(5, 4, WIDTH, requires_grad=True)
+    fused = stack(x)
+
+    def hook(module, *_):
+        seen.append(module)
+
+    handle = getattr(torch.nn.modules.module, register)(hook)
+    try:
+        called = stack(x)
+        called.sum().backward()
+    finally:
+        handle.remove()
+    for connection in stack:
+        assert [seen.count(m) for m in (connection, connection.layer)] == [1, 1]
+    assert torch.equal(called, fused)
+    stack(x).sum().backward()
+    assert len(seen) == 3 * 3 + 1
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
+def test_a_compiled_stack_runs_the_global_hooks_that_it_was_compiled_with():
+    def double(module, _inputs, x):
+        return 2 * x if isinstance(module, ManifoldHyperConnection) else None
+
+    stack, x = HyperConnectedStack(connections()), torch.randn(5, 4, WIDTH)
+    plain = stack(x)
+    handle = torch.nn.modules.module.register_module_forward_hook(double)
+    try:
+        truth = stack(x)
+        torch._dynamo.reset()
+        compiled = torch.compile(stack, fullgraph=True, backend="aot_eager")(x)
+    finally:
+        handle.remove()
+    assert (truth - plain).norm() > 0.1 * plain.norm()
+    assert (compiled - truth).norm() <= 1e-5 * truth.norm()
+
+
+@pytest.mark.parametrize("name", ["__call__", "_call_impl"])
+def test_another_call_is_run(name, monkeypatch):
+    plain = getattr(nn.Module, name)
+
+    def doubled(self, *args, **kwargs):
+        return 2 * plain(self, *args, **kwargs)
+
+    kind = type("Called", (ManifoldHyperConnection,), {name: doubled})
+    parts, x = connections(), torch.randn(5, 4, WIDTH)
+    parts[1] = connections(1, kind)[0]
+    assert torch.equal(HyperConnectedStack(parts)(x), one_by_one(parts, x))
+    if name == "__call__":  # as tools replace it for a while
+        stack, seen = HyperConnectedStack(connections()), []
+
+        def call(self, *args, **kwargs):
+            seen.append(self)
+            return plain(self, *args, **kwargs)
+
+        monkeypatch.setattr(nn.Module, name, call)
+        stack(x)
+        assert all(connection in seen for connection in stack)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_stack_is_a_sequence_of_its_connections(fused):
+    parts, x = connections(4), torch.randn(5, 4, WIDTH)
+    stack = HyperConnectedStack(parts, fused=fused)
+    assert (len(stack), list(stack), list(reversed(stack))) == (4, parts, parts[::-1])
+    assert (stack[0], stack[-1], stack[np.int64(2)]) == (parts[0], parts[3], parts[2])
+    assert parts[2] in stack
+    for piece in (slice(1, 3), slice(None), slice(2, 0, -1), slice(0, 0)):
+        some = stack[piece]
+        assert isinstance(some, HyperConnectedStack)
+        assert (some.fused, list(some)) == (fused, parts[piece])
+        assert torch.equal(some(x), one_by_one(parts[piece], x))
+    with pytest.raises(IndexError):
+        stack[4]
+    assert len(stack.state_dict()) == 4 * 5  # as before: no name changes
+    assert all(name.startswith("connections.") for name in stack.state_dict())
 
 
 def test_connections_may_be_sharded_one_by_one(mesh):

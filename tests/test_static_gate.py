@@ -14,7 +14,7 @@ pytest.importorskip("tilelang")
 import emulator_programs as programs
 from mhc_tile import _library
 from mhc_tile._library import OPS
-from mhc_tile.kernels import _gate, _static
+from mhc_tile.kernels import _gate, _static, _toolchain
 from mhc_tile.kernels import merge as merge_kernel
 from mhc_tile.kernels._programs import catalogue
 from mhc_tile.ops import _dispatch
@@ -152,6 +152,7 @@ def place(tmp_path, monkeypatch, now):
     """A record of its own, no compiler, and kernels that take what is recorded."""
     monkeypatch.setattr(static_gate, "RECORD", tmp_path / "ops.json")
     monkeypatch.setattr(_static, "available", lambda: None)
+    monkeypatch.setattr(_toolchain, "nvcc", lambda: None)
     monkeypatch.setattr(resources, "RECORDS", tmp_path)
     monkeypatch.setattr(static_gate, "measure", lambda archs: {a: now[a] for a in archs})
     taken = {"registers": 64, "spill_stores": 0, "spill_loads": 0, "stack": 0, "static_smem": 0}
@@ -198,6 +199,20 @@ def test_arguments_that_do_not_fit(capsys, monkeypatch):
     monkeypatch.setattr(_static, "available", lambda: "no nvcc: install it")
     assert main(["gate", "--static"]) == 1
     assert "a compiler must be here, got none: no nvcc" in capsys.readouterr().err
+
+
+def test_an_nvcc_that_does_not_run_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(_static, "available", lambda: None)
+    monkeypatch.setattr(_toolchain, "nvcc", lambda: Path("/broken/nvcc"))
+    assert main(["gate", "--static"]) == 1
+    assert "nvcc must run, got /broken/nvcc, which does not" in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_written_is_named(place, capsys, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path / "file" / "x"))
+    assert main(["gate", "--static"]) == 1
+    assert "the variable TILELANG_CACHE_DIR names another place" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"sm_80": {"merge": {"launches": "1"}}}', "1"])

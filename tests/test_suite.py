@@ -324,7 +324,8 @@ def test_a_gpu_that_answers_no_more_ends_the_run(monkeypatch, tmp_path, capsys):
         (["--contender", "tile-kernels 0"], "must begin one of mhc_tile, reference (eager), "),
         (["--contender", "reference (compiled, t"], "one that can be measured here, of mhc_tile, "),
         (["--out", "."], "perf: --out must be a file, got the folder ."),
-        (["--tokens", "3"], "--op, --mode, --tokens and --hidden must leave a case, got none"),
+        (["--tokens", "3"], "perf run: --tokens must be among 64 here, got 3"),
+        (["--hidden", "-1"], "perf run: --hidden must be among 64 here, got -1"),
     ],
 )
 def test_bad_input_is_named(arguments, message, tmp_path, monkeypatch, capsys):

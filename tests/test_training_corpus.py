@@ -1,9 +1,12 @@
 """Tokens from text: a split by path, batches by (seed, step), clear refusals."""
 
+import hashlib
+from pathlib import Path
+
 import pytest
 import torch
 
-from mhc_tile.training import load_corpus
+from mhc_tile.training import Corpus, load_corpus
 from mhc_tile.training.corpus import HELD_OUT, is_held_out
 
 
@@ -79,6 +82,44 @@ def test_runs_below_the_folder_are_left_out(folder, record):
     assert load_corpus(folder).fingerprint == before.fingerprint
     (folder / "runs" / "note.txt").write_text("of no run")
     assert load_corpus(folder).fingerprint != before.fingerprint
+
+
+def test_files_are_counted(folder, tmp_path):
+    before = load_corpus(folder)
+    assert (before.files, before.left_out) == (60, 0)
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    (folder / "empty.txt").touch()
+    (folder / ".hidden").write_text("hidden")
+    (folder / "run").mkdir()
+    (folder / "run" / "metrics.jsonl").write_text("{}")
+    after = load_corpus(folder)
+    assert (after.files, after.left_out) == (60, 4)
+    assert after.fingerprint == before.fingerprint
+    only = load_corpus(folder / "part0" / "0.txt")
+    assert (only.files, only.left_out) == (1, 0)
+
+
+def test_a_file_that_goes_while_the_folder_is_read_is_left_out(folder, monkeypatch):
+    (folder / "editor.tmp").write_text("for a moment")
+    read = Path.read_bytes
+
+    def vanish(path):
+        if path.name == "editor.tmp":
+            path.unlink()
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", vanish)
+    assert load_corpus(folder).files == 60
+
+
+def test_the_fingerprint_is_of_the_bytes():
+    train, validation = (torch.arange(start, 200, dtype=torch.uint8) for start in (0, 100))
+    corpus = Corpus("bytes", train, validation)
+    expected = hashlib.sha256(bytes(range(200)) + b"|" + bytes(range(100, 200))).hexdigest()
+    assert corpus.fingerprint == expected
+    doubled = train.repeat_interleave(2)
+    assert Corpus("strided", doubled[::2], validation).fingerprint == expected
+    assert Corpus("empty", train, validation[:0]).fingerprint != expected
 
 
 def test_a_folder_that_is_asked_for_by_name_may_be_a_run(folder):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +103,76 @@ def test_rows_are_on_disk_as_soon_as_they_are_written(tmp_path):
         log.write([{"kind": "step", "step": step}])
         assert len(read_metrics(tmp_path / "metrics.jsonl")) == step + 1
     log.close()
+
+
+class Parts:
+    """A file that takes three bytes at a time."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, content):
+        return self.file.write(content[:3])
+
+    def close(self):
+        self.file.close()
+
+
+def test_a_write_in_parts_is_finished(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.file = Parts(log.file)
+    for step in range(3):
+        log.write([{"kind": "step", "step": step}])
+    log.close()
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_a_write_that_stops_in_a_row_is_an_error_and_leaves_none_of_it(tmp_path):
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(tmp_path)
+    log.write([{"kind": "step", "step": 1}])
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, hard))  # as a disk that is full
+    try:
+        with pytest.raises(OSError, match=re.escape(str(path))):
+            log.write([{"kind": "step", "step": 2}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+    log.write([{"kind": "step", "step": 3}])  # there is room again
+    log.close()
+    assert [row["step"] for row in read_metrics(path)] == [1, 3]
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_one_error(tmp_path):
+    resource = pytest.importorskip("resource")
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError, match="train: checkpoint must be written whole") as error:
+            checkpoints.save(2, {"value": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(error.value)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001.pt"]
+
+
+def test_a_file_that_cannot_be_replaced_stays_whole(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    replace_metrics(path, [{"kind": "step", "step": 1}])
+
+    def fail(_file):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="no space"):
+        replace_metrics(path, [])
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert len(read_metrics(path)) == 1
 
 
 def test_resuming_drops_later_rows_and_a_cut_off_line(tmp_path):

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from mhc_tile.__main__ import main
-from mhc_tile.training import TrainConfig, cli, resume, train
+from mhc_tile.training import TrainConfig, cli, read_metrics, resume, train
 from mhc_tile.training.checkpoint import find_checkpoint
+from mhc_tile.training.device import pick_device
+from mhc_tile.training.schedule import learning_rate
 from tiny_models import TINY
 
 
@@ -83,7 +85,7 @@ def test_a_run_beside_its_corpus_resumes(config, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--steps", "8"], "--steps must be left out with --resume, got 8"),
+        (["--batch-size", "8"], "--batch-size must be left out with --resume, got 8"),
         (["--learning-rate", "5"], "--learning-rate must be left out with --resume, got 5.0"),
         (["--residual", "hc"], "--residual must be left out with --resume, got 'hc'"),
         (["--out", "x"], "--out must be left out with --resume, got 'x'"),
@@ -93,6 +95,61 @@ def test_a_run_beside_its_corpus_resumes(config, tmp_path):
 def test_resume_refuses_what_it_would_ignore(tmp_path, capsys, options, said):
     assert main(["train", "--resume", str(tmp_path), *options]) == 1
     assert f"train: {said}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--num-streams", "4"], ["--model", "1m"]])
+def test_resume_refuses_an_option_that_is_its_default(run, capsys, option):
+    assert main(["train", "--resume", str(run), *option]) == 1
+    assert f"train: {option[0]} must be left out with --resume" in capsys.readouterr().err
+
+
+def test_a_finished_run_goes_on_to_more_steps(config, run, tmp_path):
+    resumed = resume(run, steps=20)
+    assert (resumed.status, resumed.step) == ("done", 20)
+    steps = [row for row in read_metrics(run / "metrics.jsonl") if row["kind"] == "step"]
+    assert [row["step"] for row in steps] == list(range(1, 21))
+    rates = [
+        learning_rate(step, peak=config.learning_rate, warmup_steps=config.warmup_steps, steps=20)
+        for step in range(3, 21)
+    ]
+    assert [row["learning_rate"] for row in steps[2:]] == rates
+    again = resume(run, steps=20)
+    assert (again.status, again.step) == ("done", 20)
+    for few in (2, 19):
+        with pytest.raises(ValueError, match=f"steps must be at least the run's 20, got {few}"):
+            resume(run, steps=few)
+    with pytest.raises(ValueError, match="steps must be an integer"):
+        resume(run, steps=20.5)
+
+
+def test_a_run_that_goes_on_is_resumed_exactly(config, tmp_path):
+    """Stopped on its way to the new length, which it knows from then on."""
+    for name in ("whole", "part"):
+        train(config.replace(log_every=1), tmp_path / name)
+
+    def stop(rows, sent=[]):  # noqa: B006 - remembers that it was sent
+        if rows[-1]["step"] == 4 and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGINT))
+
+    whole = resume(tmp_path / "whole", steps=10)
+    assert resume(tmp_path / "part", steps=10, on_rows=stop).status == "interrupted"
+    part = resume(tmp_path / "part")
+    assert (part.status, part.step) == ("done", 10)
+    assert part.validation_loss == whole.validation_loss
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, part.model.state_dict()[key])
+    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "part")]
+    for row in (row for side in rows for row in side):
+        row.pop("ms_per_step", None)
+    assert rows[0] == rows[1]
+    assert [row["config"]["steps"] for row in rows[0] if row["kind"] == "run"] == [2, 10]
+
+
+def test_the_command_goes_on_to_more_steps(run, capsys):
+    assert main(["train", "--resume", str(run), "--steps", "6"]) == 0
+    assert "train: step 2 of 6" in capsys.readouterr().out
+    assert main(["train", "--resume", str(run), "--steps", "5"]) == 1
+    assert "resume: steps must be at least the run's 6, got 5" in capsys.readouterr().err
 
 
 def test_a_finished_run_without_metrics_is_resumed(run, capsys):
@@ -132,3 +189,108 @@ def test_a_configuration_of_another_version_is_refused(run, edit, said):
         resume(run)
     assert said in str(error.value)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda state: state["model"].update({"extra": torch.zeros(3)}),
+        lambda state: state["model"].update({name: torch.zeros(7) for name in state["model"]}),
+        lambda state: state["model"].clear(),
+        lambda state: state.update(model=None),
+        lambda state: state.update(optimizer={}),
+        lambda state: state["optimizer"]["param_groups"].pop(),
+        lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(7)),
+        lambda state: state.update(step="2"),
+        lambda state: state.update(step=3),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(run, capsys, edit):
+    path = change(run, edit)
+    assert main(["train", "--resume", str(run)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("mhc-tile: resume: checkpoint must be a complete one of ")
+    assert str(path) in said
+    assert said.count("\n") == 1
+    assert len(said) < 700
+
+
+def test_rows_without_their_values_are_refused_in_one_line(run, capsys):
+    metrics = run / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"kind": "gain", "step": 2}\n')
+    assert main(["train", "--resume", str(run)]) == 1
+    said = capsys.readouterr().err
+    assert "metrics: every row must have the values of its kind, got one without" in said
+    assert str(metrics) in said
+
+
+# what else a user can cause
+
+
+@pytest.mark.parametrize("name", ["mps", "meta", "xpu", "hpu", "cuda:99", "abacus", "cuda:x"])
+def test_a_device_that_is_not_there_is_named(tmp_path, capsys, name):
+    if name == "mps" and torch.backends.mps.is_available():
+        pytest.skip("it is there")
+    with pytest.raises(ValueError, match=f"train: device must be .* got '{name}'") as error:
+        pick_device(name)
+    assert "\n" not in str(error.value)
+    out = tmp_path / "run"
+    assert main(["train", "--device", name, "--out", str(out), "--sequence-length", "8"]) == 1
+    assert capsys.readouterr().err == f"mhc-tile: {error.value}\n"
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nMore"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+        RuntimeError("Storage size calculation overflowed with sizes=[9, 9]"),
+        MemoryError(),
+    ],
+)
+def test_what_does_not_fit_into_the_memory_is_one_line(run, monkeypatch, capsys, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(cli, "resume", fail)
+    assert main(["train", "--resume", str(run)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("mhc-tile: train: model, batch and validation must fit into the memory")
+    assert said.count("\n") == 1
+
+
+def test_another_fault_keeps_its_traceback(run, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(cli, "resume", fail)
+    with pytest.raises(RuntimeError, match="illegal"):
+        main(["train", "--resume", str(run)])
+
+
+@pytest.mark.parametrize("option", ["num-streams", "iters", "batch-size", "eval-batches", "steps"])
+def test_a_number_that_torch_cannot_take_is_named(tmp_path, capsys, option):
+    large = str(10**20)
+    assert main(["train", "--out", str(tmp_path / "run"), f"--{option}", large]) == 1
+    said = capsys.readouterr().err
+    assert said == f"mhc-tile: train: --{option} must be below 2147483648, got {large}\n"
+
+
+@pytest.mark.parametrize("threads", ["0", "-1", "2000000000"])
+def test_a_number_of_threads_that_cannot_be_is_named(tmp_path, capsys, threads):
+    pytest.importorskip("matplotlib")
+    assert main(["demo", "--out", str(tmp_path / "demo"), "--threads", threads]) == 1
+    said = capsys.readouterr().err
+    assert said == f"mhc-tile: demo: --threads must be from 1 to 1024, got {threads}\n"
+
+
+@pytest.mark.parametrize("settings", ['{"steps": "x"}', '{"corpus": 3}', '{"seed": -1}', "[1]"])
+def test_damaged_settings_of_a_demo_are_one_line(tmp_path, capsys, settings):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "demo.json").write_text(settings)
+    threads = str(torch.get_num_threads())
+    assert main(["demo", "--resume", str(tmp_path), "--threads", threads]) == 1
+    said = capsys.readouterr().err
+    assert "demo: resume must be the folder of a demo with its settings" in said
+    assert not (tmp_path / ".lock").exists()

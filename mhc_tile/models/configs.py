@@ -2,9 +2,10 @@
 
 import dataclasses
 import difflib
-import math
 from dataclasses import dataclass
 from typing import Any
+
+from ..config import check_count, check_number
 
 # torch's grouped matmul takes fewer than 1024 groups.
 _MOST_EXPERTS = 1023
@@ -24,7 +25,7 @@ class MoEConfig:
         balance_rate: step of the bias that balances the experts' load; at least 0.
 
     Raises:
-        TypeError: A count is not an int.
+        TypeError: A count is not an int, or balance_rate not a number.
         ValueError: A value is out of range; the message names it.
 
     Example:
@@ -51,7 +52,7 @@ class MoEConfig:
                 f"MoEConfig: experts_per_token must be at most num_experts {self.num_experts}, "
                 f"got {self.experts_per_token}"
             )
-        _check_not_negative(self, "balance_rate")
+        check_number(self, "balance_rate")
 
 
 @dataclass(frozen=True)
@@ -82,31 +83,16 @@ class MLAConfig:
         """Reject what no layer could have."""
         _check_counts(self)
         if self.query_rank is not None:
-            _check_count(self, "query_rank", 1)
+            check_count(self, "query_rank")
         if self.rope_size % 2:
             raise ValueError(f"MLAConfig: rope_size must be even, got {self.rope_size}")
-
-
-def _check_count(config: Any, name: str, least: int) -> None:
-    value, kind = getattr(config, name), type(config).__name__
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{kind}: {name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{kind}: {name} must be at least {least}, got {value}")
 
 
 def _check_counts(config: Any, at_least_0: tuple[str, ...] = ()) -> None:
     """Check every field that is declared as an int."""
     for field in dataclasses.fields(config):
         if field.type is int:
-            _check_count(config, field.name, 0 if field.name in at_least_0 else 1)
-
-
-def _check_not_negative(config: Any, name: str) -> None:
-    value = getattr(config, name)
-    if not (math.isfinite(value) and value >= 0):
-        kind = type(config).__name__
-        raise ValueError(f"{kind}: {name} must be finite and at least 0, got {value}")
+            check_count(config, field.name, 0 if field.name in at_least_0 else 1)
 
 
 @dataclass(frozen=True)
@@ -127,7 +113,7 @@ class ModelConfig:
         mla: multi-head latent attention in place of multi-head attention; None for none.
 
     Raises:
-        TypeError: A count is not an int, or a part is of another class.
+        TypeError: A count is not an int, another constant not a number, or a part of another class.
         ValueError: A value is out of range; the message names it.
 
     Example:
@@ -153,11 +139,8 @@ class ModelConfig:
         _check_counts(self)
         if self.head_size % 2:
             raise ValueError(f"ModelConfig: head_size must be even, got {self.head_size}")
-        if not (math.isfinite(self.rope_theta) and self.rope_theta > 0):
-            raise ValueError(
-                f"ModelConfig: rope_theta must be finite and above 0, got {self.rope_theta}"
-            )
-        _check_not_negative(self, "norm_eps")
+        check_number(self, "rope_theta", positive=True)
+        check_number(self, "norm_eps")
         for name, kind in _PARTS.items():
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):

@@ -24,6 +24,7 @@ from ..nn import (
     ManifoldHyperConnection,
     Residual,
 )
+from ..nn._arguments import check_config
 from .configs import ModelConfig
 from .layers import INPUT_STD, Attention, FeedForward, RMSNorm
 from .mla import LatentAttention
@@ -46,6 +47,7 @@ class Decoder(nn.Module):
             effect where residual is "residual".
 
     Raises:
+        TypeError: config is not a ModelConfig, or connection not an MHCConfig.
         ValueError: residual is none of the three.
 
     Example:
@@ -74,11 +76,13 @@ class Decoder(nn.Module):
         self, config: ModelConfig, residual: str = "mhc", connection: MHCConfig | None = None
     ):
         super().__init__()
+        if not isinstance(config, ModelConfig):
+            raise TypeError(f"Decoder: config must be a ModelConfig, got {type(config).__name__}")
         if residual not in RESIDUALS:
             raise ValueError(
                 f"Decoder: residual must be one of {list(RESIDUALS)}, got {residual!r}"
             )
-        connection = MHCConfig.paper() if connection is None else connection
+        connection = check_config("Decoder", connection, "connection")
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         # Every sublayer before any connection, so that connections take no part of its random draw.

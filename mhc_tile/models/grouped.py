@@ -108,7 +108,7 @@ class _Gather(torch.autograd.Function):
 def _fits(rows: Tensor, other: Tensor, *widths: int) -> bool:
     """Whether torch's grouped matmul takes them: bf16, steps of whole 16 bytes, and not empty."""
     bf16 = rows.dtype == other.dtype == torch.bfloat16
-    return bf16 and len(rows) > 0 and all(width % 8 == 0 for width in widths)
+    return bf16 and rows.shape[0] > 0 and all(width % 8 == 0 for width in widths)
 
 
 def _sizes(ends_G: Tensor) -> list[int]:
@@ -161,7 +161,7 @@ def _outer_cuda(left_RN: Tensor, right_RK: Tensor, ends_G: Tensor) -> Tensor:
 
 
 def _outer_fake(left_RN: Tensor, right_RK: Tensor, ends_G: Tensor) -> Tensor:
-    return left_RN.new_empty((len(ends_G), left_RN.shape[-1], right_RK.shape[-1]))
+    return left_RN.new_empty((ends_G.shape[0], left_RN.shape[-1], right_RK.shape[-1]))
 
 
 def _outer_context(ctx: Any, inputs: Any, output: Any) -> None:

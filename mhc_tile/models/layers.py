@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn._parameters import MappingModule, whole, wide_dtype
 from .configs import ModelConfig
 
 INPUT_STD = 0.02
@@ -24,8 +25,11 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(hidden, self.normalized_shape, weight, self.eps)
 
 
-class Rotary(nn.Module):
+class Rotary(MappingModule):
     """Rotary positions: turns channel i with channel i + size / 2, by an angle of the position.
+
+    The tables are made in fp32 (fp64 where that is the default) and stay so when a model is cast
+    to bf16 or fp16: an angle of many turns has no digits left in 16 bits.
 
     Args:
         size: channels of what is rotated; even.
@@ -39,17 +43,19 @@ class Rotary(nn.Module):
         super().__init__()
         self.size, self.rope_theta = size, config.rope_theta
         for name in ("cos_SD", "sin_SD"):
-            table = torch.empty(config.context_length, size // 2)
+            table = torch.empty(config.context_length, size // 2, dtype=wide_dtype())
             self.register_buffer(name, table, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Fill the tables, which no state dict holds."""
-        exponents = torch.arange(0, self.size, 2) / self.size
-        positions = torch.arange(len(self.cos_SD))
+        dtype, device = self.cos_SD.dtype, self.cos_SD.device
+        exponents = torch.arange(0, self.size, 2, dtype=dtype, device=device) / self.size
+        positions = torch.arange(self.cos_SD.shape[0], dtype=dtype, device=device)
         angles = torch.outer(positions, self.rope_theta**-exponents)
-        self.cos_SD.copy_(angles.cos())
-        self.sin_SD.copy_(angles.sin())
+        with whole(self.cos_SD, self.sin_SD) as (cos_SD, sin_SD):
+            cos_SD.copy_(angles.cos())
+            sin_SD.copy_(angles.sin())
 
     def forward(self, heads_BSHD: Tensor) -> Tensor:
         """The heads with their positions, contiguous; computed in their own dtype."""

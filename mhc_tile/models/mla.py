@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn._parameters import while_tracing
 from .configs import ModelConfig
 from .layers import INPUT_STD, RMSNorm, Rotary
 
@@ -100,7 +101,7 @@ def attend(query_BSHD: Tensor, key_BSHD: Tensor, value_BSHD: Tensor, *, pad: boo
     return attended_BHSD.transpose(1, 2)[..., :width]
 
 
-@torch.compiler.assume_constant_result
+@while_tracing
 def _fuses_unequal_heads(index: int | None) -> bool:
     """Whether torch's fastest attention on this CUDA device takes values narrower than keys."""
     major = torch.cuda.get_device_capability(index)[0]

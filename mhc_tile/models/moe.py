@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .._autocast import autocast_dtype, without_autocast
 from ..nn._parameters import MappingModule, parameter
+from ..reference import wide
 from .configs import ModelConfig, MoEConfig
 from .grouped import gather, grouped_linear, spread
 from .layers import INPUT_STD, RMSNorm, SwiGLU
@@ -69,8 +70,9 @@ class Router(MappingModule):
         Returns:
             gates [T, K], fp32, and chosen [T, K], int64: experts in the order of preference.
         """
+        (weight,) = self.read(hidden_TC, self.weight)
         with without_autocast(hidden_TC.device.type):
-            affinity_TE = F.linear(hidden_TC.to(self.weight.dtype), self.weight).sigmoid()
+            affinity_TE = F.linear(hidden_TC.to(weight.dtype), weight).sigmoid()
         preference = affinity_TE.detach() + self.expert_bias
         chosen_TK = preference.topk(self.experts_per_token).indices
         gates_TK = affinity_TE.gather(-1, chosen_TK)
@@ -89,8 +91,11 @@ class Router(MappingModule):
     def update_bias(self) -> None:
         """`bias[e] += balance_rate * sign(mean load - load[e])`, and start to count again."""
         load = self.expert_load
-        error = load.sum() - load * len(load)  # in integers: exactly 0 where the load is the mean
-        self.expert_bias += self.balance_rate * error.sign()
+        # In integers: exactly 0 where the load is the mean.
+        error = load.sum() - load * load.shape[0]
+        # A 16-bit bias, which a state may hold, would take no step of this size.
+        self.expert_bias = wide(self.expert_bias)
+        self.expert_bias += self.balance_rate * error.sign().to(self.expert_bias.dtype)
         load.zero_()
 
 
@@ -141,7 +146,7 @@ class MixtureOfExperts(nn.Module):
         hidden = self.norm(hidden)
         hidden_TC = hidden.reshape(-1, hidden.shape[-1])
         gates_TK, chosen_TK = self.router(hidden_TC)
-        order_R, source_R, slots_TK, ends_E = sort_by_expert(chosen_TK, len(self.experts_in))
+        order_R, source_R, slots_TK, ends_E = sort_by_expert(chosen_TK, self.experts_in.shape[0])
         if self.training:
             self.router.count(ends_E)
         dtype = _compute_dtype(hidden)
@@ -173,7 +178,7 @@ def sort_by_expert(chosen_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor,
     """
     # 16 bits are half the passes of a radix sort of 32.
     experts_R, order_R = chosen_TK.flatten().to(torch.int16).sort(stable=True)
-    rows_R = torch.arange(len(order_R), device=order_R.device)
+    rows_R = torch.arange(order_R.shape[0], device=order_R.device)
     slots_R = torch.empty_like(order_R).scatter_(0, order_R, rows_R)
     experts_E = torch.arange(num_experts, dtype=torch.int16, device=order_R.device)
     ends_E = torch.searchsorted(experts_R, experts_E, right=True, out_int32=True)

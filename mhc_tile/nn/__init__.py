@@ -1,5 +1,6 @@
 """Modules: wrap any layer `[..., C] -> [..., C]` in mHC, in Hyper-Connections or in a residual."""
 
+from ._parameters import parameters_without_weight_decay
 from .connections import HyperConnection, ManifoldHyperConnection, Residual
 from .deepseek_v4 import export_deepseek_v4, load_deepseek_v4
 from .stack import HyperConnectedStack
@@ -15,4 +16,5 @@ __all__ = [
     "Residual",
     "export_deepseek_v4",
     "load_deepseek_v4",
+    "parameters_without_weight_decay",
 ]

@@ -1,29 +1,41 @@
 """The checks of what modules are given, so that every message reads alike."""
 
-from torch import Tensor
+import operator
+from typing import Any
+
+from torch import Tensor, nn
 
 from .. import _checks
 from ..config import MHCConfig
 
-
-def check_layer(kind: str, layer: object) -> None:
-    """Check what a connection is put around."""
-    if not callable(layer):
-        raise TypeError(f"{kind}: layer must be a module, got {type(layer).__name__}")
+Extras = tuple[Any, ...]
+"""What a layer returns after its output."""
 
 
-def check_count(kind: str, name: str, value: object, minimum: int = 1) -> None:
-    """Check a size or an index."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{kind}: {name} must be an int of at least {minimum}, got {value}")
+def check_module(kind: str, name: str, value: object) -> None:
+    """Check that something is a module: the parameters of another callable would be nobody's."""
+    if isinstance(value, nn.Module):
+        return
+    how = ""
+    if callable(value):
+        how = (
+            "; wrap it in a torch.nn.Module that calls it in forward and holds the modules it uses"
+        )
+    raise TypeError(f"{kind}: {name} must be a module, got {type(value).__name__}{how}")
 
 
-def check_config(kind: str, config: MHCConfig | None) -> MHCConfig:
+def check_count(kind: str, name: str, value: Any, minimum: int = 1) -> int:
+    """Check a size or an index; returns it as Python's int."""
+    _checks.count(kind, minimum=minimum, **{name: value})
+    return operator.index(value)
+
+
+def check_config(kind: str, config: MHCConfig | None, name: str = "config") -> MHCConfig:
     """Check the constants of a mapping; returns them, the paper's if None."""
     if config is None:
         return MHCConfig.paper()
     if not isinstance(config, MHCConfig):
-        raise TypeError(f"{kind}: config must be an MHCConfig, got {type(config).__name__}")
+        raise TypeError(f"{kind}: {name} must be an MHCConfig, got {type(config).__name__}")
     return config
 
 
@@ -34,3 +46,35 @@ def check_streams(kind: str, x: Tensor, num_streams: int, hidden_size: int) -> N
             f"{kind}: x must have shape [..., {num_streams}, {hidden_size}], got {list(x.shape)}"
         )
     _checks.streams(kind, x)
+
+
+def check_output(kind: str, layer_input: Tensor, result: Any) -> Any:
+    """Check what a layer returned: its output, or a tuple of its output and extras.
+
+    Returns:
+        The same, the output in the dtype of layer_input (autocast may change it).
+    """
+    if isinstance(result, Tensor):  # at once, as every layer of a model passes here
+        return result if result.dtype is layer_input.dtype else result.to(layer_input.dtype)
+    output, extras = split_extras(result)
+    if not isinstance(output, Tensor):
+        what = type(result).__name__ + (
+            f" of {type(output).__name__}" if extras is not None else ""
+        )
+        raise TypeError(
+            f"{kind}: layer must return a torch.Tensor of shape {list(layer_input.shape)}, alone "
+            f"or as the first of a tuple, got {what}"
+        )
+    return join_extras(output.to(layer_input.dtype), extras)
+
+
+def split_extras(result: Any) -> tuple[Any, Extras | None]:
+    """The first of a tuple, and the others; None for these where it is no tuple."""
+    if not isinstance(result, tuple):
+        return result, None
+    return (result[0] if result else None), tuple(result[1:])
+
+
+def join_extras(first: Tensor, extras: Extras | None) -> Any:
+    """The inverse of `split_extras`."""
+    return first if extras is None else (first, *extras)

@@ -1,12 +1,20 @@
-"""What modules with a mapping share: its parameters are made, started and kept in float32."""
+"""What modules with a mapping share: parameters made, started, kept and read in float32."""
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..config import MHCConfig
+from ..reference import compute_dtype
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_HALVES = frozenset({torch.bfloat16, torch.float16})
 
 # sigmoid(40) is 1 to the last bit of float64.
 _SATURATED = 40.0
@@ -16,9 +24,75 @@ _DIAGONAL = 4.0
 
 
 def parameter(*shape: int, device: torch.device | str | None) -> nn.Parameter:
-    """An uninitialised parameter of a mapping: float32, or float64 where that is the default."""
-    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
-    return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+    """An uninitialised parameter of a mapping, of `wide_dtype`."""
+    return nn.Parameter(torch.empty(shape, device=device, dtype=wide_dtype()))
+
+
+def wide_dtype() -> torch.dtype:
+    """What maps and tables are made in: float32, or float64 where that is the default."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
+def parameters_without_weight_decay(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a module that an optimizer should not decay: those of less than two dims.
+
+    Among them are alpha and bias of every connection and head. The bias IS the static mapping: a
+    decaying one would pull h_res to the uniform matrix (to zero for `HyperConnection`), whatever
+    the data say. Norms and the biases of layers are the others. phi and theta are matrices and
+    decay.
+
+    Args:
+        module: a connection, a stack or a whole model.
+
+    Returns:
+        The parameters, each once, in the order of `module.parameters()`.
+
+    Example:
+        >>> from mhc_tile import ManifoldHyperConnection
+        >>> block = ManifoldHyperConnection(torch.nn.Linear(8, 8, bias=False), 8)
+        >>> spared = set(parameters_without_weight_decay(block))
+        >>> [name for name, parameter in block.named_parameters() if parameter in spared]
+        ['alpha', 'bias']
+        >>> decayed = [parameter for parameter in block.parameters() if parameter not in spared]
+        >>> groups = [{"params": decayed}, {"params": list(spared), "weight_decay": 0.0}]
+        >>> optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
+    """
+    return [parameter for parameter in module.parameters() if parameter.dim() < 2]
+
+
+@contextmanager
+def whole(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Plain tensors to write in place of parameters, of which FSDP2 leaves a process its shards.
+
+    Where the tensors are DTensors, every process has to enter, and rank 0's values are kept: they
+    are those that one process without shards would have.
+    """
+    with torch.no_grad():
+        plain = tuple(
+            torch.empty(t.shape, dtype=t.dtype, device=t.device) if _is_sharded(t) else t
+            for t in tensors
+        )
+        yield plain
+        for tensor, values in zip(tensors, plain, strict=True):
+            if values is not tensor and not values.is_meta:
+                tensor.copy_(_sharded_like(tensor, values))
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """A tensor as one plain tensor; where it is a DTensor, every process has to call."""
+    return tensor.full_tensor() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, whose class is slow to import."""
+    return hasattr(tensor, "placements") and hasattr(tensor, "full_tensor")
+
+
+def _sharded_like(tensor: Tensor, values: Tensor) -> Tensor:
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    return distribute_tensor(values, mesh, placements)
 
 
 def logit(probability: float) -> float:
@@ -26,6 +100,11 @@ def logit(probability: float) -> float:
     if not 0 < probability < 1:
         return math.copysign(_SATURATED, probability - 0.5)
     return math.log(probability / (1 - probability))
+
+
+def identity(n: int, like: Tensor) -> Tensor:
+    """The n x n identity, flat, in the dtype and on the device of another tensor."""
+    return torch.eye(n, dtype=like.dtype, device=like.device).flatten()
 
 
 def start_mapping(phi: Tensor, alpha: Tensor, bias: Tensor, config: MHCConfig) -> None:
@@ -43,10 +122,9 @@ def start_mapping(phi: Tensor, alpha: Tensor, bias: Tensor, config: MHCConfig) -
                 "MHCConfig: post_scale must be above 1 where init is 'residual', "
                 f"got {config.post_scale}"
             )
-        with torch.no_grad():
-            bias[:n] = logit(1 / n - config.pre_eps)
-            bias[n : 2 * n] = logit(1 / config.post_scale)
-            bias[2 * n :] = _DIAGONAL * torch.eye(n).flatten()
+        bias[:n] = logit(1 / n - config.pre_eps)
+        bias[n : 2 * n] = logit(1 / config.post_scale)
+        bias[2 * n :] = _DIAGONAL * identity(n, bias)
 
 
 def start_head(phi: Tensor, alpha: Tensor, bias: Tensor, config: MHCConfig) -> None:
@@ -62,22 +140,63 @@ def _start_projection(phi: Tensor, alpha: Tensor, config: MHCConfig) -> None:
     nn.init.constant_(alpha, 0.01 if config.init == "paper" else 0.0)
 
 
+def while_tracing(function: Function) -> Function:
+    """Let torch.compile call a function as it traces, and take its result for a constant.
+
+    What `torch.compiler.assume_constant_result` does, which would import Dynamo.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@while_tracing
+def _warn_of_rounding(kind: str) -> None:
+    warnings.warn(
+        f"{kind}: its own parameters must be float32, got some rounded to 16 bits: maps are "
+        "computed in float32 from the rounded values. Leave these parameters out of FSDP2's "
+        "mp_policy, and load states that hold them in float32.",
+        stacklevel=1,
+    )
+
+
 class MappingModule(nn.Module):
-    """A module whose own parameters stay float32 when a model is cast to bf16 or fp16.
+    """A module whose own parameters and buffers stay float32 when a model is cast to bf16 or fp16.
 
     `model.to(torch.bfloat16)` and `model.half()` cast what the module wraps, and move its own
-    parameters without rounding them: maps are computed in float32 whatever the model's dtype.
+    parameters without rounding them, parametrized ones too: maps are computed in float32 whatever
+    the model's dtype. Parameters that were rounded in another way are read in float32.
     """
+
+    _warned = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MappingModule":
         def keep_precision(tensor: Tensor) -> Tensor:
             result = fn(tensor)
-            if result.dtype in (torch.bfloat16, torch.float16):
+            if result.dtype in _HALVES:
                 return tensor.to(device=result.device, dtype=torch.float32)
             return result
 
         if recurse:
-            for child in self.children():
-                child._apply(fn)
+            for name, child in self.named_children():
+                child._apply(keep_precision if name == "parametrizations" else fn)
         super()._apply(keep_precision, recurse=False)
         return self
+
+    def read(self, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        """Own parameters as maps need them: rounded ones in float32 (float64 where x is).
+
+        FSDP2 in bf16, `load_state_dict(assign=True)` of a bf16 state and `parameter.data = ...`
+        round them; the first time, a warning says so.
+        """
+        for parameter in parameters:
+            if parameter.dtype in _HALVES:
+                break
+        else:
+            return parameters
+        if torch.compiler.is_compiling():  # an attribute that changes would compile again
+            _warn_of_rounding(type(self).__name__)
+        elif not self._warned:
+            self._warned = True
+            _warn_of_rounding(type(self).__name__)
+        dtype = compute_dtype(x)
+        return tuple(p.to(dtype) if p.dtype in _HALVES else p for p in parameters)

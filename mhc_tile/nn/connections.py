@@ -9,8 +9,16 @@ from .. import ops, reference
 from .._autocast import without_autocast
 from ..config import MHCConfig
 from ..ops.sublayer import Open, begin, cross, finish
-from ._arguments import check_config, check_count, check_layer, check_streams
-from ._parameters import MappingModule, parameter, start_mapping
+from ._arguments import (
+    check_config,
+    check_count,
+    check_module,
+    check_output,
+    check_streams,
+    join_extras,
+    split_extras,
+)
+from ._parameters import MappingModule, identity, parameter, start_mapping, whole
 
 
 class Connection(MappingModule):
@@ -19,10 +27,9 @@ class Connection(MappingModule):
     def __init__(self, layer: nn.Module, hidden_size: int, config: MHCConfig | None) -> None:
         super().__init__()
         kind = type(self).__name__
-        check_layer(kind, layer)
-        check_count(kind, "hidden_size", hidden_size)
+        check_module(kind, "layer", layer)
         self.layer = layer
-        self.hidden_size = hidden_size
+        self.hidden_size = check_count(kind, "hidden_size", hidden_size)
         self.config = check_config(kind, config)
         self.tap = nn.Identity()
 
@@ -34,15 +41,10 @@ class Connection(MappingModule):
         """The streams that enter have to be as many and as wide as the parameters are for."""
         check_streams(type(self).__name__, x, self.config.num_streams, self.hidden_size)
 
-    def run_layer(self, layer_input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The wrapped layer, its output in the dtype of the streams (autocast may change it)."""
-        layer_output = self.layer(layer_input, *args, **kwargs)
-        if not isinstance(layer_output, Tensor):
-            raise TypeError(
-                f"{type(self).__name__}: layer must return a torch.Tensor of shape "
-                f"{list(layer_input.shape)}, got {type(layer_output).__name__}"
-            )
-        return layer_output.to(layer_input.dtype)
+    def run_layer(self, layer_input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the wrapped layer returns, its output in the dtype of the streams."""
+        result = self.layer(layer_input, *args, **kwargs)
+        return check_output(type(self).__name__, layer_input, result)
 
 
 class ManifoldHyperConnection(Connection):
@@ -62,14 +64,15 @@ class ManifoldHyperConnection(Connection):
       epsilons of DeepSeek-V4. The first step moves alpha; as phi's rows differ, the streams part.
 
     Args:
-        layer: a module that maps [..., C] to [..., C].
+        layer: a module that maps [..., C] to [..., C], or to a tuple that starts with [..., C].
         hidden_size: C, the width of one stream.
         config: the constants; `MHCConfig.paper()` if None.
         device: where phi, alpha and bias are made.
 
     Attributes:
         phi: [n*n + 2n, n*C], fp32, as in `mhc_tile.mapping`; likewise `alpha` [3] and `bias`.
-            They stay fp32 when the model is cast to bf16 or fp16.
+            They stay fp32 when the model is cast to bf16 or fp16, and are read in fp32, with a
+            warning, where they were rounded in another way.
         tap: an identity through which h_res [..., n, n] passes in every forward: a forward hook on
             it observes h_res, or returns another one, which is used instead. It must not write
             into h_res.
@@ -97,10 +100,11 @@ class ManifoldHyperConnection(Connection):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start phi, alpha and bias again, as `config.init` says."""
-        start_mapping(self.phi, self.alpha, self.bias, self.config)
+        """Start phi, alpha and bias again, as `config.init` says; in every process of FSDP2."""
+        with whole(self.phi, self.alpha, self.bias) as (phi, alpha, bias):
+            start_mapping(phi, alpha, bias, self.config)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the sublayer: x [..., n, C] to x_next [..., n, C].
 
         Args:
@@ -109,30 +113,34 @@ class ManifoldHyperConnection(Connection):
             **kwargs: passed to the layer.
 
         Returns:
-            x_next: [..., n, C], dtype of x.
+            x_next: [..., n, C], dtype of x; where the layer returns a tuple of its output and
+            extras, (x_next, *extras).
         """
         opened = self.begin(x)
         if (tapped := self.tap(opened.h_res)) is not opened.h_res:
             return self.merge_tapped(opened, tapped, *args, **kwargs)
-        return finish(opened, self.run_layer(opened.layer_input, *args, **kwargs))
+        result = self.run_layer(opened.layer_input, *args, **kwargs)
+        layer_output, extras = split_extras(result)
+        return join_extras(finish(opened, layer_output), extras)
 
     def begin(self, x: Tensor) -> Open:
         """`ops.sublayer.begin` with this sublayer's parameters; the tap is the caller's."""
         self.check_input(x)
-        return begin(x, self.phi, self.alpha, self.bias, **self._constants())
+        return begin(x, *self._parameters_for(x), **self._constants())
 
     def cross(self, opened: Open, layer_output: Tensor) -> Open:
         """`ops.sublayer.cross` into this sublayer; the tap is the caller's."""
-        parameters = (self.phi, self.alpha, self.bias)
+        parameters = self._parameters_for(opened.x)
         return cross(opened, layer_output, *parameters, **self._constants())
 
-    def merge_tapped(self, opened: Open, h_res: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def merge_tapped(self, opened: Open, h_res: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Layer and merge with another h_res, which a hook on the tap has put in its place.
 
         `opened.x` must have a gradient of its own: it is then no `opened.handed`.
         """
-        layer_output = self.run_layer(opened.layer_input, *args, **kwargs)
-        return ops.merge(opened.x, layer_output, opened.h_post, h_res)
+        result = self.run_layer(opened.layer_input, *args, **kwargs)
+        layer_output, extras = split_extras(result)
+        return join_extras(ops.merge(opened.x, layer_output, opened.h_post, h_res), extras)
 
     def pre(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`mhc_tile.pre` with this sublayer's parameters, for callers who merge themselves.
@@ -147,9 +155,12 @@ class ManifoldHyperConnection(Connection):
         """
         self.check_input(x)
         layer_input, h_post, h_res, x = ops.pre(
-            x, self.phi, self.alpha, self.bias, **self._constants(), return_x=True
+            x, *self._parameters_for(x), **self._constants(), return_x=True
         )
         return layer_input, h_post, self.tap(h_res), x
+
+    def _parameters_for(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.read(x, self.phi, self.alpha, self.bias)
 
     def _constants(self) -> dict[str, Any]:
         config = self.config
@@ -171,7 +182,7 @@ class HyperConnection(Connection):
     h_pre one-hot on stream `layer_index` mod n: the plain residual network, exactly.
 
     Args:
-        layer: a module that maps [..., C] to [..., C].
+        layer: a module that maps [..., C] to [..., C], or to a tuple that starts with [..., C].
         hidden_size: C, the width of one stream.
         config: num_streams and norm_eps are read; `MHCConfig.paper()` if None.
         layer_index: the depth of this sublayer, from 0; at least 0.
@@ -197,41 +208,45 @@ class HyperConnection(Connection):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(layer, hidden_size, config)
-        check_count(type(self).__name__, "layer_index", layer_index, minimum=0)
         n = self.config.num_streams
-        self.layer_index = layer_index
+        self.layer_index = check_count(type(self).__name__, "layer_index", layer_index, minimum=0)
         self.theta = parameter(2 + n, hidden_size, device=device)
         self.alpha = parameter(3, device=device)
         self.bias = parameter(n * (n + 2), device=device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start theta, alpha and bias again."""
+        """Start theta, alpha and bias again; in every process of FSDP2."""
         n = self.config.num_streams
-        nn.init.zeros_(self.theta)
-        nn.init.constant_(self.alpha, 0.01)
-        with torch.no_grad():
-            self.bias.zero_()
-            self.bias[self.layer_index % n] = 1.0
-            self.bias[n : 2 * n] = 1.0
-            self.bias[2 * n :] = torch.eye(n).flatten()
+        with whole(self.theta, self.alpha, self.bias) as (theta, alpha, bias):
+            nn.init.zeros_(theta)
+            nn.init.constant_(alpha, 0.01)
+            bias.zero_()
+            bias[self.layer_index % n] = 1.0
+            bias[n : 2 * n] = 1.0
+            bias[2 * n :] = identity(n, bias)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the sublayer: x [..., n, C] to x_next [..., n, C]; the rest goes to the layer."""
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the sublayer: x [..., n, C] to x_next [..., n, C]; the rest goes to the layer.
+
+        A layer that returns a tuple gives (x_next, *extras), as in `ManifoldHyperConnection`.
+        """
         self.check_input(x)
+        parameters = self.read(x, self.theta, self.alpha, self.bias)
         with without_autocast(x.device.type):
             h_pre, h_post, h_res = reference.hc_mapping(
-                x, self.theta, self.alpha, self.bias, norm_eps=self.config.norm_eps
+                x, *parameters, norm_eps=self.config.norm_eps
             )
-        layer_output = self.run_layer(ops.pre_apply(x, h_pre), *args, **kwargs)
-        return ops.merge(x, layer_output, h_post, self.tap(h_res))
+        result = self.run_layer(ops.pre_apply(x, h_pre), *args, **kwargs)
+        layer_output, extras = split_extras(result)
+        return join_extras(ops.merge(x, layer_output, h_post, self.tap(h_res)), extras)
 
 
 class Residual(nn.Module):
     """The plain residual connection: `x_next = x + layer(x)`, on a hidden state [..., C].
 
     Args:
-        layer: a module that maps [..., C] to [..., C].
+        layer: a module that maps [..., C] to [..., C], or to a tuple that starts with [..., C].
 
     Example:
         >>> Residual(torch.nn.Linear(64, 64))(torch.randn(2, 10, 64)).shape
@@ -240,9 +255,19 @@ class Residual(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        check_layer(type(self).__name__, layer)
+        check_module(type(self).__name__, "layer", layer)
         self.layer = layer
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Add the layer's output to x [..., C], in x's dtype; the rest goes to the layer."""
-        return x + self.layer(x, *args, **kwargs).to(x.dtype)
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Add the layer's output to x [..., C], in x's dtype; the rest goes to the layer.
+
+        A layer that returns a tuple gives (x_next, *extras), as in `ManifoldHyperConnection`.
+        """
+        result = check_output(type(self).__name__, x, self.layer(x, *args, **kwargs))
+        layer_output, extras = split_extras(result)
+        if layer_output.shape != x.shape:  # a sum would broadcast it
+            raise ValueError(
+                f"{type(self).__name__}: layer_output must have shape {list(x.shape)} to match x, "
+                f"got {list(layer_output.shape)}"
+            )
+        return join_extras(x + layer_output, extras)

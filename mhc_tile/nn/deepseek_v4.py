@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from ._parameters import gathered, whole
 from .connections import ManifoldHyperConnection
 from .streams import Head
 
@@ -25,7 +26,8 @@ def load_deepseek_v4(
 ) -> None:
     """Copy one V4 mapping (`hc_attn_*`, `hc_ffn_*`) or exit (`hc_head_*`) into a module.
 
-    Use it with `MHCConfig.deepseek_v4(norm_eps=...)`, the model's own rms_norm_eps.
+    Use it with `MHCConfig.deepseek_v4(norm_eps=...)`, the model's own rms_norm_eps. Where FSDP2
+    has sharded the module, every process calls it, and the tensors of rank 0 are loaded.
 
     Args:
         module: the connection or head to fill.
@@ -52,13 +54,15 @@ def load_deepseek_v4(
                 f"load_deepseek_v4: {name} must have shape {list(shape)} to match "
                 f"{parameter}, got {list(value.shape)}"
             )
-    with torch.no_grad():
-        for value, parameter in pairs.values():
-            getattr(module, parameter).copy_(_permuted(module, parameter, value))
+    for value, parameter in pairs.values():
+        with whole(getattr(module, parameter)) as (own,):
+            own.copy_(_permuted(module, parameter, gathered(value)))
 
 
 def export_deepseek_v4(module: ManifoldHyperConnection | Head) -> dict[str, Tensor]:
     """The inverse of `load_deepseek_v4`: copies of the module's parameters as fn, base and scale.
+
+    Where FSDP2 has sharded the module, every process calls it and gets the whole tensors.
 
     Returns:
         fn, base and scale by name, in the module's dtype, detached.
@@ -73,7 +77,7 @@ def export_deepseek_v4(module: ManifoldHyperConnection | Head) -> dict[str, Tens
     _check_kind("export_deepseek_v4", module)
     names = {"fn": "phi", "base": "bias", "scale": "alpha"}
     return {
-        name: _permuted(module, parameter, getattr(module, parameter).detach()).clone()
+        name: _permuted(module, parameter, gathered(getattr(module, parameter).detach())).clone()
         for name, parameter in names.items()
     }
 

@@ -1,13 +1,23 @@
 """A list of connected layers, with one op between neighbours."""
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, overload
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops.sublayer import Open, finish
-from .connections import Connection, ManifoldHyperConnection
+from ._arguments import Extras, check_module, split_extras
+from .connections import Connection, ManifoldHyperConnection, Residual
+
+# A tool that puts another function in its place is to see every call.
+_CALL = nn.Module.__call__
+# Where modules whose forward takes anything hold what they call: torch.compile, activation
+# checkpointing, FSDP1, DDP.
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 class HyperConnectedStack(nn.Module):
@@ -15,8 +25,12 @@ class HyperConnectedStack(nn.Module):
 
     Between two neighbouring `ManifoldHyperConnection`s the `merge` of the first and the `pre` of
     the second are one op, `mhc_tile.boundary`. The result is that of calling the connections one
-    after the other. Connections of other kinds, those with a `forward` of their own and those with
-    hooks (such as FSDP2's, which gather parameters) are called as they are.
+    after the other. Connections of other kinds, those with a `forward` of their own, compiled ones
+    (`connection.compile()`) and those with hooks (such as FSDP2's, which gather parameters) are
+    called as they are; all are where torch has global hooks of modules.
+
+    `len(stack)`, `stack[i]`, `stack[i:j]` (a stack of the same connections) and iteration are those
+    of its connections.
 
     With FSDP2 in bf16, give `fully_shard` the layers with `MixedPrecisionPolicy(torch.bfloat16)`,
     and the stack or the model without one: phi, alpha and bias have to stay fp32, and connections
@@ -29,6 +43,7 @@ class HyperConnectedStack(nn.Module):
             connections, their layers and their taps run either way.
 
     Raises:
+        TypeError: A connection is not a module, or fused not a bool.
         ValueError: Two neighbours differ in num_streams or hidden_size.
 
     Example:
@@ -38,9 +53,21 @@ class HyperConnectedStack(nn.Module):
         torch.Size([2, 10, 4, 64])
     """
 
+    _inspected: tuple[Any, ...] = ()
+
     def __init__(self, connections: Iterable[nn.Module], *, fused: bool = True) -> None:
         super().__init__()
-        self.connections = nn.ModuleList(connections)
+        if not isinstance(fused, bool):
+            raise TypeError(f"HyperConnectedStack: fused must be True or False, got {fused!r}")
+        if not isinstance(connections, Iterable):
+            raise TypeError(
+                f"HyperConnectedStack: connections must be an iterable of modules, "
+                f"got {type(connections).__name__}"
+            )
+        found = list(connections)
+        for index, connection in enumerate(found):
+            check_module("HyperConnectedStack", f"connections[{index}]", connection)
+        self.connections = nn.ModuleList(found)
         self.fused = fused
         for index, (before, after) in enumerate(pairwise(self.connections), start=1):
             if not (isinstance(before, Connection) and isinstance(after, Connection)):
@@ -52,24 +79,53 @@ class HyperConnectedStack(nn.Module):
                     f"{expected[0]} and hidden_size {expected[1]} as connections[{index - 1}] has, "
                     f"got {sizes[0]} and {sizes[1]}"
                 )
+        self._inspect()
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __len__(self) -> int:
+        return len(self.connections)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self.connections)
+
+    @overload
+    def __getitem__(self, index: int) -> nn.Module: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "HyperConnectedStack": ...
+
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        if isinstance(index, slice):
+            return HyperConnectedStack(list(self.connections)[index], fused=self.fused)
+        return self.connections[index]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run every layer.
 
         Args:
             x: [..., n, C]. The residual streams.
             *args: passed to every layer after its input.
-            **kwargs: passed to every layer.
+            **kwargs: each is passed to the layers whose `forward` has an argument of its name, or
+                takes any keyword.
 
         Returns:
-            x_next: the shape and dtype of x.
+            x_next: the shape and dtype of x. Where a layer returns a tuple of its output and
+            extras, (x_next, extras): for every connection the tuple of its layer's extras, empty
+            where it has none.
+
+        Raises:
+            TypeError: No layer takes a keyword; the message names it.
         """
+        routed = self._route(kwargs) if kwargs else None
+        fused = self.fused and not _has_any_global_hook() and nn.Module.__call__ is _CALL
+        extras: list[Extras | None] = []
         pending: tuple[Open, Tensor] | None = None  # the sublayer before, and its layer's output
-        for connection in self.connections:
-            if not (self.fused and _may_fuse(connection)):
+        for index, connection in enumerate(self.connections):
+            own = kwargs if routed is None else routed[index]
+            if not (fused and _may_fuse(connection)):
                 x = x if pending is None else finish(*pending)
                 pending = None
-                x = connection(x, *args, **kwargs)
+                x, more = split_extras(connection(x, *args, **own))
+                extras.append(more)
                 continue
             opened = connection.begin(x) if pending is None else connection.cross(*pending)
             if (tapped := connection.tap(opened.h_res)) is not opened.h_res:
@@ -77,17 +133,79 @@ class HyperConnectedStack(nn.Module):
                     x = finish(*pending) if pending else x
                     opened = opened._replace(x=x)
                 pending = None
-                x = connection.merge_tapped(opened, tapped, *args, **kwargs)
+                x, more = split_extras(connection.merge_tapped(opened, tapped, *args, **own))
+                extras.append(more)
                 continue
-            pending = opened, connection.run_layer(opened.layer_input, *args, **kwargs)
-        return x if pending is None else finish(*pending)
+            output, more = split_extras(connection.run_layer(opened.layer_input, *args, **own))
+            extras.append(more)
+            pending = opened, output
+        x = x if pending is None else finish(*pending)
+        if all(more is None for more in extras):
+            return x
+        return x, tuple(more or () for more in extras)
+
+    def _inspect(self) -> None:
+        """Read which keywords each connection takes: once, as signatures are slow to read."""
+        self._inspected = self._forwards()
+        self._keywords = [_keywords_of(connection) for connection in self.connections]
+
+    def _forwards(self) -> tuple[Any, ...]:
+        """What the connections and their layers run, to see when one is replaced."""
+        modules = (m for c in self.connections for m in (c, c._modules.get("layer", c)))
+        return tuple(getattr(type(module), "forward", None) for module in modules)
+
+    def _route(self, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
+        """Those of the keywords that each connection takes."""
+        now, before = self._forwards(), self._inspected
+        if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
+            self._inspect()
+        for name in kwargs:
+            if not any(taken is None or name in taken for taken in self._keywords):
+                known = sorted({each for taken in self._keywords for each in taken or ()})
+                raise TypeError(
+                    f"HyperConnectedStack: a keyword must be one that a layer takes, of {known}, "
+                    f"got {name!r}"
+                )
+        return [
+            kwargs if taken is None else {k: v for k, v in kwargs.items() if k in taken}
+            for taken in self._keywords
+        ]
+
+
+def _keywords_of(module: nn.Module) -> frozenset[str] | None:
+    """The keywords that a module's `forward` takes after its input; None if it takes any."""
+    for name in (*_WRAPPERS, "module") if isinstance(module, _PARALLEL) else _WRAPPERS:
+        if (wrapped := module._modules.get(name)) is not None:
+            return _keywords_of(wrapped)
+    try:
+        parameters = list(inspect.signature(module.forward).parameters.values())
+    except (TypeError, ValueError):  # no function of Python, as in TorchScript
+        return None
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    found = {parameter.name for parameter in parameters[1:] if parameter.kind in named}
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        if isinstance(module, Connection | Residual):
+            passed_to = [module.layer]
+        elif isinstance(module, HyperConnectedStack):
+            passed_to = list(module)
+        else:
+            return None
+        for layer in passed_to:
+            if (taken := _keywords_of(layer)) is None:
+                return None
+            found |= taken
+    return frozenset(found)
 
 
 def _may_fuse(connection: nn.Module) -> TypeGuard[ManifoldHyperConnection]:
     """Whether calling the module would run `ManifoldHyperConnection.forward` and nothing else."""
+    kind = type(connection)
     return (
-        type(connection).forward is ManifoldHyperConnection.forward
+        kind.forward is ManifoldHyperConnection.forward
+        and kind.__call__ is ManifoldHyperConnection.__call__
+        and kind._call_impl is ManifoldHyperConnection._call_impl
         and "forward" not in connection.__dict__
+        and connection._compiled_call_impl is None
         and not connection._forward_pre_hooks
         and not connection._forward_hooks
         and not connection._backward_pre_hooks

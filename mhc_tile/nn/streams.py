@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..config import MHCConfig
 from ._arguments import check_config, check_count, check_streams
-from ._parameters import MappingModule, parameter, start_head
+from ._parameters import MappingModule, parameter, start_head, whole
 
 
 class Expand(nn.Module):
@@ -22,8 +22,7 @@ class Expand(nn.Module):
 
     def __init__(self, num_streams: int) -> None:
         super().__init__()
-        check_count("Expand", "num_streams", num_streams)
-        self.num_streams = num_streams
+        self.num_streams = check_count("Expand", "num_streams", num_streams)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`mhc_tile.expand` of hidden [..., C]."""
@@ -87,8 +86,7 @@ class Head(MappingModule):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        check_count("Head", "hidden_size", hidden_size)
-        self.hidden_size = hidden_size
+        self.hidden_size = check_count("Head", "hidden_size", hidden_size)
         self.config = check_config("Head", config)
         n = self.config.num_streams
         self.phi = parameter(n, n * hidden_size, device=device)
@@ -97,14 +95,16 @@ class Head(MappingModule):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start phi, alpha and bias again, as `config.init` says."""
-        start_head(self.phi, self.alpha, self.bias, self.config)
+        """Start phi, alpha and bias again, as `config.init` says; in every process of FSDP2."""
+        with whole(self.phi, self.alpha, self.bias) as (phi, alpha, bias):
+            start_head(phi, alpha, bias, self.config)
 
     def forward(self, x: Tensor) -> Tensor:
         """`mhc_tile.head` of x [..., n, C]."""
         check_streams("Head", x, self.config.num_streams, self.hidden_size)
         constants = {"norm_eps": self.config.norm_eps, "pre_eps": self.config.pre_eps}
-        return ops.head(x, self.phi, self.alpha, self.bias, **constants)
+        phi, alpha, bias = self.read(x, self.phi, self.alpha, self.bias)
+        return ops.head(x, phi, alpha, bias, **constants)
 
     def extra_repr(self) -> str:
         """The sizes, for `print(model)`."""

@@ -7,7 +7,6 @@ every number of tokens.
 
 import contextlib
 import functools
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ..autotune import lookup
+from ..autotune._switches import switch
 from ..kernels import _toolchain
 
-REFERENCE_ONLY = os.environ.get("MHC_TILE_REFERENCE", "0") not in ("", "0")
-BATCH_INVARIANT = os.environ.get("MHC_TILE_BATCH_INVARIANT", "0") not in ("", "0")
+REFERENCE_ONLY = switch("MHC_TILE_REFERENCE")
+BATCH_INVARIANT = switch("MHC_TILE_BATCH_INVARIANT")
 
 # The kernels of each op by its name, for those who count their launches.
 LAUNCHERS: dict[str, Callable[..., Any]] = {}

@@ -106,7 +106,8 @@ def begin(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **constants: Any)
 def _open(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, constants: dict[str, Any]) -> Open:
     x = x.contiguous()  # once, not in each op that reads it
     if under_transforms():
-        return Open(*PRE.call(x, phi, alpha, bias, **constants)[:3], x, x)
+        layer_input, h_post, h_res = PRE.call(x, phi, alpha, bias, **constants)[:3]
+        return Open(layer_input, h_post, h_res, x, x)
     layer_input, h_post, h_res, handed = HandingOn.apply(x, phi, alpha, bias, constants, True)
     return Open(layer_input, h_post, h_res, handed, x)
 
@@ -125,8 +126,8 @@ def cross(
     constants = check_pre("boundary", x, phi, alpha, bias, **constants)
     maps = (h_post, h_res, phi, alpha, bias)
     if under_transforms():
-        x_next, *output = BOUNDARY.call(x, layer_output, *maps, **constants)[:4]
-        return Open(*output, x_next, x_next)
+        x, layer_input, h_post, h_res = BOUNDARY.call(x, layer_output, *maps, **constants)[:4]
+        return Open(layer_input, h_post, h_res, x, x)
     layer_input, h_post, h_res, handed, *own = _Crossing.apply(
         handed, _kept(opened), layer_output, *maps, constants
     )

@@ -1,10 +1,13 @@
 """Checkpoints: written atomically, the previous one kept, foreign and truncated files refused."""
 
 import os
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from .config import TrainConfig
 
@@ -19,8 +22,18 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    return sorted((run_dir / FOLDER).glob("step_*.pt"))
+    """The checkpoints of a run, oldest first; files of other names are none."""
+    folder = run_dir / FOLDER
+    steps = [_step_of(path) for path in folder.iterdir()] if folder.is_dir() else []
+    return [checkpoint_path(run_dir, step) for step in sorted(s for s in steps if s is not None)]
+
+
+def _step_of(path: Path) -> int | None:
+    """The step in a name that `checkpoint_path` gives; None for any other."""
+    digits = re.fullmatch(r"step_([0-9]{8,})\.pt", path.name)
+    if digits is None or path.name != checkpoint_path(path, int(digits[1])).name:
+        return None
+    return int(digits[1]) if path.is_file() else None
 
 
 class Checkpoints:
@@ -45,6 +58,9 @@ class Checkpoints:
 
         Returns:
             Its path.
+
+        Raises:
+            OSError: It cannot be written whole; the checkpoints before are kept.
         """
         path = checkpoint_path(self.run_dir, step)
         path.parent.mkdir(exist_ok=True)
@@ -55,6 +71,11 @@ class Checkpoints:
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
+        except RuntimeError as error:  # torch.save's, where the file does not take it all
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            raise OSError(
+                f"train: checkpoint must be written whole, got {_one_line(cause)}: {path}"
+            ) from error
         finally:
             partial.unlink(missing_ok=True)
         for other in list_checkpoints(self.run_dir):
@@ -104,9 +125,39 @@ def stored_config(path: Path, state: dict[str, Any]) -> TrainConfig:
         if part not in state:
             raise ValueError(_refusal(path, f"a file without {part!r}"))
     try:
-        return TrainConfig.from_dict(state["config"])
+        config = TrainConfig.from_dict(state["config"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"a file with another configuration ({type(error).__name__}: {error})"
+        raise ValueError(_refusal(path, reason)) from error
+    step = state["step"]
+    if type(step) is not int or not 0 <= step <= config.steps:
+        raise ValueError(_refusal(path, f"a file of step {step!r} of {config.steps}"))
+    return config
+
+
+def restore(
+    path: Path, state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Load parameters and moments.
+
+    Args:
+        path: of the checkpoint, for the message.
+        state: what `load_checkpoint` read from it.
+        model: of the run.
+        optimizer: of the run.
+
+    Raises:
+        ValueError: They do not fit.
+    """
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        for parameter, kept in optimizer.state.items():
+            for name, value in kept.items():
+                if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                    raise ValueError(f"{name} {list(value.shape)} of {list(parameter.shape)}")
+    except Exception as error:  # torch raises half a dozen unrelated types on what does not fit
+        reason = f"parameters that do not fit ({type(error).__name__}: {_one_line(error)})"
         raise ValueError(_refusal(path, reason)) from error
 
 
@@ -139,7 +190,14 @@ def find_checkpoint(path: Path) -> Path:
 
 def _refusal(path: Path, reason: str) -> str:
     message = f"resume: checkpoint must be a complete one of {FORMAT}, got {reason}: {str(path)!r}"
-    older = [other for other in sorted(path.parent.glob("step_*.pt")) if other.name < path.name]
+    kept = list_checkpoints(path.parent.parent) if path.parent.name == FOLDER else []
+    older = kept[: kept.index(path)] if path in kept else kept
     if older:
         message += f"; the older one is kept, resume from it: {str(older[-1])!r}"
     return message
+
+
+def _one_line(error: Exception) -> str:
+    """What torch says at length, without the stack of C++ below it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return textwrap.shorten(" ".join(lines[:2]), 200, placeholder=" ...")

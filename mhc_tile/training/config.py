@@ -8,6 +8,7 @@ from typing import Any
 
 from ..config import MHCConfig
 from ..models import RESIDUALS, ModelConfig, model_config
+from .folder import full_path
 
 PRECISIONS = ("auto", "fp32", "bf16")
 
@@ -20,7 +21,8 @@ class TrainConfig:
         model: shape of the decoder; its vocabulary must hold the 256 bytes.
         residual: "residual", "hc" or "mhc".
         connection: constants of the connections.
-        corpus: a file or folder, stored as a str; None for the Python standard library's sources.
+        corpus: a file or folder, stored as an absolute path with `~` expanded; None for the Python
+            standard library's sources.
         steps: optimizer steps.
         batch_size: sequences per step.
         sequence_length: predicted tokens per sequence, at most the model's context_length.
@@ -66,8 +68,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Reject what no run could use."""
         self._check_types()
-        if isinstance(self.corpus, Path):
-            object.__setattr__(self, "corpus", str(self.corpus))
+        if self.corpus is not None:
+            corpus = str(full_path(self.corpus, "TrainConfig: corpus"))
+            object.__setattr__(self, "corpus", corpus)
         for name in ("steps", "batch_size", "sequence_length", "log_every", "eval_batches"):
             self._check(name, getattr(self, name) >= 1, "be at least 1")
         for name in ("warmup_steps", "monitor_every", "eval_every", "checkpoint_every", "seed"):
@@ -122,3 +125,34 @@ class TrainConfig:
         model = ModelConfig.from_dict(values["model"])
         connection = MHCConfig(**values["connection"])
         return cls(**{**values, "model": model, "connection": connection})
+
+
+def resumed_config(
+    config: TrainConfig, corpus: str | Path | None, steps: int | None
+) -> TrainConfig:
+    """A stored configuration with what may change when a run is resumed.
+
+    Args:
+        config: the stored one.
+        corpus: where the corpus is now; None for where it was.
+        steps: the length; None for the stored one.
+
+    Returns:
+        The configuration of the resumed run.
+
+    Raises:
+        ValueError: The corpus is gone, or the steps are fewer than before.
+    """
+    if corpus is not None:
+        config = config.replace(corpus=corpus)
+    if config.corpus is not None and not Path(config.corpus).exists():
+        raise ValueError(
+            f"resume: corpus must exist, got {config.corpus!r}; "
+            "if it has moved, name its new place (--corpus)"
+        )
+    if steps is None:
+        return config
+    changed = config.replace(steps=steps)  # refuses what is no integer
+    if steps < config.steps:
+        raise ValueError(f"resume: steps must be at least the run's {config.steps}, got {steps}")
+    return changed

@@ -5,13 +5,18 @@ which no text contains. The batch of a step is a pure function of (seed, step): 
 data has to be stored to resume a run exactly.
 """
 
+import ctypes
 import hashlib
 import sysconfig
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .folder import full_path
 
 VOCAB_SIZE = 256
 HELD_OUT = 20  # one file in HELD_OUT, or the last 1 / HELD_OUT of a single file, is held out
@@ -27,19 +32,34 @@ class Corpus:
         name: where they come from.
         train: [tokens], uint8.
         validation: [tokens], uint8.
+        files: number of files that were read.
+        left_out: number of files that were there and do not count.
     """
 
     name: str
     train: Tensor
     validation: Tensor
+    files: int = 1
+    left_out: int = 0
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
         """Hash the tokens, so that a resumed run can tell whether they are the same."""
-        digest = hashlib.sha256(self.train.numpy().data)
+        digest = hashlib.sha256()
+        _hash(self.train, digest)
         digest.update(b"|")
-        digest.update(self.validation.numpy().data)
+        _hash(self.validation, digest)
         object.__setattr__(self, "fingerprint", digest.hexdigest())
+
+    def describe(self) -> dict[str, str | int]:
+        """What was read, for the records of a run."""
+        return {
+            "name": self.name,
+            "files": self.files,
+            "left_out": self.left_out,
+            "train": len(self.train),
+            "validation": len(self.validation),
+        }
 
     def require(self, length: int) -> None:
         """Refuse windows that do not fit.
@@ -128,7 +148,8 @@ def load_corpus(path: str | Path | None = None) -> Corpus:
     bytes.
 
     Args:
-        path: a file or folder; None for the standard library's `.py` files (tests left out).
+        path: a file or folder, `~` for the home directory; None for the standard library's `.py`
+            files (tests left out).
 
     Returns:
         The corpus.
@@ -147,20 +168,29 @@ def load_corpus(path: str | Path | None = None) -> Corpus:
                 f"got none in {root}"
             )
         return _from_folder(root, files, "the Python standard library")
-    root = Path(path)
+    root = full_path(path, "corpus: path")
     if root.is_file():
         return _from_file(root)
     if not root.is_dir():
         raise ValueError(f"corpus: path must be a file or folder that exists, got {str(path)!r}")
+    found = [file for file in root.rglob("*") if file.is_file()]
     files = [
         file
-        for file in root.rglob("*")
-        if file.is_file() and not any(p.startswith(".") for p in file.relative_to(root).parts)
+        for file in found
+        if not any(part.startswith(".") for part in file.relative_to(root).parts)
     ]
     # Runs are recorded under the working directory, which may be the corpus: it must not grow.
     runs = {file.parent for file in files if file.name in _OF_A_RUN} - {root}
     files = [file for file in files if runs.isdisjoint(file.parents)]
-    return _from_folder(root, files, str(root))
+    return _from_folder(root, files, str(root), len(found) - len(files))
+
+
+def _hash(tokens: Tensor, digest: Any) -> None:
+    """Hash a tensor's bytes in place; `Tensor.numpy` needs a package that nothing else does."""
+    tokens = tokens.cpu().contiguous()
+    if tokens.numel():
+        size = tokens.numel() * tokens.element_size()
+        digest.update((ctypes.c_char * size).from_address(tokens.data_ptr()))
 
 
 def _is_text(content: bytes) -> bool:
@@ -191,8 +221,11 @@ def _from_file(path: Path) -> Corpus:
     return Corpus(str(path), _tokens([content[:cut]]), _tokens([content[cut:]]))
 
 
-def _from_folder(root: Path, files: list[Path], name: str) -> Corpus:
-    contents = {file.relative_to(root).as_posix(): file.read_bytes() for file in sorted(files)}
+def _from_folder(root: Path, files: list[Path], name: str, left_out: int = 0) -> Corpus:
+    contents = {}
+    for file in sorted(files):
+        with suppress(FileNotFoundError):  # it has gone since the folder was listed
+            contents[file.relative_to(root).as_posix()] = file.read_bytes()
     texts = {path: text for path, text in contents.items() if text.strip() and _is_text(text)}
     if len(texts) < 2:
         raise ValueError(
@@ -203,4 +236,6 @@ def _from_folder(root: Path, files: list[Path], name: str) -> Corpus:
     if len(held_out) in (0, len(texts)):
         held_out = {max(texts)}
     train = [text for path, text in texts.items() if path not in held_out]
-    return Corpus(name, _tokens(train), _tokens([texts[path] for path in sorted(held_out)]))
+    validation = [texts[path] for path in sorted(held_out)]
+    left_out += len(contents) - len(texts)
+    return Corpus(name, _tokens(train), _tokens(validation), len(texts), left_out)

@@ -6,7 +6,7 @@ of all runs), the figures and report.md.
 
 import dataclasses
 import json
-import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,9 @@ from ..models import ModelConfig, model_config
 from .checkpoint import list_checkpoints
 from .config import TrainConfig
 from .figures import draw_all
-from .loop import OnRows, TrainResult, resume, train
-from .metrics import read_metrics, replace_metrics
+from .folder import full_path, owned
+from .loop import OnRows, TrainResult, resume, train_again
+from .metrics import read_metrics, replace_metrics, write_whole
 from .monitor import GainMonitor
 from .report import Leg, write_report
 
@@ -43,13 +44,19 @@ class DemoSettings:
         seed: of every run.
         steps: of each of the three ordinary runs.
         stress_steps: of each of the two stress runs.
-        corpus: a file or folder; None for the Python standard library's sources.
+        corpus: a file or folder, stored as an absolute path with `~` expanded; None for the Python
+            standard library's sources.
     """
 
     seed: int = 0
     steps: int = 400
     stress_steps: int = 150
     corpus: str | None = None
+
+    def __post_init__(self) -> None:
+        """Name the corpus for any working directory."""
+        if self.corpus is not None:
+            object.__setattr__(self, "corpus", str(full_path(self.corpus, "demo: corpus")))
 
     def legs(self) -> dict[str, TrainConfig]:
         """Name -> configuration of each run, in order."""
@@ -88,23 +95,35 @@ class DemoResult:
 
     Args:
         legs: the finished runs, in order.
-        report: path of report.md; None if Ctrl-C ended the demo before.
+        report: path of report.md; None if a signal ended the demo before.
+        stop_signal: number of that signal.
     """
 
     legs: list[Leg]
     report: Path | None
+    stop_signal: int | None = None
 
 
-def start_demo(out: Path, settings: DemoSettings) -> None:
+def start_demo(out: Path, settings: DemoSettings) -> Path:
     """Make the demo's folder and store the settings in it.
 
+    Args:
+        out: the folder; must not exist, or be empty.
+        settings: of the demo.
+
+    Returns:
+        The folder.
+
     Raises:
-        ValueError: The folder is in use.
+        FolderInUseError: The folder has files, or another process owns it; a ValueError.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"demo: out must not exist yet or be empty, got {str(out)!r}")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "demo.json").write_text(json.dumps(dataclasses.asdict(settings)), encoding="utf-8")
+    with owned(out, "demo: out", new=True):
+        _store(out, settings)
+    return out
+
+
+def _store(out: Path, settings: DemoSettings) -> None:
+    write_whole(out / "demo.json", json.dumps(dataclasses.asdict(settings)))
 
 
 def stored_settings(out: Path) -> DemoSettings:
@@ -117,7 +136,9 @@ def stored_settings(out: Path) -> DemoSettings:
     if not path.is_file():
         raise ValueError(f"demo: resume must be the folder of a demo, got {str(out)!r}")
     try:
-        return DemoSettings(**json.loads(path.read_bytes()))
+        settings = DemoSettings(**json.loads(path.read_bytes()))
+        settings.legs()  # refuses bad values
+        return settings
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"demo: resume must be the folder of a demo with its settings, "
@@ -125,23 +146,47 @@ def stored_settings(out: Path) -> DemoSettings:
         ) from error
 
 
-def run_legs(out: Path, listener: Callable[[str, TrainConfig], OnRows]) -> DemoResult:
+def run_legs(
+    out: Path,
+    listener: Callable[[str, TrainConfig], OnRows],
+    *,
+    corpus: str | Path | None = None,
+) -> DemoResult:
     """Run, or continue, every leg of a started demo; then draw and report.
+
+    The process owns the folder until it returns.
 
     Args:
         out: the demo's folder.
         listener: called before each leg with its name and configuration; what it returns is given
             the metrics rows of the leg.
+        corpus: where the corpus is now, if not where it was.
 
     Returns:
         The result.
 
     Raises:
-        ValueError: The records of a leg are damaged.
+        FolderInUseError: Another process owns the folder; a ValueError.
+        ValueError: The records of a leg are damaged, or the corpus is not that of the legs before.
+        OSError: The records or the report cannot be written.
     """
+    stored_settings(out)  # refuses a folder of somebody else before a lock is left there
+    with owned(out, "demo: resume"):
+        return _run_legs(out, listener, corpus)
+
+
+def _run_legs(
+    out: Path, listener: Callable[[str, TrainConfig], OnRows], corpus: str | Path | None
+) -> DemoResult:
     legs: list[Leg] = []
-    for name, config in stored_settings(out).legs().items():
+    stored = settings = stored_settings(out)
+    if corpus is not None:
+        settings = dataclasses.replace(stored, corpus=str(corpus))
+    for name, config in settings.legs().items():
         result = _run_leg(out / name, config, listener(name, config))
+        if settings != stored:  # now that a leg has accepted it
+            _store(out, settings)
+            stored = settings
         metrics = result.run_dir / "metrics.jsonl"
         rows = read_metrics(metrics)
         if not any(row["kind"] == "step" for row in rows):
@@ -152,17 +197,23 @@ def run_legs(out: Path, listener: Callable[[str, TrainConfig], OnRows]) -> DemoR
         combined = [{"run": leg.name, **row} for leg in legs for row in leg.rows]
         replace_metrics(out / "metrics.jsonl", combined)
         if result.stop_requested:
-            return DemoResult(legs, None)
-    figures = draw_all(out, legs)
+            return DemoResult(legs, None, result.stop_signal)
+    try:
+        figures = draw_all(out, legs)
+    except Exception as error:  # the report's numbers do without its pictures
+        warnings.warn(
+            f"demo: the report has no figures ({type(error).__name__}: {error})",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        figures = {}
     return DemoResult(legs, write_report(out, legs, figures, result.corpus.name))
 
 
 def _run_leg(run_dir: Path, config: TrainConfig, on_rows: OnRows) -> TrainResult:
     if list_checkpoints(run_dir):
-        return resume(run_dir, on_rows=on_rows)
-    if run_dir.exists():  # stopped before its first checkpoint
-        shutil.rmtree(run_dir)
-    return train(config, run_dir, on_rows=on_rows)
+        return resume(run_dir, on_rows=on_rows, corpus=config.corpus)
+    return train_again(config, run_dir, on_rows=on_rows)  # it may have ended before its first
 
 
 def _summarise(name: str, config: TrainConfig, result: TrainResult, rows: list) -> Leg:

@@ -5,13 +5,12 @@ the device where it writes metrics, validates or saves, and in no other step.
 """
 
 import math
-import signal
-import threading
 import time
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -19,13 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models import Decoder
-from .checkpoint import Checkpoints, find_checkpoint, load_checkpoint, stored_config
-from .config import TrainConfig
+from .checkpoint import Checkpoints, find_checkpoint, load_checkpoint, restore, stored_config
+from .config import TrainConfig, resumed_config
 from .corpus import Corpus, load_corpus
-from .metrics import MetricsLog, Row
-from .monitor import GainMonitor, GainRule, gain_row, measure_gains
+from .device import pick_device
+from .extras import require
+from .folder import full_path, owned, require_unused
+from .metrics import MetricsLog, Row, same_config
+from .monitor import GainMonitor, GainRule, gain_row, measure_gains, warning_row
 from .optimizer import build_optimizer
 from .schedule import learning_rate
+from .signals import StopRequest
 
 OnRows = Callable[[list[Row]], None]
 
@@ -42,8 +45,8 @@ class TrainResult:
         model: as it stands.
         corpus: it was trained on.
         validation_loss: the last one, nats per byte; None if there was none.
-        stop_requested: whether Ctrl-C came; in the last step, validation or save of a run that is
-            "done", it is for the caller to act on.
+        stop_signal: number of the signal that asked the run to end, if any; in the last step,
+            validation or save of a run that is "done", it is for the caller to act on.
     """
 
     status: str
@@ -52,7 +55,12 @@ class TrainResult:
     model: Decoder
     corpus: Corpus
     validation_loss: float | None
-    stop_requested: bool = False
+    stop_signal: int | None = None
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether a signal asked the run to end."""
+        return self.stop_signal is not None
 
 
 def train(
@@ -60,86 +68,93 @@ def train(
 ) -> TrainResult:
     """Train from the first step.
 
+    The process owns the run directory until the run has ended.
+
     Args:
         config: of the run.
-        run_dir: where it is recorded; must not exist, or be empty.
-        on_rows: called with each batch of metrics rows when it is written.
+        run_dir: where it is recorded; must not exist, or be empty. `~` is expanded.
+        on_rows: called with each batch of metrics rows when they are written and, where a
+            checkpoint is due, saved. What it raises becomes a warning: it may not end the run.
 
     Returns:
-        The result. Ctrl-C ends the run behind the current step, with a checkpoint; a second one
-        ends it at once.
+        The result. Ctrl-C, SIGTERM and SIGHUP end the run behind the current step, with a
+        checkpoint, where the main thread trains; a second Ctrl-C ends it at once.
 
     Raises:
-        ValueError: The run directory is in use, or the corpus cannot be read.
+        FolderInUseError: The run directory has files, or another process owns it; a ValueError.
+        ValueError: The corpus cannot be read, or there is no such device.
+        OSError: The records or a checkpoint cannot be written.
     """
-    run_dir = Path(run_dir)
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise ValueError(f"train: run_dir must not exist yet or be empty, got {str(run_dir)!r}")
-    return _Run(config, run_dir, on_rows, None).train()
+    run_dir = full_path(run_dir, "train: run_dir")
+    require_unused(run_dir, "train: run_dir")  # soon; `owned` decides
+    run = _Run(config, run_dir, on_rows, None)
+    with owned(run_dir, "train: run_dir", new=True):
+        return run.train()
 
 
-def resume(path: str | Path, *, on_rows: OnRows | None = None) -> TrainResult:
-    """Continue a run from a checkpoint, exactly as if it had never stopped.
-
-    Metrics of later steps than the checkpoint's are dropped. A finished run is returned as it is.
+def train_again(
+    config: TrainConfig, run_dir: Path, *, on_rows: OnRows | None = None
+) -> TrainResult:
+    """Train from the first step in a run directory that has no checkpoint.
 
     Args:
-        path: a run directory (its newest checkpoint) or one checkpoint file of it.
-        on_rows: called with each batch of metrics rows when it is written; the first call has the
-            rows that were kept.
+        config: of the run.
+        run_dir: its metrics are dropped, other files stay.
+        on_rows: as of `train`.
 
     Returns:
         The result, as of `train`.
 
     Raises:
-        ValueError: There is no checkpoint, it is truncated, foreign or incomplete, the metrics are
-            damaged, or the corpus has changed.
+        ValueError: As `train`, but for files in the run directory.
+        OSError: As `train`.
     """
-    checkpoint = find_checkpoint(Path(path)).resolve()
-    state = load_checkpoint(checkpoint)
-    config = stored_config(checkpoint, state)
-    return _Run(config, checkpoint.parent.parent, on_rows, (checkpoint, state)).train()
+    run = _Run(config, run_dir, on_rows, None)
+    with owned(run_dir, "train: run_dir"):
+        (run_dir / "metrics.jsonl").unlink(missing_ok=True)
+        return run.train()
 
 
-def pick_device(name: str) -> torch.device:
-    """The device that `TrainConfig.device` names; "auto" is CUDA where there is one.
+def resume(
+    path: str | Path,
+    *,
+    on_rows: OnRows | None = None,
+    corpus: str | Path | None = None,
+    steps: int | None = None,
+) -> TrainResult:
+    """Continue a run from a checkpoint, exactly as if it had never stopped.
+
+    Metrics of later steps than the checkpoint's are dropped. A finished run is returned as it is.
+    With more steps than before, a run goes on to that step: from the checkpoint on, its learning
+    rate is that of a run of the new length (`schedule.learning_rate`), so the rate of a finished
+    run goes up again. From then on the new length is the run's.
+
+    Args:
+        path: a run directory (its newest checkpoint) or one checkpoint file of it.
+        on_rows: as of `train`; the first call has the rows that were kept.
+        corpus: where the corpus is now, if not where it was.
+        steps: the new length; at least the old one.
+
+    Returns:
+        The result, as of `train`.
 
     Raises:
-        ValueError: It names no device, or one that this machine does not have.
+        FolderInUseError: Another process owns the run directory; a ValueError.
+        ValueError: There is no checkpoint, it is truncated, foreign or incomplete, its parameters
+            do not fit, the metrics are damaged, the corpus is gone or has changed, or the steps
+            are fewer.
+        OSError: As `train`.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"train: device must be a torch device, got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"train: device must be available, got {name!r} and torch finds no GPU")
-    return device
-
-
-class _StopRequest:
-    """Turns the first Ctrl-C into a request to stop behind the current step."""
-
-    def __init__(self) -> None:
-        self.pending = False
-        self._previous = signal.getsignal(signal.SIGINT)
-        main = threading.current_thread() is threading.main_thread()
-        # Where Ctrl-C is ignored, as in a background job, or is not Python's, it stays so.
-        self._handles = main and self._previous not in (signal.SIG_IGN, None)
-
-    def __enter__(self) -> "_StopRequest":
-        if self._handles:
-            signal.signal(signal.SIGINT, self._request)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._handles:
-            signal.signal(signal.SIGINT, self._previous)
-
-    def _request(self, _signal: int, _frame: FrameType | None) -> None:
-        self.pending = True
-        signal.signal(signal.SIGINT, self._previous)  # a second one ends the process at once
+    path = full_path(path, "resume: path")
+    find_checkpoint(path)  # refuses a folder of somebody else before a lock is left there
+    if path.is_file():
+        path = path.resolve()
+    run_dir = path.parent.parent if path.is_file() else path
+    with owned(run_dir, "resume: path"):
+        checkpoint = find_checkpoint(path)  # again: there may be a newer one by now
+        state = load_checkpoint(checkpoint)
+        config = resumed_config(stored_config(checkpoint, state), corpus, steps)
+        return _Run(config, run_dir, on_rows, (checkpoint, state)).train()
 
 
 class _Run:
@@ -160,6 +175,8 @@ class _Run:
             config.batch_size, config.sequence_length + 1, config.eval_batches
         )
         self.device = pick_device(config.device)
+        if config.tensorboard:  # before anything is written
+            require("torch.utils.tensorboard", "TensorBoard metrics")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = Decoder(config.model, config.residual, config.connection).to(self.device)
@@ -171,42 +188,67 @@ class _Run:
         self.step = 0
         self.validation_loss: float | None = None
         self.pending: list[tuple[int, float, Tensor, Tensor, dict[str, Tensor] | None]] = []
+        self.unshown: list[list[Row]] = []
         if resumed is not None:
             self._restore(*resumed)
-        run_dir.mkdir(parents=True, exist_ok=True)
+        self.saved = self.step
         self.checkpoints = Checkpoints(run_dir, resumed[0] if resumed else None)
-        self.log = MetricsLog(run_dir, resumed_step=self.step, tensorboard=config.tensorboard)
-        if resumed is None:
-            self._write([{"kind": "run", "step": 0, "config": config.to_dict()}])
-        else:
-            self._replay(self.log.kept)
 
     # the loop
 
     def train(self) -> TrainResult:
-        """Run the remaining steps."""
-        config, stop = self.config, _StopRequest()
+        """Run the remaining steps; the run directory exists, and this process owns it."""
+        self._open()
+        stop = StopRequest()
+        finite, stopping = True, False
         try:
+            self._show()
             with stop:
                 self._start_clock()
-                stopping = False
-                while self.step < config.steps and not stopping:
+                while self.step < self.config.steps and finite and not stopping:
                     self._train_step()
-                    stopping = stop.pending
-                    last = self.step == config.steps
-                    saving = last or stopping or self._due(config.checkpoint_every)
-                    evaluating = last or self._due(config.eval_every)
-                    writing = saving or evaluating or self._due(config.log_every)
-                    if writing and not self._flush():
-                        return self._result("diverged", stop)
-                    if evaluating:
-                        self._evaluate()
-                    if saving:
-                        self._save()
+                    stopping = stop.number is not None
+                    finite = self._after_step(stopping)
         finally:
             self.log.close()
             self.monitor.remove()
-        return self._result("done" if self.step == config.steps else "interrupted", stop)
+        status = "done" if self.step == self.config.steps else "interrupted"
+        return TrainResult(
+            status if finite else "diverged",
+            self.step,
+            self.run_dir,
+            self.model,
+            self.corpus,
+            self.validation_loss,
+            stop.number,
+        )
+
+    def _after_step(self, stopping: bool) -> bool:
+        """Record, validate, save and, last, show what is due behind a step.
+
+        Returns:
+            Whether every loss and gradient is finite; if not, the parameters no longer are.
+        """
+        config, last = self.config, self.step == self.config.steps
+        saving = last or stopping or self._due(config.checkpoint_every)
+        evaluating = last or self._due(config.eval_every)
+        if not (saving or evaluating or self._due(config.log_every)):
+            return True
+        rows, finite = self._collect()
+        try:
+            self._write(rows)
+            if finite and evaluating:
+                self._evaluate()
+            if finite and saving:
+                self._save()
+            self._show()
+        except (Exception, SystemExit):
+            # The steps are worth more than their records: keep them, whatever failed.
+            if finite and self.saved != self.step:
+                with suppress(Exception):
+                    self._save()
+            raise
+        return finite
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -262,11 +304,24 @@ class _Run:
     def _start_clock(self) -> None:
         self.clock = time.perf_counter()
 
-    def _flush(self) -> bool:
-        """Write the rows of the steps since the last flush.
+    def _open(self) -> None:
+        """Open the records; say in them what the run is, where they do not."""
+        self.log = MetricsLog(
+            self.run_dir, resumed_step=self.step, tensorboard=self.config.tensorboard
+        )
+        self._replay(self.log.kept)
+        row = {"kind": "run", "step": self.step, "config": self.config.to_dict()}
+        row["corpus"] = self.corpus.describe()
+        if not same_config(self.log.kept, row):
+            self.log.write([row])
+            self.log.kept.append(row)
+        self.unshown.append(self.log.kept)
+
+    def _collect(self) -> tuple[list[Row], bool]:
+        """The rows of the steps since the last call.
 
         Returns:
-            Whether every loss and gradient is finite; if not, the parameters no longer are.
+            The rows, and whether every loss and gradient is finite.
         """
         losses = torch.stack([loss for _, _, loss, _, _ in self.pending]).tolist()
         norms = torch.stack([norm for _, _, _, norm, _ in self.pending]).tolist()
@@ -278,39 +333,46 @@ class _Run:
             if gains is not None:
                 rows.append(gain_row(step, gains))
                 rows += self._warnings(rows[-1], loss)
-        self._write(rows)
         self.pending = []
         self._start_clock()
-        return all(map(math.isfinite, losses + norms))
+        return rows, all(map(math.isfinite, losses + norms))
 
     def _warnings(self, gains: Row, loss: float | None) -> list[Row]:
-        return [
-            {
-                "kind": "warning",
-                "step": warning.step,
-                "signal": warning.signal,
-                "gain": warning.gain,
-                "loss_looks_normal": warning.loss_looks_normal,
-                "message": warning.message(),
-            }
-            for warning in self.rule.update(gains, loss)
-        ]
+        return [warning_row(warning) for warning in self.rule.update(gains, loss)]
 
     def _write(self, rows: list[Row]) -> None:
         self.log.write(rows)
-        if self.on_rows is not None:
-            self.on_rows(rows)
+        self.unshown.append(rows)
+
+    def _show(self) -> None:
+        """Give the listener what it has not seen; its failure may not end the run."""
+        batches, self.unshown = self.unshown, []
+        listener = self.on_rows or (lambda rows: None)
+        for rows in batches:
+            try:
+                listener(rows)
+            except Exception as error:
+                warnings.warn(
+                    f"train: on_rows must not raise, got {type(error).__name__} ({error}); "
+                    "the run goes on",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
 
     def _replay(self, rows: list[Row]) -> None:
-        """Bring the rule, the last validation and the listener to where the kept rows end."""
-        losses = {row["step"]: row["loss"] for row in rows if row["kind"] == "step"}
-        for row in rows:
-            if row["kind"] == "gain":
-                self.rule.update(row, losses.get(row["step"]))
-            elif row["kind"] == "validation":
-                self.validation_loss = row["loss"]
-        if self.on_rows is not None:
-            self.on_rows(rows)
+        """Bring the rule and the last validation to where the kept rows end."""
+        try:
+            losses = {row["step"]: row["loss"] for row in rows if row["kind"] == "step"}
+            for row in rows:
+                if row["kind"] == "gain":
+                    self.rule.update(row, losses.get(row["step"]))
+                elif row["kind"] == "validation":
+                    self.validation_loss = row["loss"]
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(
+                f"metrics: every row must have the values of its kind, got one without "
+                f"({type(error).__name__}: {error}) in {str(self.log.path)!r}"
+            ) from error
 
     # checkpoints
 
@@ -324,6 +386,7 @@ class _Run:
                 "optimizer": self.optimizer.state_dict(),
             },
         )
+        self.saved = self.step
         self._start_clock()
 
     def _restore(self, path: Path, state: dict[str, Any]) -> None:
@@ -332,17 +395,5 @@ class _Run:
                 f"resume: corpus must be the one that {str(path)!r} was trained on, "
                 f"got other bytes in {self.corpus.name}"
             )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore(path, state, self.model, self.optimizer)
         self.step = state["step"]
-
-    def _result(self, status: str, stop: _StopRequest) -> TrainResult:
-        return TrainResult(
-            status,
-            self.step,
-            self.run_dir,
-            self.model,
-            self.corpus,
-            self.validation_loss,
-            stop.pending,
-        )

@@ -6,6 +6,10 @@ Each line is one object with "kind" and "step". The kinds: "run" (the configurat
 
 import json
 import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +65,28 @@ def _row(path: Path, number: int, line: bytes) -> Row:
     return row
 
 
-def replace_metrics(path: Path, rows: list[Row]) -> None:
-    """Write a whole metrics file at once: the old content or the new one, never a part."""
+def write_whole(path: Path, text: str) -> None:
+    """Write a file at once: the old content or the new one, never a part."""
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(map(to_json_line, rows)), encoding="utf-8")
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def replace_metrics(path: Path, rows: list[Row]) -> None:
+    """Write a whole metrics file at once, as `write_whole`."""
+    write_whole(path, "".join(map(to_json_line, rows)))
+
+
+def same_config(rows: list[Row], run: Row) -> bool:
+    """Whether the last row of kind "run" among the rows has the configuration of this one."""
+    last = next((row for row in reversed(rows) if row["kind"] == "run"), {})
+    return last.get("config") == json.loads(to_json_line(run))["config"]
 
 
 class MetricsLog:
@@ -81,31 +102,57 @@ class MetricsLog:
     """
 
     def __init__(self, run_dir: Path, *, resumed_step: int = 0, tensorboard: bool = False):
-        path = run_dir / "metrics.jsonl"
+        self.path = run_dir / "metrics.jsonl"
         self.kept: list[Row] = []
-        if path.exists():
-            self.kept = [row for row in read_metrics(path) if row["step"] <= resumed_step]
-            replace_metrics(path, self.kept)
+        if self.path.exists():
+            self.kept = [row for row in read_metrics(self.path) if row["step"] <= resumed_step]
+            replace_metrics(self.path, self.kept)
         self.writer = None
         if tensorboard:
             module = require("torch.utils.tensorboard", "TensorBoard metrics")
             folder = str(run_dir / "tensorboard")
             self.writer = module.SummaryWriter(folder, purge_step=resumed_step + 1)
-        # Unbuffered: rows reach the file whole, in one system call.
-        self.file = path.open("ab", buffering=0)
+        # Unbuffered: rows are in the file when `write` returns.
+        self.file = self.path.open("ab", buffering=0)
 
     def write(self, rows: list[Row]) -> None:
-        """Append rows."""
-        if rows:
-            self.file.write("".join(map(to_json_line, rows)).encode())
+        """Append rows.
+
+        Raises:
+            OSError: The file does not take them all; then it has none of them.
+        """
+        rest = "".join(map(to_json_line, rows)).encode()
+        before = self.path.stat().st_size
+        try:
+            while rest:  # an unbuffered write may take a part
+                rest = rest[self.file.write(rest) :]
+        except OSError as error:
+            with suppress(OSError):
+                self.file.truncate(before)
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         if self.writer is not None:
-            for row in rows:
-                for key, value in row.items():
-                    if isinstance(value, float):
-                        self.writer.add_scalar(f"{row['kind']}/{key}", value, row["step"])
+            with self._tensorboard():
+                for row in rows:
+                    for key, value in row.items():
+                        if isinstance(value, float):
+                            self.writer.add_scalar(f"{row['kind']}/{key}", value, row["step"])
 
     def close(self) -> None:
         """Close the files."""
         self.file.close()
         if self.writer is not None:
-            self.writer.close()
+            with self._tensorboard():
+                self.writer.close()
+
+    @contextmanager
+    def _tensorboard(self) -> Iterator[None]:
+        """Go on without TensorBoard where it fails: its events only show what the file has."""
+        try:
+            yield
+        except Exception as error:  # any that its writing thread met
+            self.writer = None
+            warnings.warn(
+                f"metrics: TensorBoard's events end here ({type(error).__name__}: {error})",
+                RuntimeWarning,
+                stacklevel=3,
+            )

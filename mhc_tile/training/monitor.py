@@ -205,6 +205,18 @@ class GainWarning:
         )
 
 
+def warning_row(warning: GainWarning) -> dict[str, Any]:
+    """The metrics row of a warning."""
+    return {
+        "kind": "warning",
+        "step": warning.step,
+        "signal": warning.signal,
+        "gain": warning.gain,
+        "loss_looks_normal": warning.loss_looks_normal,
+        "message": warning.message(),
+    }
+
+
 class GainRule:
     """Warns when the trend of a gain crosses a threshold.
 

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from ..nn import parameters_without_weight_decay
+
 BETAS = (0.9, 0.95)
 EPS = 1e-20
 """Betas and epsilon of arXiv 2512.24880, Table 5."""
@@ -11,12 +13,10 @@ EPS = 1e-20
 def build_optimizer(
     model: nn.Module, *, learning_rate: float, weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW (0.9, 0.95) that decays parameters of two or more dims and leaves the others alone.
+    """AdamW (0.9, 0.95) that decays all but `mhc_tile.nn.parameters_without_weight_decay`.
 
     Of a connection, phi (theta of HC) is a matrix and decays: it grows against a saturating map,
-    and small logits are what 20 Sinkhorn iterations converge on. alpha and bias do not: the bias
-    IS the static mapping, and a decaying one would pull h_res of HC from the identity to zero, of
-    mHC to the uniform matrix, whatever the data say.
+    and small logits are what 20 Sinkhorn iterations converge on. alpha and bias do not.
 
     Args:
         model: its parameters are optimized.
@@ -27,8 +27,9 @@ def build_optimizer(
         The optimizer; fused, which on CUDA needs no host sync per step.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    spared = set(parameters_without_weight_decay(model))
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p not in spared], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p in spared], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, eps=EPS, fused=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .config import TrainConfig
 from .extras import require
-from .metrics import Row
+from .metrics import Row, write_whole
 
 LABELS = {"residual": "residual", "hc": "HC", "mhc": "mHC"}
 VISIBLE_GAIN = 2.0  # a composite gain under this is not said to have left 1
@@ -204,7 +204,7 @@ def write_report(folder: Path, legs: list[Leg], figures: dict[str, str], corpus:
         lines += ["## Warnings of the stability monitor", ""]
         lines += [f"- `{leg.name}`, {row['message']}" for leg, row in warnings] + [""]
     path = folder / "report.md"
-    path.write_text("\n".join(lines), encoding="utf-8")
+    write_whole(path, "\n".join(lines))
     return path
 
 

@@ -162,6 +162,7 @@ void multiply(float* c, const unsigned* a, const unsigned* b, Element kind, int 
     return reinterpret_cast<const decltype(mine)*>(slots[row_or_column * 4 + t]);
   };
   const unsigned g = lane() / 4, t = lane() % 4;
+  const Subnormals count;
   for (int i = 0; i < 4; ++i) {
     double sum = c[i];
     for (int from = 0; from < 4; ++from) {
@@ -172,6 +173,13 @@ void multiply(float* c, const unsigned* a, const unsigned* b, Element kind, int 
     }
     c[i] = float(sum);
   }
+}
+
+float multiply_add(float a, float b, float c) {
+  volatile float factors[] = {a, b, c};  // nothing is computed earlier, or later
+  const Subnormals count;
+  factors[0] = fmaf(factors[0], factors[1], factors[2]);
+  return factors[0];
 }
 
 }  // namespace simt

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "floats.h"
+#include "runtime.h"
 
 SIMT_INLINE float max(float a, float b) { return fmaxf(a, b); }
 SIMT_INLINE float min(float a, float b) { return fminf(a, b); }
@@ -36,6 +37,7 @@ SIMT_INLINE float __fsub_rn(float a, float b) { return a - b; }
 SIMT_INLINE float __fmul_rn(float a, float b) { return a * b; }
 SIMT_INLINE float __fdiv_rn(float a, float b) { return a / b; }
 SIMT_INLINE float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+SIMT_INLINE float __fmaf_ieee_rn(float a, float b, float c) { return simt::multiply_add(a, b, c); }
 SIMT_INLINE float __saturatef(float x) { return fminf(fmaxf(x, 0.0f), 1.0f); }
 // A divisor above 2^126 gives 0, and NaN if the dividend is infinite.
 SIMT_INLINE float __fdividef(float a, float b) {

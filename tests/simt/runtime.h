@@ -43,6 +43,9 @@ enum class Element { bfloat16, float16, tfloat32 };
 // c += a @ b for one m16n8k tile; k elements in the layout of PTX mma.sync.
 void multiply(float* c, const unsigned* a, const unsigned* b, Element element, int k);
 
+// a * b + c, where subnormal numbers count whatever the kernel's flags (collectives.cpp)
+float multiply_add(float a, float b, float c);
+
 // -- memory that the compiler's hooks do not see (memory.cpp)
 void copy_async(void* shared, const void* global, unsigned bytes, bool present);
 void commit_copies();

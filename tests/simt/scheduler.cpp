@@ -9,6 +9,10 @@
 
 #include "state.h"
 
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
 namespace simt {
 
 Thread* current = nullptr;
@@ -234,6 +238,18 @@ void use_named_barrier(int id, int threads, bool waits) {
 
 }  // namespace
 
+void set_flush(bool flush) {
+#if defined(__SSE__)
+  constexpr unsigned kBits = 0x8040;  // of results and of operands
+  _mm_setcsr((_mm_getcsr() & ~kBits) | (flush ? kBits : 0));
+#elif defined(__aarch64__)
+  constexpr uint64_t kBit = 1 << 24;
+  uint64_t control;
+  asm volatile("mrs %0, fpcr" : "=r"(control));
+  asm volatile("msr fpcr, %0" : : "r"((control & ~kBit) | (flush ? kBit : 0)));
+#endif
+}
+
 void wait(const char* what) {
   current->waits_at = what;
   current->state = Thread::State::waiting;
@@ -357,6 +373,7 @@ extern "C" const char* simt_launch(const simt::Launch* request) {
   put_in_order(numbers, [](unsigned number) { return number; });
 
   open_memory();
+  set_flush(request->flush);
   std::vector<Block> blocks;
   prepare(blocks, request->cooperative ? total : 1);
   whole_grid.expected = blocks.size() * blocks[0].threads.size();
@@ -364,6 +381,7 @@ extern "C" const char* simt_launch(const simt::Launch* request) {
     for (size_t i = 0; i < blocks.size(); ++i) start(blocks[i], numbers[next + i]);
     run(blocks);
   }
+  set_flush(false);
   for (Block& block : blocks) free_region(block.shared);
   munmap(stacks, stacks_bytes);
   current = nullptr;

@@ -134,6 +134,7 @@ struct Launch {
   int cooperative;   // all blocks at once
   int schedule;
   uint32_t seed;
+  int flush;         // fp32 results and operands that are subnormal are zero (nvcc -ftz=true)
   int instrumented;  // the kernel's own loads and stores are reported (hooks.cpp)
   const Tensor* tensors;
   unsigned tensor_count;
@@ -146,6 +147,7 @@ extern uint32_t last_stamp;
 extern unsigned progress;
 
 // scheduler.cpp
+void set_flush(bool flush);
 void wait(const char* what);  // gives way until somebody calls wake
 void wake(Thread* thread);
 [[noreturn]] void stop(const char* format, ...) __attribute__((format(printf, 1, 2)));
@@ -167,5 +169,12 @@ void settle();  // the last store that may have been a race is done: was it?
 // The order that a barrier makes among those who arrived.
 void order_block(Block& block);
 void order_threads(const std::vector<Arrival>& arrivals);
+
+// While it lives, subnormal numbers count: what tensor cores and IEEE intrinsics do under -ftz=true.
+class Subnormals {
+ public:
+  Subnormals() { set_flush(false); }
+  ~Subnormals() { set_flush(launch->flush); }
+};
 
 }  // namespace simt

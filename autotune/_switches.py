@@ -1,0 +1,29 @@
+"""Switches in the environment: MHC_TILE_<name>=1, and what else people write for yes and no."""
+
+import os
+
+YES = ("1", "true", "yes", "on")
+NO = ("0", "false", "no", "off", "")
+
+
+def switch(variable: str) -> bool:
+    """Whether an environment variable switches something on; unset is no.
+
+    Args:
+        variable: its name.
+
+    Raises:
+        ValueError: It says neither yes nor no. A guess would run something else than was meant.
+
+    Example:
+        >>> switch("MHC_TILE_NO_SUCH_SWITCH")
+        False
+    """
+    given = os.environ.get(variable, "")
+    word = given.strip().lower()
+    if word not in (*YES, *NO):
+        raise ValueError(
+            f"{variable} must be one of {', '.join(YES)} or one of {', '.join(NO[:-1])}, empty or "
+            f"unset, got {given!r}"
+        )
+    return word in YES

@@ -1,0 +1,27 @@
+"""The device of a run."""
+
+import textwrap
+
+import torch
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `TrainConfig.device` names; "auto" is CUDA where there is one.
+
+    Raises:
+        ValueError: It names no device, or one that this machine does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"train: device must be a torch device, got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"train: device must be available, got {name!r} and torch finds no GPU")
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # each backend raises another type where it is missing
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ...")
+        raise ValueError(f"train: device must be available, got {name!r} ({reason})") from error
+    return device

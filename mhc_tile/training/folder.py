@@ -1,0 +1,93 @@
+"""Paths that users give, and folders that one process owns at a time."""
+
+import errno
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+_LOCK = ".lock"
+_WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+class FolderInUseError(ValueError):
+    """A folder has files already, or another process works in it."""
+
+
+def full_path(path: str | Path, argument: str) -> Path:
+    """The absolute path, with `~` expanded: it means the same from any working directory.
+
+    Args:
+        path: as the user gave it.
+        argument: what it is, for the message, such as "train: run_dir".
+
+    Returns:
+        The path; links stay in it, unless it goes up by "..".
+
+    Raises:
+        ValueError: It is empty, which as a path would be the working directory.
+    """
+    if not os.fspath(path).strip():
+        raise ValueError(f"{argument} must not be empty, got {str(path)!r}")
+    full = Path(os.path.expanduser(path)).absolute()  # pathlib raises for an unknown user
+    return full.resolve() if ".." in full.parts else full
+
+
+def require_unused(folder: Path, argument: str) -> None:
+    """Refuse a folder that has anything in it.
+
+    Args:
+        folder: it need not exist.
+        argument: what it is, for the message.
+
+    Raises:
+        FolderInUseError: It has files, or it is a file.
+    """
+    if folder.is_dir():
+        used = any(path.name != _LOCK for path in folder.iterdir())
+    else:
+        used = folder.exists()
+    if used:
+        raise FolderInUseError(f"{argument} must not exist yet or be empty, got {str(folder)!r}")
+
+
+@contextmanager
+def owned(folder: Path, argument: str, *, new: bool = False) -> Iterator[None]:
+    """Own a folder in this block; the lock ends with the process, however that ends.
+
+    Args:
+        folder: it is made where it does not exist.
+        argument: what it is, for the message.
+        new: refuse a folder that has anything in it.
+
+    Raises:
+        FolderInUseError: Another owner has it, or it should be new and has files.
+        OSError: It cannot be made or written.
+    """
+    if new:
+        require_unused(folder, argument)  # before a lock is left in a folder of somebody else
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(str(folder / _LOCK))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise FolderInUseError(
+            f"{argument} must not be in use by another process, got {str(folder)!r}"
+        ) from error
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _WITHOUT_LOCKS:
+            raise
+        warnings.warn(
+            f"{argument} {str(folder)!r} cannot be locked on this file system: "
+            "let no other process write there",
+            stacklevel=3,
+        )
+    try:
+        if new:
+            require_unused(folder, argument)
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,81 @@
+"""Signals that ask a run to end: Ctrl-C, and those of schedulers and of closing terminals."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+_ENDING = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
+
+
+class Ended(KeyboardInterrupt):
+    """SIGTERM or SIGHUP came; the first argument is its number."""
+
+
+def exit_code(number: int) -> int:
+    """What a shell reports for a process that this signal ended."""
+    return 128 + number
+
+
+def _set(handler: Any, numbers: list[signal.Signals]) -> dict[signal.Signals, Any]:
+    """Set a handler and return the previous ones.
+
+    Only the main thread can. A signal that is ignored, as in a background job or under nohup, or
+    whose handler is not Python's, stays so.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    handled = [number for number in numbers if _handled(number)]
+    return {number: signal.signal(number, handler) for number in handled}
+
+
+def _handled(number: signal.Signals) -> bool:
+    return signal.getsignal(number) not in (signal.SIG_IGN, None)
+
+
+def _put_back(previous: dict[signal.Signals, Any]) -> None:
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+
+
+class StopRequest:
+    """Turns the first Ctrl-C, SIGTERM or SIGHUP in a block into a request to stop.
+
+    A second Ctrl-C does what it did before the block. Further SIGTERM and SIGHUP change nothing:
+    senders often reach a process twice, by itself and by its group.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def __enter__(self) -> "StopRequest":
+        self._previous = _set(self._request, _ENDING)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _put_back(self._previous)
+
+    def _request(self, number: int, _frame: FrameType | None) -> None:
+        if self.number is None:
+            self.number = number
+        if number == signal.SIGINT:
+            signal.signal(number, self._previous[signal.SIGINT])
+
+
+@contextmanager
+def raising() -> Iterator[None]:
+    """Raise `Ended` in the main thread when SIGTERM or SIGHUP comes in this block."""
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # it may come twice
+        raise Ended(number)
+
+    previous = _set(end, [number for number in _ENDING if number != signal.SIGINT])
+    try:
+        yield
+    finally:
+        _put_back(previous)
