@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .inputs import Inputs
 from .problems import Problem
 from .registry import KERNELS
 from .timing import Timer, impression
@@ -31,12 +30,12 @@ class CudaBench:
 
     def __init__(self, problem: Problem) -> None:
         self._kernel = KERNELS[problem.kernel]
-        self._module = self._kernel.load()
-        first = self._kernel.inputs(Inputs(problem, "cuda"))
+        self._others = self._kernel.others(problem)
+        first = self._kernel.samples(problem, "cuda")
         size = sum(value.nbytes for value in first if isinstance(value, Tensor))
         count = max(1, min(MOST_SETS, int(ROTATED_BYTES / size) + 1))
-        others = (self._kernel.inputs(Inputs(problem, "cuda", seed)) for seed in range(1, count))
-        self._sets = [first, *others]
+        more = (self._kernel.samples(problem, "cuda", seed) for seed in range(1, count))
+        self._sets = [first, *more]
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
 
@@ -44,20 +43,20 @@ class CudaBench:
         """The results of a few calls on the first inputs; what is not written is NaN."""
         for _ in range(RUNS):
             with poisoned():
-                results = self._kernel.call(self._module, self._sets[0], config)
+                results = self._kernel.call(self._sets[0], self._others, config)
             torch.cuda.synchronize()
             yield results
 
     def timer(self, config: Any) -> Timer:
         """A timer of a graph that calls the kernel once on every set of inputs."""
-        call, module = self._kernel.call, self._module
+        call, others = self._kernel.call, self._others
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
-            call(module, self._sets[0], config)
+            call(self._sets[0], others, config)
             self._stream.synchronize()
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 # kept until the end, so that no call writes where another has just written
-                kept = [call(module, values, config) for values in self._sets]
+                kept = [call(values, others, config) for values in self._sets]
         del kept
         count = len(self._sets)
 

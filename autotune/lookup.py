@@ -38,7 +38,7 @@ class Decision:
 
     Attributes:
         problem: the kernel and the shape.
-        config: launch knobs; None for the launcher's own default.
+        config: launch knobs; None where no kernel runs.
         why: "exact" (an entry of this shape), "nearest" (of a neighbour), "default", or "reference"
             where no kernel runs.
         detail: which entry, or why there is none.
@@ -56,8 +56,7 @@ class Decision:
     def __str__(self) -> str:
         """One line for a person."""
         source = f" in {self.source}" if self.source else ""
-        runs = "no kernel" if self.why == "reference" else self.config or "default"
-        return f"{self.problem}: {runs} ({self.why}: {self.detail}{source})"
+        return f"{self.problem}: {self.config or 'no kernel'} ({self.why}: {self.detail}{source})"
 
 
 @dataclass(frozen=True)
@@ -154,14 +153,14 @@ def decide(
     target = registry.Target(arch, tables.device.multiprocessors)
     own = registry.default(problem, target, batch_invariant=batch_invariant)
     if why := registry.KERNELS[problem.kernel].untunable(problem):
-        return Decision(problem, own if batch_invariant else None, "default", why)
+        return Decision(problem, own, "default", why)
     regime = registry.regime(problem, target, batch_invariant=batch_invariant)
     key = problem.at(bucket(problem.tokens)), regime
     if key not in tables.plans:
         tables.plans[key] = _plan(tables, *key, own, target)
     plan = tables.plans[key]
     if plan.why == "default":
-        return Decision(problem, own if batch_invariant else None, "default", plan.detail)
+        return Decision(problem, own, "default", plan.detail)
     config = own if plan.config is None else plan.config
     return Decision(problem, config, plan.why, plan.detail, plan.source, plan.family)
 
@@ -287,7 +286,7 @@ _lock = threading.RLock()
 
 
 def config(asked: Asked) -> Any:
-    """The configuration that a launcher is to run with; None for the launcher's own default.
+    """The configuration that a launcher is to run with.
 
     Args:
         asked: kernel, n, C, dtype, tokens, device index, batch invariance; see `Asked`.
@@ -308,15 +307,32 @@ def explain(asked: Asked) -> Decision:
     Args:
         asked: as there.
     """
-    kernel, n, channels, dtype, tokens, device, batch_invariant = asked
-    problem = Problem(kernel, n, channels, str(dtype).removeprefix("torch."), tokens)
+    problem, batch_invariant = _problem(asked), asked[6]
     with _lock:
-        tables = of_device(device)
+        tables = of_device(asked[5])
         arch = _toolchain.target(tables.device.capability)["arch"]
         before = len(tables.faults)
         decision = decide(tables, problem, arch=arch, batch_invariant=batch_invariant)
         _report(tables.faults[before:])
     return decision
+
+
+def default(asked: Asked) -> Any:
+    """The configuration that a launcher is to run with where no table has one.
+
+    Args:
+        asked: as in `config`.
+    """
+    from . import registry
+
+    problem, device = _problem(asked), of_device(asked[5]).device
+    target = registry.Target(_toolchain.target(device.capability)["arch"], device.multiprocessors)
+    return registry.default(problem, target, batch_invariant=asked[6])
+
+
+def _problem(asked: Asked) -> Problem:
+    kernel, n, channels, dtype, tokens, *_ = asked
+    return Problem(kernel, n, channels, str(dtype).removeprefix("torch."), tokens)
 
 
 def reject(asked: Asked, error: Exception) -> None:

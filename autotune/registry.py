@@ -11,16 +11,17 @@ number of tokens.
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..kernels.quantities import Samples
 from .configs import type_name
-from .inputs import Inputs
 from .problems import Problem
 
 # Fields of configurations that decide who computes when, not in which order a token's sums are
@@ -31,9 +32,9 @@ SCHEDULING = frozenset(
 )
 MANY = 1 << 17  # tokens: beyond every threshold between few and many
 # The paper's constants, as `MHCConfig.paper()`: what is compiled here is what its models run.
-_EPSILONS = {"norm_eps": 1e-20, "pre_eps": 0.0}
-_MAPPING = {"pre_eps": 0.0, "post_scale": 2.0}
-_SINKHORN = {"iters": 20, "sinkhorn_eps": 0.0}
+_MAPPING = {"norm_eps": 1e-20, "pre_eps": 0.0, "post_scale": 2.0}
+_PRE = {**_MAPPING, "iters": 20, "sinkhorn_eps": 0.0}
+_SINKHORN = {"iters": 20, "eps": 0.0}
 
 Order = tuple[Any, ...]
 
@@ -112,16 +113,18 @@ def _constant(candidates: Callable[..., Any]) -> Knobs:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kernel:
     """One direction of one kernel, as tables and the tuner see it.
 
     Attributes:
         module: of `mhc_tile.kernels`.
-        inputs: from an `Inputs`, the tensors of a call.
-        call: from the module, these tensors and `config=`, the results as a tuple.
+        tensors: names of the tensors of a call, see `kernels.quantities`.
+        launch: from the module, these tensors, the other arguments by name and a configuration,
+            the results as a tuple.
         traffic: from the module and a problem, bytes that must move.
         knobs: the configurations that it has.
+        constants: the other arguments that are compiled and timed.
         sums: whether a configuration can change the order of a token's sums.
         parameter_grads: results, the last ones, that sum over tokens.
         of_channels: whether C and dtype matter.
@@ -131,10 +134,11 @@ class Kernel:
     """
 
     module: str
-    inputs: Callable[[Inputs], tuple[Tensor, ...]]
-    call: Callable[..., tuple[Tensor, ...]]
+    tensors: tuple[str, ...]
+    launch: Callable[[ModuleType, Sequence[Any], dict[str, Any], Any], tuple[Tensor, ...]]
     traffic: Callable[[ModuleType, Problem], int]
     knobs: Knobs
+    constants: dict[str, Any] = field(default_factory=dict)
     sums: bool = False
     parameter_grads: int = 0
     of_channels: bool = True
@@ -143,7 +147,32 @@ class Kernel:
 
     def load(self) -> ModuleType:
         """The kernel's module, with TileLang."""
+        return self._loaded
+
+    @cached_property
+    def _loaded(self) -> ModuleType:
         return importlib.import_module(f"..kernels.{self.module}", __package__)
+
+    def call(self, tensors: Sequence[Any], others: dict[str, Any], config: Any) -> Any:
+        """The results of a launch.
+
+        Args:
+            tensors: in the order of `tensors`, with one dim for the tokens.
+            others: the other arguments by name.
+            config: launch knobs; None for the launcher's default.
+        """
+        return self.launch(self.load(), tensors, others, config)
+
+    def samples(self, problem: Problem, device: str, seed: int = 0) -> list[Tensor]:
+        """Random tensors for a call."""
+        dtype = getattr(torch, problem.dtype)
+        channels = problem.channels if self.of_channels else 1
+        make = Samples(problem.tokens, problem.n, channels, dtype, device, seed)
+        return [make.get(name) for name in self.tensors]
+
+    def others(self, problem: Problem) -> dict[str, Any]:
+        """The other arguments of a call that is compiled or timed."""
+        return {**self.constants, "num_streams": problem.n}
 
     def untunable(self, problem: Problem) -> str | None:
         """Why a problem has nothing to tune; None if it has."""
@@ -164,8 +193,24 @@ class Kernel:
         return "batch_invariant" in parameters
 
 
-def _identity(kernel: ModuleType, tensors: tuple[Tensor, ...], config: Any) -> Any:
+def _forward(kernel: ModuleType, tensors: Sequence[Any], others: Any, config: Any) -> Any:
     return (kernel.forward(*tensors, config=config),)
+
+
+def _backward(kernel: ModuleType, tensors: Sequence[Any], others: Any, config: Any) -> Any:
+    return kernel.backward(*tensors, config=config)
+
+
+def _mapped(kernel: ModuleType, tensors: Sequence[Any], others: Any, config: Any) -> Any:
+    return kernel.forward(*tensors, **_constants(others), config=config)
+
+
+def _mapped_backward(kernel: ModuleType, tensors: Sequence[Any], others: Any, config: Any) -> Any:
+    return kernel.backward(*tensors, **_constants(others, "norm_eps"), config=config)
+
+
+def _constants(others: dict[str, Any], *without: str) -> dict[str, Any]:
+    return {key: value for key, value in others.items() if key not in ("num_streams", *without)}
 
 
 def _direction(name: str) -> Callable[[ModuleType, Problem], int]:
@@ -189,127 +234,98 @@ def _columns_traffic(**terms: bool) -> Callable[[ModuleType, Problem], int]:
     return traffic
 
 
+_MERGED = ("x", "layer_output", "h_post", "h_res")
+_PROJECTED = ("x", "phi", "alpha", "bias")
+_SAVED = ("projection", "inv_rms")
 KERNELS: dict[str, Kernel] = {
-    "merge": Kernel(
-        "merge",
-        lambda make: (make.x, make.hidden, make.vector, make.matrix),
-        _identity,
-        _direction("forward"),
-        _rowwise(False),
-    ),
+    "merge": Kernel("merge", _MERGED, _forward, _direction("forward"), _rowwise(False)),
     "merge_backward": Kernel(
-        "merge",
-        lambda make: (make.x, make.x, make.hidden, make.vector, make.matrix),
-        lambda kernel, tensors, config: kernel.backward(*tensors, config=config),
-        _direction("backward"),
-        _rowwise(True),
+        "merge", ("grad_x_next", *_MERGED), _backward, _direction("backward"), _rowwise(True),
         sums=True,
     ),
     "merge_backward_maps": Kernel(
         "merge",
-        lambda make: (make.x, make.x, make.hidden, make.vector),
-        lambda kernel, tensors, config: kernel.backward(*tensors, None, config=config)[1:],
+        ("grad_x_next", *_MERGED[:-1]),
+        lambda kernel, tensors, _, config: kernel.backward(*tensors, None, config=config)[1:],
         _direction("backward without grad_x"),
         _rowwise(True),
         sums=True,
     ),
     "pre_apply": Kernel(
-        "pre_apply",
-        lambda make: (make.x, make.vector),
-        _identity,
-        _direction("forward"),
-        _rowwise(False),
+        "pre_apply", ("x", "h_pre"), _forward, _direction("forward"), _rowwise(False)
     ),
     "pre_apply_backward": Kernel(
-        "pre_apply",
-        lambda make: (make.hidden, make.x, make.vector),
-        lambda kernel, tensors, config: kernel.backward(*tensors, config=config),
-        _direction("backward"),
-        _rowwise(True),
-        sums=True,
+        "pre_apply", ("grad_layer_input", "x", "h_pre"), _backward, _direction("backward"),
+        _rowwise(True), sums=True,
     ),
     "expand": Kernel(
         "streams",
-        lambda make: (make.hidden, make.problem.n),  # type: ignore[arg-type,return-value]
-        lambda kernel, tensors, config: (kernel.expand(*tensors, config=config),),
+        ("hidden",),
+        lambda kernel, tensors, others, config: (
+            kernel.collapse_backward(
+                *tensors, others["num_streams"], mean=others.get("mode") == "mean", config=config
+            ),
+        ),
         _direction("expand"),
         _constant(lambda kernel, problem, target: kernel.candidates()),
     ),
     "collapse": Kernel(
         "streams",
-        lambda make: (make.x,),
-        lambda kernel, tensors, config: (kernel.collapse(*tensors, mean=False, config=config),),
+        ("x",),
+        lambda kernel, tensors, others, config: (
+            kernel.collapse(*tensors, mean=others.get("mode") == "mean", config=config),
+        ),
         _direction("collapse"),
         _constant(lambda kernel, problem, target: kernel.candidates()),
     ),
     "sinkhorn": Kernel(
         "sinkhorn",
-        lambda make: (make.matrix,),
-        lambda kernel, tensors, config: (
-            kernel.forward(*tensors, iters=20, eps=0.0, config=config),
+        ("logits",),
+        lambda kernel, tensors, others, config: (
+            kernel.forward(*tensors, **_constants(others), config=config),
         ),
         lambda kernel, problem: kernel.traffic(problem.tokens, problem.n)["forward"][0],
         _constant(lambda kernel, p, target: kernel.candidates(False, p.n, 20)),
+        constants=_SINKHORN,
         of_channels=False,
     ),
     "sinkhorn_backward": Kernel(
         "sinkhorn",
-        lambda make: (make.matrix, make.matrix),
-        lambda kernel, tensors, config: (
-            kernel.backward(*tensors, iters=20, eps=0.0, config=config),
+        ("grad_h_res", "logits"),
+        lambda kernel, tensors, others, config: (
+            kernel.backward(
+                *tensors,
+                **_constants(others),
+                config=kernel.fitting(config, tensors[1], others["iters"]),
+            ),
         ),
         lambda kernel, problem: kernel.traffic(problem.tokens, problem.n)["backward"][0],
         _constant(lambda kernel, p, target: kernel.candidates(True, p.n, 20)),
+        constants=_SINKHORN,
         of_channels=False,
     ),
     "mapping": Kernel(
-        "mapping",
-        lambda make: (make.x, *make.parameters),
-        lambda kernel, tensors, config: kernel.forward(
-            *tensors, **_EPSILONS, post_scale=2.0, config=config
-        ),
-        _moved,
-        _projecting(),
-        sums=True,
-        tensor_cores=True,
-        divides_channels=True,
+        "mapping", _PROJECTED, _mapped, _moved, _projecting(), _MAPPING,
+        sums=True, tensor_cores=True, divides_channels=True,
     ),
     "mapping_backward": Kernel(
         "mapping_backward",
-        lambda make: (
-            make.vector, make.vector, make.matrix, make.x, *make.parameters, *make.saved
-        ),
-        lambda kernel, tensors, config: kernel.backward(*tensors, **_MAPPING, config=config),
-        _columns_traffic(),
-        _columns(),
-        sums=True,
-        parameter_grads=3,
+        ("grad_h_pre", "grad_h_post", "grad_h_res_logits", *_PROJECTED, *_SAVED),
+        _mapped_backward, _columns_traffic(), _columns(), _MAPPING,
+        sums=True, parameter_grads=3,
     ),
     "pre": Kernel(
-        "pre",
-        lambda make: (make.x, *make.parameters),
-        lambda kernel, tensors, config: kernel.forward(
-            *tensors, **_EPSILONS, post_scale=2.0, **_SINKHORN, config=config
-        ),
-        _moved,
-        _projecting(),
-        sums=True,
-        tensor_cores=True,
-        divides_channels=True,
+        "pre", _PROJECTED, _mapped, _moved, _projecting(), _PRE,
+        sums=True, tensor_cores=True, divides_channels=True,
     ),
     "pre_backward": Kernel(
         "pre_backward",
-        lambda make: (
-            make.hidden, make.vector, make.matrix, make.x, *make.parameters, *make.saved,
-            make.x, make.matrix,
+        (
+            "grad_layer_input", "grad_h_post", "grad_h_res", *_PROJECTED, *_SAVED,
+            "grad_x_part", "h_res",
         ),
-        lambda kernel, tensors, config: kernel.backward(
-            *tensors, **_MAPPING, **_SINKHORN, config=config
-        ),
-        _columns_traffic(with_part=True),
-        _columns(),
-        sums=True,
-        parameter_grads=3,
+        _mapped_backward, _columns_traffic(with_part=True), _columns(), _PRE,
+        sums=True, parameter_grads=3,
     ),
 }  # fmt: skip
 """Every tunable kernel by name; `<name>_backward` is the gradient of `<name>`."""
@@ -374,9 +390,9 @@ def programs(problem: Problem, config: Any, target: Target) -> list[tuple[Any, t
     from ..kernels._programs import catalogue
 
     kernel = KERNELS[problem.kernel]
-    tensors = kernel.inputs(Inputs(problem, "meta"))
+    tensors = kernel.samples(problem, "meta")
     with catalogue(target.arch, target.multiprocessors) as asked:
-        kernel.call(kernel.load(), tensors, config)
+        kernel.call(tensors, kernel.others(problem), config)
     return [
         (getattr(importlib.import_module(factory.__module__), factory.__name__), constants)
         for factory, constants, _ in asked.programs

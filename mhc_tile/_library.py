@@ -210,8 +210,3 @@ def derive(function: Formula) -> dict[str, Formula]:
         return tuple(result)
 
     return {"setup_context": setup_context, "backward": backward}
-
-
-def rounded(grads: tuple[Tensor, ...], *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Each gradient in the dtype of the input that it belongs to."""
-    return tuple(grad.to(value.dtype) for grad, value in zip(grads, inputs, strict=True))

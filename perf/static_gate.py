@@ -12,6 +12,7 @@ noted instead of made. Of each op, at many tokens and at few:
 once more, or a temporary one appears. Growth of any of them is an error, less asks to be recorded.
 """
 
+import dataclasses
 import functools
 import json
 import sys
@@ -23,13 +24,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mhc_tile._library import OPS
+from mhc_tile import MHCConfig
 from mhc_tile.autotune.problems import Problem
 from mhc_tile.autotune.registry import KERNELS
 from mhc_tile.kernels import _gate, _toolchain, boundary
 from mhc_tile.kernels._programs import catalogue
+from mhc_tile.kernels.quantities import Samples
 from mhc_tile.ops import _dispatch
-from mhc_tile.ops.merge import merge_backward_maps
+from mhc_tile.ops._definition import DEFINITIONS
 
 from . import resources
 
@@ -46,9 +48,7 @@ PARTS = {
     "boundary_backward": ("pre_backward", "merge_backward"),
     f"pre_backward{PARTED}": ("pre_backward",),
 }
-
-# Ops that only others call.
-_INNER = {"merge_backward_maps": merge_backward_maps}
+OTHERS = {**dataclasses.asdict(MHCConfig.paper()), "eps": 0.0, "num_streams": 4, "mode": "mean"}
 
 Counts = dict[str, int]
 Record = dict[str, dict[str, Counts]]
@@ -72,8 +72,8 @@ def measure(architectures: Sequence[str] = ARCHITECTURES) -> Record:
 
 def names() -> list[str]:
     """Every op that has kernels, twice if it has an optional tensor."""
-    own = [op for op in (*OPS, *_INNER) if op in _dispatch.LAUNCHERS]
-    return sorted([*own, *(op for op in PARTS if op.endswith(PARTED))])
+    given = {name.lstrip("_"): op for name, op in DEFINITIONS.items() if op.kernel}
+    return sorted([*given, *(f"{name}{PARTED}" for name, op in given.items() if op.optional)])
 
 
 def count(op: str, arch: str, tokens: int) -> Counts:
@@ -85,7 +85,7 @@ def count(op: str, arch: str, tokens: int) -> Counts:
         tokens: T.
     """
     name = op.removesuffix(PARTED)
-    positional, keywords = _arguments(name, tokens, parted=op != name)
+    positional, keywords = arguments(op, tokens)
     pinned = _dispatch.BATCH_INVARIANT
     _dispatch.set_batch_invariant(False)
     try:
@@ -101,6 +101,19 @@ def count(op: str, arch: str, tokens: int) -> Counts:
         "bytes": must_move(op, tokens),
         "passed": sum(value.nbytes for value in passed) + own.bytes,
     }
+
+
+def arguments(op: str, tokens: int) -> tuple[list[Any], dict[str, Any]]:
+    """Positional and keyword arguments of a call, its tensors without values.
+
+    Args:
+        op: of `names()`.
+        tokens: T.
+    """
+    name = op.removesuffix(PARTED)
+    known = DEFINITIONS.get(name) or DEFINITIONS[f"_{name}"]
+    make = Samples(tokens, STREAMS, CHANNELS, getattr(torch, DTYPE), "meta")
+    return known.call_of(make.get, OTHERS, known.optional if op != name else ())
 
 
 def must_move(op: str, tokens: int) -> int:
@@ -215,42 +228,6 @@ def _write(counted: Record) -> None:
     draft = RECORD.with_suffix(".draft")
     draft.write_text(json.dumps({**kept, **counted}, indent=1) + "\n")
     draft.replace(RECORD)
-
-
-def _arguments(op: str, tokens: int, *, parted: bool) -> tuple[list[Any], dict[str, Any]]:
-    """Arguments of an op by the names in its schema: grad_<name> is shaped as <name>."""
-    T, n, C, rows = tokens, STREAMS, CHANNELS, STREAMS * (STREAMS + 2)
-    dtype = getattr(torch, DTYPE)
-    sizes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        **dict.fromkeys(("x", "x_next", "x_part"), ((T, n, C), dtype)),
-        **dict.fromkeys(("hidden", "layer_input", "layer_output"), ((T, C), dtype)),
-        **dict.fromkeys(("h_pre", "h_post", "h_post_next"), ((T, n), torch.float32)),
-        **dict.fromkeys(("h_res", "h_res_next"), ((T, n, n), torch.float32)),
-        **dict.fromkeys(("h_res_logits", "logits"), ((T, n, n), torch.float32)),
-        "phi": ((rows, n * C), torch.float32),
-        "alpha": ((3,), torch.float32),
-        "bias": ((rows,), torch.float32),
-        "projection": ((T, rows), torch.float32),
-        "inv_rms": ((T,), torch.float32),
-    }
-    plain = {"norm_eps": 1e-6, "pre_eps": 0.0, "post_scale": 2.0, "iters": 20, "sinkhorn_eps": 0.0}
-    plain |= {"eps": 0.0, "num_streams": n}
-    others: dict[str, Any] = {**plain, "mode": "mean"}
-    positional, keywords = [], {}
-    for argument in ({**OPS, **_INNER}[op])._schema.arguments:
-        name = argument.name
-        if name in others:
-            value = others[name]
-        elif argument.has_default_value() and not parted:
-            value = argument.default_value
-        else:
-            shape, kind = sizes[name.removeprefix("grad_")]
-            value = torch.empty(shape, dtype=kind, device="meta")
-        if argument.kwarg_only:
-            keywords[name] = value
-        else:
-            positional.append(value)
-    return positional, keywords
 
 
 class _TorchKernels(TorchDispatchMode):

@@ -411,12 +411,8 @@ def test_inputs_fit_the_launcher_and_bytes_are_counted(kernel):
     problem = Problem(kernel, 2, 64 if sized else 0, "float16" if sized else "float32", 3)
     config = registry.default(problem, Target("sm_80", 108))
     assert registry.programs(problem, config, Target("sm_80", 108))
-    tensors = KERNELS[kernel].inputs(registry.Inputs(problem, "cpu"))
-    again = KERNELS[kernel].inputs(registry.Inputs(problem, "cpu"))
-    sizes = 0
-    for one, other in zip(tensors, again, strict=True):
-        if not isinstance(one, int):
-            assert one.equal(other)
-            sizes += one.nbytes
+    tensors, again = (KERNELS[kernel].samples(problem, "cpu") for _ in range(2))
+    assert all(one.equal(other) for one, other in zip(tensors, again, strict=True))
+    sizes = sum(value.nbytes for value in tensors)
     moved = KERNELS[kernel].traffic(KERNELS[kernel].load(), problem)
     assert moved > 0.5 * sizes

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cases import SIGNATURES, Shape, call, cotangents, torch_op_arguments
 from mhc_tile import _library, set_batch_invariant
 from mhc_tile._library import OPS
-from mhc_tile.ops import _dispatch
+from mhc_tile.autotune import registry
+from mhc_tile.autotune.problems import Problem
+from mhc_tile.autotune.registry import Target
+from mhc_tile.ops import _definition, _dispatch
+from mhc_tile.ops.sinkhorn import SINKHORN
 
 
 @pytest.fixture
@@ -95,14 +100,14 @@ def batch_invariant():
     set_batch_invariant(False)
 
 
-@pytest.mark.parametrize("name", ["merge", "pre_apply"])
-def test_one_backward_configuration_for_every_number_of_tokens(name, batch_invariant):
+@pytest.mark.parametrize("name", ["merge_backward", "pre_apply_backward", "pre", "pre_backward"])
+def test_one_configuration_for_every_number_of_tokens(name):
     pytest.importorskip("tilelang")
-    kernel = importlib.import_module(f"mhc_tile.kernels.{name}")
-    given = [_dispatch.backward_config(kernel, torch.empty(t, 4, 2560)) for t in COUNTS]
-    assert len(set(given)) == 1
-    own = [kernel.default_config(True, t, 4, 2560, "float32") for t in COUNTS]
-    assert own[0] == own[1] != own[2] == own[3] == given[0]
+    target = Target("sm_90a", 132)
+    problems = [Problem(name, 4, 2560, "bfloat16", tokens) for tokens in COUNTS]
+    pinned = {registry.default(problem, target, batch_invariant=True) for problem in problems}
+    assert pinned == {registry.default(problems[-1], target)}
+    assert registry.default(problems[0], target) not in pinned
 
 
 @pytest.mark.parametrize("name", ["merge", "pre_apply", "mapping", "pre"])
@@ -219,46 +224,6 @@ def test_the_backward_of_pre_is_one_pass_for_many_tokens_and_two_for_few():
         assert len(pinned) == 1, "the segments of a token's sums follow from C"
 
 
-def test_the_op_pins_the_form_of_its_backward(batch_invariant, monkeypatch):
-    pytest.importorskip("tilelang")
-    kernel = importlib.import_module("mhc_tile.kernels.pre_backward")
-    op = importlib.import_module("mhc_tile.ops.pre")
-    handed = []
-
-    def backward(*tensors, **constants):
-        handed.append(constants["batch_invariant"])
-        return tensors[3:7]
-
-    monkeypatch.setattr(kernel, "backward", backward)
-    arguments, others = torch_op_arguments("pre_backward")
-    for pinned in (True, False):
-        set_batch_invariant(pinned)
-        op.pre_backward_kernel(*arguments, **others)
-    assert handed == [True, False]
-
-
-@pytest.mark.parametrize("name", ["merge", "pre_apply"])
-def test_the_ops_hand_the_configuration_down(name, batch_invariant, monkeypatch):
-    pytest.importorskip("tilelang")
-    kernel = importlib.import_module(f"mhc_tile.kernels.{name}")
-    handed = []
-
-    def backward(grad, *inputs, config):
-        handed.append(config)
-        return inputs
-
-    monkeypatch.setattr(kernel, "backward", backward)
-    op = importlib.import_module(f"mhc_tile.ops.{name}")
-    run = op.merge_backward_kernel if name == "merge" else op._backward_cuda
-    for tokens in (3, 1025):
-        made = call(name, Shape("any", tokens=(tokens,)), torch.bfloat16)
-        run(*cotangents(made.run()), *made.inputs)
-    assert handed[0] == handed[1] == kernel.default_config(True, 8192, 4, 64, "bfloat16")
-    set_batch_invariant(False)
-    run(*cotangents(made.run()), *made.inputs)
-    assert handed[2] is None
-
-
 @pytest.mark.parametrize(
     ("capability", "tilelang", "n", "why"),
     [
@@ -337,7 +302,6 @@ def test_a_table_s_threads_do_not_limit_the_iterations(monkeypatch):
     """More iterations than those that a table was measured with take the default's threads."""
     pytest.importorskip("tilelang")
     kernel = importlib.import_module("mhc_tile.kernels.sinkhorn")
-    op = importlib.import_module("mhc_tile.ops.sinkhorn")
     used, wide = [], kernel.Config(threads=128)
 
     def program(arch, n, iters, eps, threads):
@@ -346,12 +310,13 @@ def test_a_table_s_threads_do_not_limit_the_iterations(monkeypatch):
 
     monkeypatch.setattr(kernel, "backward_program", program)
     monkeypatch.setattr(kernel, "architecture", lambda _: "sm_90a")
-    monkeypatch.setattr(op, "tuned", lambda name, x, sizes, launch: launch(wide))
+    monkeypatch.setattr(_definition, "tuned", lambda name, x, sizes, launch: launch(wide))
+    launch_op = SINKHORN.backward.by_kernel
     logits = torch.zeros(3, 4, 4)
     for iters in (20, 57):
-        op._backward_cuda(logits, logits, iters=iters, eps=0.0)
+        launch_op(logits, logits, iters=iters, eps=0.0)
     assert used == [128, kernel.default_config().threads]
-    for launch in (op._backward_cuda, functools.partial(kernel.backward, config=wide)):
+    for launch in (launch_op, functools.partial(kernel.backward, config=wide)):
         with pytest.raises(RuntimeError, match="sinkhorn: iters must be at most"):
             launch(logits, logits, iters=5000, eps=0.0)
     with pytest.raises(RuntimeError, match="with 128 threads on this GPU, got 57"):
@@ -371,17 +336,18 @@ def test_a_boundary_that_fails_costs_pre_nothing(monkeypatch):
 
     monkeypatch.setattr(kernel, "forward", forward)
     monkeypatch.setattr(op, "tuned", lambda name, x, sizes, launch: launch(entry))
-    monkeypatch.setattr(op, "merge_kernel", lambda x, *_: x + 1)
-    monkeypatch.setattr(op, "pre_kernel", lambda x, *_, **__: (x.sum(-2),))
+    monkeypatch.setattr(op, "MERGE", SimpleNamespace(by_kernel=lambda x, *_: x + 1))
+    monkeypatch.setattr(op, "PRE", SimpleNamespace(by_kernel=lambda x, *_, **__: (x.sum(-2),)))
+    monkeypatch.setattr(op.lookup, "default", lambda asked: None)
     _dispatch._warn_once.cache_clear()
     made = call("boundary", Shape("any", tokens=(3,)), torch.bfloat16)
     with pytest.warns(
         RuntimeWarning, match="boundary: merge and pre run instead of one kernel: Run"
     ):
-        x_next, layer_input = op._cuda(*made.inputs, **made.others)
+        x_next, layer_input = op._kernel(*made.inputs, **made.others)
     assert torch.equal(x_next, made.inputs[0] + 1)
     assert torch.equal(layer_input, x_next.sum(-2))
     assert given == [entry]
     monkeypatch.setattr(op, "tuned", lambda name, x, sizes, launch: launch(None))
     with pytest.raises(RuntimeError, match="too many resources"):
-        op._cuda(*made.inputs, **made.others)
+        op._kernel(*made.inputs, **made.others)

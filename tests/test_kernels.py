@@ -16,6 +16,7 @@ import emulator_launch
 from cases import Shape, call, cotangents
 from compare import BACKWARD, PAIRS, K, compare
 from mhc_tile import gradients, reference
+from mhc_tile.ops._definition import DEFINITIONS
 
 pytestmark = pytest.mark.skipif(
     emulator.available() is not None, reason=str(emulator.available() or "")
@@ -301,11 +302,8 @@ def test_a_token_of_zeros_and_one_of_nan():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_token_without_leading_dims_through_the_implementation_of_the_op(dtype):
-    mapping, pre = (importlib.import_module(f"mhc_tile.ops.{name}") for name in ("mapping", "pre"))
-    for name, forward, backward in (
-        ("mapping", mapping._cuda, mapping._backward_cuda),
-        ("pre", pre.pre_kernel, pre.pre_backward_kernel),
-    ):
+    for name in ("mapping", "pre"):
+        forward, backward = (DEFINITIONS[op].by_kernel for op in (name, f"{name}_backward"))
         made = call(name, Shape("no leading dims", tokens=(), width=64), dtype)
         results = forward(*made.inputs, **made.others)
         kept = results[-2:]

@@ -1,7 +1,6 @@
 """Which configuration an op gets from tables, without a GPU."""
 
 import dataclasses
-import importlib
 import time
 import warnings
 
@@ -14,7 +13,9 @@ from mhc_tile.autotune.device import Device
 from mhc_tile.autotune.lookup import Tables, decide
 from mhc_tile.autotune.problems import Problem
 from mhc_tile.autotune.registry import KERNELS, Target
-from mhc_tile.ops import _dispatch
+from mhc_tile.kernels.quantities import Samples, quantity
+from mhc_tile.ops import _definition, _dispatch
+from mhc_tile.ops._definition import DEFINITIONS
 
 pytest.importorskip("tilelang")
 
@@ -68,7 +69,7 @@ def test_exact_then_nearest_then_default():
         assert decision.source == "merge.json"
     for asked in (("pre_apply", 64), ("merge", 64, 5248), ("merge", 64, 1264)):
         assert ask(tables, *asked).why == "default"
-        assert ask(tables, *asked).config is None
+        assert ask(tables, *asked).config == registry.default(problem(*asked), TARGET)
     assert ask(Tables(DEVICE), "merge", 64).detail.startswith("no table has")
 
 
@@ -199,7 +200,8 @@ def test_a_configuration_that_no_longer_decodes_is_bypassed_with_a_note(values):
         decode(values)
     tables = tables_of(merge={64: table.Entry(values, False, 9.0, 10.0)})
     decision = ask(tables, "merge", 64)
-    assert (decision.why, decision.config) == ("default", None)
+    assert decision.why == "default"
+    assert decision.config == registry.default(decision.problem, TARGET)
     (fault,) = tables.faults
     assert fault.startswith("merge.json: merge x 2560")
 
@@ -279,17 +281,18 @@ def test_a_gpu_without_a_table_warns_once_and_says_what_to_do(monkeypatch):
     monkeypatch.setattr(lookup, "load", Tables)
     lookup.forget()
     with pytest.warns(RuntimeWarning, match="NVIDIA Test 1.*`mhc-tile autotune --preset") as seen:
-        assert lookup.config(ASKED) is None
+        assert lookup.config(ASKED) == lookup.default(ASKED)
     assert len(seen) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for kernel in KERNELS:
-            assert lookup.config((kernel, 4, 1280, torch.bfloat16, 64, 0, False)) is None
+            asked = (kernel, 4, 1280, torch.bfloat16, 64, 0, False)
+            assert lookup.config(asked) == lookup.default(asked)
     lookup.forget()
     monkeypatch.setenv(table.VARIABLE, "off")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert lookup.config(ASKED) is None
+        assert lookup.config(ASKED) == lookup.default(ASKED)
     lookup.forget()
 
 
@@ -319,10 +322,11 @@ def test_a_configuration_that_does_not_launch_gives_way_to_the_default(fake_gpu)
     launched: list[object] = []
     with pytest.warns(RuntimeWarning, match="must launch, got too much shared memory"):
         assert _dispatch.tuned("merge", OnGPU(), (64, 4, 2560), launch) == "results"
-    assert launched == [merge_config(96), None]
+    own = lookup.default(ASKED)
+    assert launched == [merge_config(96), own]
     for tokens in (64, 4096):  # the family as a whole: one order of sums
         assert _dispatch.tuned("merge", OnGPU(), (tokens, 4, 2560), launch) == "results"
-    assert launched[2:] == [None, None]
+    assert launched[2:] == [own, own]
     assert lookup.explain(ASKED).why == "default"
 
 
@@ -346,50 +350,30 @@ def test_an_op_out_of_memory_blames_no_configuration(fake_gpu):
     assert launched == [merge_config(96)]
 
 
-@pytest.mark.parametrize("name", ["merge", "pre_apply", "mapping", "pre", "sinkhorn", "streams"])
-def test_every_launcher_of_an_op_gets_its_configuration(name, monkeypatch):
-    """Each kernel that an op launches is asked for under its own name, with the op's sizes."""
-    from cases import Shape, call, cotangents
-
-    op = importlib.import_module(f"mhc_tile.ops.{name}")
+@pytest.mark.parametrize(
+    "op", [op for op in DEFINITIONS.values() if isinstance(op.kernel, str)], ids=lambda op: op.name
+)
+def test_every_op_asks_for_its_kernel_s_configuration(op, monkeypatch):
+    """With the op's sizes; the tuner times a call of the same tensors."""
     asked = []
 
     def tuned(kernel, x, sizes, launch):
         asked.append((kernel, *sizes, x.dtype))
-        assert kernel in KERNELS
         raise InterruptedError
 
-    monkeypatch.setattr(op, "tuned", tuned)
-    shape = Shape("any", tokens=(3, 5), n=2, width=64)
-    expected = {name: torch.bfloat16, f"{name}_backward": torch.bfloat16}
-    if name == "streams":
-        x = torch.empty(3, 5, 2, 64)
-        runs = [
-            lambda: op._expand_cuda(x[..., 0, :], 2),
-            lambda: op._collapse_cuda(x, "mean"),
-            lambda: op._expand_backward_cuda(x),
-            lambda: op._collapse_backward_cuda(x[..., 0, :], 2, "sum"),
-        ]
-        kernels = ["expand", "collapse", "collapse", "expand"]
-        sizes = (15, 2, 64)
-    else:
-        made = call(name, shape, torch.bfloat16)
-        results = made.run()
-        kept = ()
-        if name in ("mapping", "pre"):
-            kept = (torch.empty(3, 5, 8), torch.empty(3, 5))
-        forward = {"merge": "merge_kernel", "pre": "pre_kernel"}.get(name, "_cuda")
-        backward = {"merge": "merge_backward_kernel", "pre": "pre_backward_kernel"}
-        grads = cotangents(results)
-        runs = [
-            lambda: getattr(op, forward)(*made.inputs, **made.others),
-            lambda: getattr(op, backward.get(name, "_backward_cuda"))(
-                *grads, *made.inputs, *kept, **made.others
-            ),
-        ]
-        kernels = list(expected)
-        sizes = (15, 2, 0 if name == "sinkhorn" else 64)
-    for run in runs:
-        with pytest.raises(InterruptedError):
-            run()
-    assert [(kernel, *rest) for kernel, *rest, _ in asked] == [(k, *sizes) for k in kernels]
+    monkeypatch.setattr(_definition, "tuned", tuned)
+    make = Samples(15, 2, 64, torch.bfloat16, "meta")
+
+    def with_two_leading_dims(name):
+        value = make.get(name)
+        return value.unflatten(0, (3, 5)) if quantity(name).per_token else value
+
+    others = {**KERNELS[op.kernel].constants, "norm_eps": 1e-6, "num_streams": 2, "mode": "sum"}
+    given, keywords = op.call_of(with_two_leading_dims, others)
+    with pytest.raises(InterruptedError):
+        op.by_kernel(*given, **keywords)
+    of_channels = KERNELS[op.kernel].of_channels
+    dtype = torch.bfloat16 if of_channels else torch.float32
+    assert asked == [(op.kernel, 15, 2, 64 if of_channels else 0, dtype)]
+    own = [quantity(name) for name in (*op.tensors, *op.optional)]
+    assert own == [quantity(name) for name in KERNELS[op.kernel].tensors]

@@ -228,7 +228,7 @@ def test_a_record_that_is_none(tmp_path, text):
 def test_a_call_decides_little_anew(op, tokens):
     """Python calls of our own files, and from them, in a call like the one before."""
     name = op.removesuffix(static_gate.PARTED)
-    positional, keywords = static_gate._arguments(name, tokens, parted=op != name)
+    positional, keywords = static_gate.arguments(op, tokens)
     own = tuple(str(Path(module.__file__).parent) for module in (merge_kernel, _library))
     seen = collections.Counter()
 

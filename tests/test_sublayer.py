@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from cases import PRE, Call, Shape, call, cotangents, tensors, torch_op_arguments
 from mhc_tile import ManifoldHyperConnection, gradients, merge, nn, pre, reference, sublayer
 from mhc_tile._library import OPS
-from mhc_tile.ops.merge import merge_backward_maps
+from mhc_tile.ops.merge import MERGE_BACKWARD_MAPS
 
 SHAPE = Shape("ordinary", tokens=(2, 5), width=64)
 SMALL = Shape("small", tokens=(2,), n=2, width=3)
@@ -75,7 +75,7 @@ def test_opcheck_of_the_parts(device):
     mixing = torch.rand_like(arguments[2]).requires_grad_()
     torch.library.opcheck(OPS["pre_backward"], (*arguments, part, mixing), others)
     arguments, _ = torch_op_arguments("merge_backward", device)
-    torch.library.opcheck(merge_backward_maps, arguments[:-1])
+    torch.library.opcheck(MERGE_BACKWARD_MAPS.call, arguments[:-1])
 
 
 def test_the_maps_are_those_of_merge_backward(device):
@@ -83,7 +83,7 @@ def test_the_maps_are_those_of_merge_backward(device):
     inputs = [values[name] for name in ("x", "layer_output", "h_post", "h_res")]
     grad = cotangents((inputs[0],))[0]
     truth = OPS["merge_backward"](grad, *inputs)[1:]
-    for value, other in zip(merge_backward_maps(grad, *inputs[:-1]), truth, strict=True):
+    for value, other in zip(MERGE_BACKWARD_MAPS.call(grad, *inputs[:-1]), truth, strict=True):
         assert torch.equal(value, other)
 
 

@@ -9,7 +9,6 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -62,32 +61,30 @@ def tuned(kernel: str, x: Tensor, sizes: Sequence[int], launch: Callable[[Any], 
         kernel: a name of `autotune.registry.KERNELS`.
         x: a tensor of the device and the dtype that decide.
         sizes: T, n and C; C is 0 for kernels that see none.
-        launch: from a configuration, or None for the default, the results.
+        launch: from a configuration the results; from None where nothing is launched, as there
+            are no tokens or no GPU.
     """
-    tokens, n, channels = sizes
-    if not (tokens and x.is_cuda):
+    if not (sizes[0] and x.is_cuda):
         return launch(None)
-    asked = (kernel, n, channels, x.dtype, tokens, x.device.index, BATCH_INVARIANT)
+    asked = question(kernel, x, sizes)
     config = lookup.config(asked)
     try:
         return launch(config)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        if config is None:
+        own = lookup.default(asked)
+        if config == own:
             raise
-        results = launch(None)  # fails too where the configuration is not to blame
+        results = launch(own)  # fails too where the configuration is not to blame
         lookup.reject(asked, error)
         return results
 
 
-def backward_config(kernel: ModuleType, x: Tensor) -> Any:
-    """What `kernel.backward` is to run with on x [..., n, C] without a table; None: its default."""
-    if not BATCH_INVARIANT:
-        return None
-    tokens, (n, channels) = x.shape[:-2].numel(), x.shape[-2:]
-    dtype = str(x.dtype).removeprefix("torch.")
-    return kernel.default_config(True, tokens, n, channels, dtype, batch_invariant=True)
+def question(kernel: str, x: Tensor, sizes: Sequence[int]) -> lookup.Asked:
+    """What `tuned` asks the tables, of the same arguments."""
+    tokens, n, channels = sizes
+    return kernel, n, channels, x.dtype, tokens, x.device.index, BATCH_INVARIANT
 
 
 def on_cuda(

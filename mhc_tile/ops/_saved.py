@@ -1,22 +1,10 @@
-"""What the ops with a mapping keep for their backward."""
+"""Cotangents of results that nothing read."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-
-
-def keep_projection(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
-    """Save the inputs and the last two outputs, projection and inv_rms, which have no gradient.
-
-    The `setup_context` of mapping, pre, boundary and head; their second derivatives rebuild both.
-    """
-    ctx.mark_non_differentiable(*output[-2:])
-    ctx.set_materialize_grads(False)  # else autograd fills zeros for these two as well
-    ctx.save_for_backward(*inputs, *output[-2:])
-    ctx.constants = keyword_only_inputs
-    keep_shapes(ctx, output[:-2])
 
 
 def keep_shapes(ctx: Any, results: Sequence[Tensor]) -> None:

@@ -1,21 +1,25 @@
 """Everything before the first step: what kernels will run with, and their compilation."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import _checks
-from .._library import OPS
 from ..autotune import lookup
 from ..autotune.problems import Problem
 from ..autotune.registry import KERNELS
 from ..config import MHCConfig
+from ..kernels.quantities import Samples
 from . import _dispatch
-from .merge import merge_backward_maps
+from ._definition import Op
+from .boundary import BOUNDARY
+from .merge import MERGE, MERGE_BACKWARD_MAPS
+from .pre import PRE
+from .streams import COLLAPSE, EXPAND
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -147,42 +151,29 @@ def _calls(
     config: MHCConfig, hidden_size: int, tokens: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Callable[[], Any]]:
     """Calls of the ops of a model, by name."""
-    n, width = config.num_streams, hidden_size
-
-    def normal(*size: int, kind: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(size, dtype=kind, device=device)
-
-    x, hidden = normal(tokens, n, width, kind=dtype), normal(tokens, width, kind=dtype)
-    h_post, h_res = normal(tokens, n), normal(tokens, n, n)
-    parameters = (normal(n * (n + 2), n * width), normal(3), normal(n * (n + 2)))
-    saved = (normal(tokens, n * (n + 2)), normal(tokens))
-    constants = {
-        name: getattr(config, name)
-        for name in ("norm_eps", "pre_eps", "post_scale", "iters", "sinkhorn_eps")
+    # one tensor of a name: a model has as many at once
+    tensor = functools.cache(Samples(tokens, config.num_streams, hidden_size, dtype, device).get)
+    others = dataclasses.asdict(config) | {"num_streams": config.num_streams, "mode": "mean"}
+    calls: dict[str, tuple[Op, tuple[str, ...]]] = {
+        "pre": (PRE, ()),
+        "pre_backward": (PRE.backward, ()),
+        "pre_backward with a part of grad_x": (PRE.backward, ("grad_x_part",)),
+        "pre_backward of a sublayer": (PRE.backward, ("grad_x_part", "h_res")),
+        "merge": (MERGE, ()),
+        "boundary": (BOUNDARY, ()),
+        "merge_backward": (MERGE.backward, ()),
+        "merge_backward of a sublayer": (MERGE_BACKWARD_MAPS, ()),
+        "expand": (EXPAND, ()),
+        "expand_backward": (EXPAND.backward, ()),
+        "collapse": (COLLAPSE, ()),
+        "collapse_backward": (COLLAPSE.backward, ()),
     }
-    backward = functools.partial(
-        OPS["pre_backward"], hidden, h_post, h_res, x, *parameters, *saved, **constants
-    )
-    calls: dict[str, Callable[[], Any]] = {
-        "pre": functools.partial(OPS["pre"], x, *parameters, **constants),
-        "pre_backward": backward,
-        "pre_backward with a part of grad_x": functools.partial(backward, grad_x_part=x),
-        "pre_backward of a sublayer": functools.partial(backward, grad_x_part=x, h_res=h_res),
-        "merge": functools.partial(OPS["merge"], x, hidden, h_post, h_res),
-        "boundary": functools.partial(
-            OPS["boundary"], x, hidden, h_post, h_res, *parameters, **constants
-        ),
-        "merge_backward": functools.partial(OPS["merge_backward"], x, x, hidden, h_post, h_res),
-        "merge_backward of a sublayer": functools.partial(
-            merge_backward_maps, x, x, hidden, h_post
-        ),
-        "expand": functools.partial(OPS["expand"], hidden, n),
-        "expand_backward": functools.partial(OPS["expand_backward"], x),
-        "collapse": functools.partial(OPS["collapse"], x, "mean"),
-        "collapse_backward": functools.partial(OPS["collapse_backward"], hidden, n, "mean"),
-    }
-    calls["collapse by sum"] = functools.partial(OPS["collapse"], x, "sum")
-    return calls
+    made: dict[str, Callable[[], Any]] = {}
+    for name, (op, optional) in calls.items():
+        given, keywords = op.call_of(tensor, others, optional)
+        made[name] = functools.partial(op.call, *given, **keywords)
+    made["collapse by sum"] = functools.partial(COLLAPSE.call, tensor("x"), "sum")
+    return made
 
 
 def _bar(total: int) -> Any:

@@ -6,19 +6,12 @@ import torch
 from torch import Tensor
 
 from .. import gradients, reference
-from .._library import define, derive, rounded
+from ..autotune import lookup
 from . import _dispatch
-from ._dispatch import flat, leading, on_cuda, tuned
-from ._saved import given, keep_projection
-from .merge import check_merge, merge_backward_kernel, merge_kernel
-from .pre import (
-    CONSTANTS,
-    check_pre,
-    fake_pre,
-    pre_backward_kernel,
-    pre_kernel,
-    with_projection,
-)
+from ._definition import Op
+from ._dispatch import flat, leading, question, tuned
+from .merge import MERGE, check_merge
+from .pre import CONSTANTS, PRE, check_pre, with_projection
 
 
 def boundary(
@@ -79,41 +72,34 @@ def boundary(
     constants = check_pre(
         "boundary", x, phi, alpha, bias, norm_eps, pre_eps, post_scale, iters, sinkhorn_eps
     )
-    return boundary_op(x, layer_output, h_post, h_res, phi, alpha, bias, **constants)[:4]
+    return BOUNDARY.call(x, layer_output, h_post, h_res, phi, alpha, bias, **constants)[:4]
 
 
-def _cpu(
-    x: Tensor,
-    layer_output: Tensor,
-    h_post: Tensor,
-    h_res: Tensor,
-    *parameters: Tensor,
-    **constants: Any,
+def _with_projection(
+    x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor, *rest: Tensor, **constants: Any
 ) -> tuple[Tensor, ...]:
+    """`reference.boundary`, and what the backward keeps."""
     x_next = reference.merge(x, layer_output, h_post, h_res)
-    return (x_next, *with_projection(x_next, *parameters, **constants))
+    return (x_next, *with_projection(x_next, *rest, **constants))
 
 
-def _cuda(
-    x: Tensor,
-    layer_output: Tensor,
-    h_post: Tensor,
-    h_res: Tensor,
-    *parameters: Tensor,
-    **constants: Any,
-) -> tuple[Tensor, ...]:
+def _gradient(*tensors: Tensor, norm_eps: float, **constants: Any) -> tuple[Tensor, ...]:
+    return gradients.boundary_backward(*tensors, **constants)
+
+
+def _kernel(*tensors: Tensor, **constants: Any) -> tuple[Tensor, ...]:
     from ..kernels import boundary as kernel
 
-    inputs = (flat(x, 2), flat(layer_output, 1), flat(h_post, 1), flat(h_res, 2), *parameters)
-    pinned = _dispatch.BATCH_INVARIANT
+    x, tokens = tensors[0], tensors[0].shape[:-2]
+    merged = (flat(x, 2), flat(tensors[1], 1), flat(tensors[2], 1), flat(tensors[3], 2))
 
     def launch(config: Any) -> tuple[Tensor, ...] | None:
         try:
-            return kernel.forward(*inputs, **constants, config=config, batch_invariant=pinned)
+            return kernel.forward(*merged, *tensors[4:], **constants, config=config)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            if config is None:
+            if config in (None, lookup.default(question("pre", x, merged[0].shape))):
                 raise
             # the entry is that of `pre`, which may well run with it
             said = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -121,81 +107,34 @@ def _cuda(
             return None
 
     # `pre`'s entry of the table: its sums, and so its bits
-    results = tuned("pre", x, inputs[0].shape, launch)
+    results = tuned("pre", x, merged[0].shape, launch)
     if results is not None:
-        return tuple(leading(value, x.shape[:-2]) for value in results)
-    x_next = merge_kernel(x, layer_output, h_post, h_res)
-    return (x_next, *pre_kernel(x_next, *parameters, **constants))
+        return tuple(leading(value, tokens) for value in results)
+    x_next = MERGE.by_kernel(*tensors[:4])
+    return (x_next, *PRE.by_kernel(x_next, *tensors[4:], **constants))
 
 
-def _fake(
-    x: Tensor,
-    layer_output: Tensor,
-    h_post: Tensor,
-    h_res: Tensor,
-    *parameters: Tensor,
-    **constants: Any,
-) -> tuple[Tensor, ...]:
-    return (x.new_empty(x.shape), *fake_pre(x, *parameters, **constants))
+def _gradient_kernel(*tensors: Tensor, **constants: Any) -> tuple[Tensor, ...]:
+    grad_x_next, inputs, x_next = tensors[0], tensors[4:8], tensors[-1]
+    arguments = (*tensors[1:4], x_next, *tensors[8:-1], grad_x_next, None)
+    grad_x_next, *grad_parameters = PRE.backward.by_kernel(*arguments, **constants)
+    return (*MERGE.backward.by_kernel(grad_x_next, *inputs), *grad_parameters)
 
 
-def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
-    keep_projection(ctx, inputs, keyword_only_inputs, output)
+BOUNDARY = Op(
+    "boundary",
+    ("x", "layer_output", "h_post", "h_res", "phi", "alpha", "bias"),
+    ("x_next", "layer_input", "h_post_next", "h_res_next"),
+    _with_projection,
+    _gradient,
+    kernel=_kernel,
+    gradient_kernel=_gradient_kernel,
+    kept=("projection", "inv_rms"),
     # x_next again, not rebuilt: what reads it keeps it anyway
-    ctx.save_for_backward(*inputs, *output[-2:], output[0])
-
-
-def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-    return _boundary_backward(*given(ctx, grads[:4]), *ctx.saved_tensors, **ctx.constants)
-
-
-def _backward_cpu(*tensors: Tensor, norm_eps: float, **constants: Any) -> tuple[Tensor, ...]:
-    return rounded(gradients.boundary_backward(*tensors, **constants), *tensors[4:11])
-
-
-def _backward_cuda(*tensors: Tensor, **constants: Any) -> tuple[Tensor, ...]:
-    grad_x_next, inputs = tensors[0], tensors[4:8]
-    arguments = (*tensors[1:4], tensors[-1], *tensors[8:-1], grad_x_next)
-    grad_x_next, *grad_parameters = pre_backward_kernel(*arguments, **constants)
-    return (*merge_backward_kernel(grad_x_next, *inputs), *grad_parameters)
-
-
-def _backward_fake(*tensors: Tensor, **_: Any) -> tuple[Tensor, ...]:
-    return tuple(value.new_empty(value.shape) for value in tensors[4:11])
-
-
-def _backward_derived(*tensors: Tensor, norm_eps: float, **constants: Any) -> tuple[Tensor, ...]:
-    tensors = tensors[:-3]
-    x_next = reference.merge(*tensors[4:8])
-    saved = reference.normalised_projection(x_next, tensors[8], norm_eps)
-    return _backward_cpu(*tensors, *saved, x_next, norm_eps=norm_eps, **constants)
-
-
-_boundary_backward = define(
-    "boundary_backward(Tensor grad_x_next, Tensor grad_layer_input, Tensor grad_h_post_next, "
-    "Tensor grad_h_res_next, Tensor x, Tensor layer_output, Tensor h_post, Tensor h_res, "
-    "Tensor phi, Tensor alpha, Tensor bias, Tensor projection, Tensor inv_rms, Tensor x_next, *, "
-    f"{CONSTANTS}) "
-    "-> (Tensor grad_x, Tensor grad_layer_output, Tensor grad_h_post, Tensor grad_h_res, "
-    "Tensor grad_phi, Tensor grad_alpha, Tensor grad_bias)",
-    cpu=_backward_cpu,
-    cuda=on_cuda(
-        "boundary_backward",
-        _backward_cuda,
-        _backward_cpu,
-        streams=lambda *tensors: (tensors[4], tensors[4].shape[-2]),
+    reads=(
+        "grad_x_next", "grad_layer_input", "grad_h_post_next", "grad_h_res_next",
+        "x", "layer_output", "h_post", "h_res", "phi", "alpha", "bias",
+        "projection", "inv_rms", "x_next",
     ),
-    fake=_backward_fake,
-    **derive(_backward_derived),
-)
-boundary_op = define(
-    "boundary(Tensor x, Tensor layer_output, Tensor h_post, Tensor h_res, Tensor phi, "
-    f"Tensor alpha, Tensor bias, *, {CONSTANTS}) "
-    "-> (Tensor x_next, Tensor layer_input, Tensor h_post_next, Tensor h_res_next, "
-    "Tensor projection, Tensor inv_rms)",
-    cpu=_cpu,
-    cuda=on_cuda("boundary", _cuda, _cpu, streams=lambda x, *_: (x, x.shape[-2])),
-    fake=_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-)
+    constants=CONSTANTS,
+)  # fmt: skip

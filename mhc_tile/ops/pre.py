@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks, gradients, reference
-from .._library import define, derive, rounded, under_transforms
-from . import _dispatch
-from ._dispatch import flat, leading, on_cuda, tuned
-from ._saved import given, keep_projection, keep_shapes
+from .._library import under_transforms
+from ._definition import Op
+from ._saved import given, keep_shapes
 
 
 def pre(
@@ -66,7 +65,7 @@ def pre(
     )
     if return_x and not under_transforms():
         return HandingOn.apply(x, phi, alpha, bias, constants, False)
-    results = pre_op(x, phi, alpha, bias, **constants)[:3]
+    results = PRE.call(x, phi, alpha, bias, **constants)[:3]
     return (*results, x) if return_x else results
 
 
@@ -109,33 +108,22 @@ def with_projection(
     return (*results, projection, inv_rms)
 
 
-def pre_kernel(
-    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **constants: Any
-) -> tuple[Tensor, ...]:
-    """`with_projection` by kernels."""
-    from ..kernels import pre as kernel
-
-    constants["batch_invariant"] = _dispatch.BATCH_INVARIANT
-    inputs = (flat(x, 2), phi, alpha, bias)
-    results = tuned(
-        "pre",
-        x,
-        inputs[0].shape,
-        lambda config: kernel.forward(*inputs, **constants, config=config),
-    )
-    tokens = x.shape[:-2]
-    return tuple(leading(value, tokens) for value in results)
+def _gradient(*tensors: Tensor, norm_eps: float, **constants: Any) -> tuple[Tensor, ...]:
+    return gradients.pre_backward(*tensors, **constants)
 
 
-def fake_pre(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **_: Any) -> tuple[Tensor, ...]:
-    """Contiguous empties of `pre`'s results and of what its backward keeps."""
-    tokens, (n, width) = x.shape[:-2], x.shape[-2:]
-    shapes = ((*tokens, n), (*tokens, n, n), (*tokens, phi.shape[0]), tokens)
-    return (x.new_empty((*tokens, width)), *(phi.new_empty(shape) for shape in shapes))
-
-
-def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-    return pre_backward(*given(ctx, grads[:3]), *ctx.saved_tensors, **ctx.constants)
+PRE = Op(
+    "pre",
+    ("x", "phi", "alpha", "bias"),
+    ("layer_input", "h_post", "h_res"),
+    with_projection,
+    _gradient,
+    kernel="pre",
+    gradient_kernel="pre_backward",
+    kept=("projection", "inv_rms"),
+    gradient_optional=("grad_x_part", "h_res"),
+    constants=CONSTANTS,
+)
 
 
 class HandingOn(torch.autograd.Function):
@@ -159,7 +147,7 @@ class HandingOn(torch.autograd.Function):
         mixed: bool,
     ) -> tuple[Tensor, ...]:
         """The results of `pre`, and x."""
-        output = pre_op(x, phi, alpha, bias, **constants)
+        output = PRE.call(x, phi, alpha, bias, **constants)
         ctx.save_for_backward(x, phi, alpha, bias, *output[3:], output[2] if mixed else None)
         ctx.constants = constants
         keep_shapes(ctx, output[:3])
@@ -176,78 +164,4 @@ class HandingOn(torch.autograd.Function):
             return grad_x_part, None, None, None, None, None
         mixing = None if grad_x_part is None else h_res
         tensors = (*given(ctx, own), *saved, grad_x_part, mixing)
-        return *pre_backward(*tensors, **ctx.constants), None, None
-
-
-def _backward_cpu(*tensors: Tensor, norm_eps: float, **constants: Any) -> tuple[Tensor, ...]:
-    return rounded(gradients.pre_backward(*tensors, **constants), *tensors[3:7])
-
-
-def pre_backward_kernel(
-    grad_layer_input: Tensor,
-    grad_h_post: Tensor,
-    grad_h_res: Tensor,
-    x: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    projection: Tensor,
-    inv_rms: Tensor,
-    grad_x_part: Tensor | None = None,
-    h_res: Tensor | None = None,
-    *,
-    norm_eps: float,
-    **constants: Any,
-) -> tuple[Tensor, ...]:
-    """`gradients.pre_backward` by kernels."""
-    from ..kernels import pre_backward as kernel
-
-    grad_outputs = (flat(grad_layer_input, 1), flat(grad_h_post, 1), flat(grad_h_res, 2))
-    saved = (flat(projection, 1), flat(inv_rms, 0))
-    constants["batch_invariant"] = _dispatch.BATCH_INVARIANT
-    part = None if grad_x_part is None else flat(grad_x_part, 2)
-    mixing = None if h_res is None else flat(h_res, 2)
-    tensors = (*grad_outputs, flat(x, 2), phi, alpha, bias, *saved, part, mixing)
-    grad_x, *grads = tuned(
-        "pre_backward",
-        x,
-        tensors[3].shape,
-        lambda config: kernel.backward(*tensors, **constants, config=config),
-    )
-    return leading(grad_x, x.shape[:-2]), *grads
-
-
-def _backward_fake(*tensors: Tensor, **_: Any) -> tuple[Tensor, ...]:
-    return tuple(value.new_empty(value.shape) for value in tensors[3:7])
-
-
-def _backward_derived(*tensors: Tensor, norm_eps: float, **constants: Any) -> tuple[Tensor, ...]:
-    *inputs, _projection, _inv_rms, grad_x_part, h_res = tensors
-    saved = reference.normalised_projection(inputs[3], inputs[4], norm_eps)
-    return _backward_cpu(*inputs, *saved, grad_x_part, h_res, norm_eps=norm_eps, **constants)
-
-
-pre_backward = define(
-    "pre_backward(Tensor grad_layer_input, Tensor grad_h_post, Tensor grad_h_res, Tensor x, "
-    "Tensor phi, Tensor alpha, Tensor bias, Tensor projection, Tensor inv_rms, "
-    f"Tensor? grad_x_part=None, Tensor? h_res=None, *, {CONSTANTS}) "
-    "-> (Tensor grad_x, Tensor grad_phi, Tensor grad_alpha, Tensor grad_bias)",
-    cpu=_backward_cpu,
-    cuda=on_cuda(
-        "pre_backward",
-        pre_backward_kernel,
-        _backward_cpu,
-        streams=lambda *tensors: (tensors[3], tensors[3].shape[-2]),
-    ),
-    fake=_backward_fake,
-    **derive(_backward_derived),
-)
-pre_op = define(
-    f"pre(Tensor x, Tensor phi, Tensor alpha, Tensor bias, *, {CONSTANTS}) "
-    "-> (Tensor layer_input, Tensor h_post, Tensor h_res, Tensor projection, Tensor inv_rms)",
-    cpu=with_projection,
-    cuda=on_cuda("pre", pre_kernel, with_projection, streams=lambda x, *_: (x, x.shape[-2])),
-    fake=fake_pre,
-    setup_context=keep_projection,
-    backward=_backward,
-)
+        return *PRE.backward.call(*tensors, **ctx.constants), None, None

@@ -17,9 +17,9 @@ from torch import Tensor
 from .._autocast import autocast_dtype
 from .._library import under_transforms
 from ._saved import given, keep_shapes
-from .boundary import boundary_op
-from .merge import check_merge, merge_backward_maps, merge_op
-from .pre import HandingOn, check_pre, pre_backward, pre_op
+from .boundary import BOUNDARY
+from .merge import MERGE, MERGE_BACKWARD_MAPS, check_merge
+from .pre import PRE, HandingOn, check_pre
 
 
 def sublayer(
@@ -106,7 +106,7 @@ def begin(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **constants: Any)
 def _open(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, constants: dict[str, Any]) -> Open:
     x = x.contiguous()  # once, not in each op that reads it
     if under_transforms():
-        layer_input, h_post, h_res = pre_op(x, phi, alpha, bias, **constants)[:3]
+        layer_input, h_post, h_res = PRE.call(x, phi, alpha, bias, **constants)[:3]
         return Open(layer_input, h_post, h_res, x, x)
     layer_input, h_post, h_res, handed = HandingOn.apply(x, phi, alpha, bias, constants, True)
     return Open(layer_input, h_post, h_res, handed, x)
@@ -126,7 +126,7 @@ def cross(
     constants = check_pre("boundary", x, phi, alpha, bias, **constants)
     maps = (h_post, h_res, phi, alpha, bias)
     if under_transforms():
-        x, layer_input, h_post, h_res = boundary_op(x, layer_output, *maps, **constants)[:4]
+        x, layer_input, h_post, h_res = BOUNDARY.call(x, layer_output, *maps, **constants)[:4]
         return Open(layer_input, h_post, h_res, x, x)
     layer_input, h_post, h_res, handed, *own = _Crossing.apply(
         handed, _kept(opened), layer_output, *maps, constants
@@ -143,7 +143,7 @@ def finish(opened: Open, layer_output: Tensor) -> Tensor:
 def _finish(opened: Open, layer_output: Tensor) -> Tensor:
     maps = (opened.h_post, opened.h_res)
     if under_transforms():
-        return merge_op(opened.x, layer_output, *maps)
+        return MERGE.call(opened.x, layer_output, *maps)
     return _Finishing.apply(opened.handed, _kept(opened), layer_output, *maps)
 
 
@@ -166,12 +166,12 @@ class _Finishing(torch.autograd.Function):
     ) -> Tensor:
         """The result of `merge`."""
         ctx.save_for_backward(handed if x is None else x[0], layer_output, h_post)
-        return merge_op(handed, layer_output, h_post, h_res)
+        return MERGE.call(handed, layer_output, h_post, h_res)
 
     @staticmethod
     def backward(ctx: Any, grad_x_next: Tensor) -> tuple[Tensor | None, ...]:
         """The cotangent in place of a gradient of x."""
-        return grad_x_next, None, *merge_backward_maps(grad_x_next, *ctx.saved_tensors)
+        return grad_x_next, None, *MERGE_BACKWARD_MAPS.call(grad_x_next, *ctx.saved_tensors)
 
 
 class _Crossing(torch.autograd.Function):
@@ -191,7 +191,7 @@ class _Crossing(torch.autograd.Function):
         constants: dict[str, Any],
     ) -> tuple[Tensor, ...]:
         """What `Open` holds."""
-        x_next, *output, projection, inv_rms = boundary_op(
+        x_next, *output, projection, inv_rms = BOUNDARY.call(
             handed, layer_output, h_post, h_res, phi, alpha, bias, **constants
         )
         compiling = torch.compiler.is_compiling()  # then zeros are filled for what nothing reads
@@ -211,7 +211,7 @@ class _Crossing(torch.autograd.Function):
         grad_x_part, grad_x = (*grads[3:], None)[:2]
         mixing = None if grad_x_part is None else h_res_next
         tensors = (*given(ctx, grads[:3]), *saved, grad_x_part, mixing)
-        grad_x_next, *grad_parameters = pre_backward(*tensors, **ctx.constants)
+        grad_x_next, *grad_parameters = PRE.backward.call(*tensors, **ctx.constants)
         grad_x_next = grad_x_next if grad_x is None else grad_x_next + grad_x
-        grad_merged = merge_backward_maps(grad_x_next, x, layer_output, h_post)
+        grad_merged = MERGE_BACKWARD_MAPS.call(grad_x_next, x, layer_output, h_post)
         return grad_x_next, None, *grad_merged, *grad_parameters, None

@@ -1,0 +1,261 @@
+"""How an op is defined: once, by the names of its tensors.
+
+From an `Op` follow two torch ops, `<name>` and `<name>_backward`: their schemas, fakes, CPU and
+CUDA implementations and autograd formulas. The axes and dtypes of the names are those of
+`kernels.quantities`; a gradient has the shape and the dtype of what it is the gradient of.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _library
+from ..autotune.registry import KERNELS
+from ..kernels.quantities import Quantity, quantity, shape_of, sizes_of
+from ._dispatch import flat, leading, on_cuda, tuned
+from ._saved import given, keep_shapes
+
+Function = Callable[..., Any]
+
+# Every definition by the name of its torch op, the backward ops among them.
+DEFINITIONS: dict[str, "Op"] = {}
+
+
+@dataclass(frozen=True)
+class Op:
+    """One torch op, and the op of its gradient.
+
+    Attributes:
+        name: of the torch op; with an underscore in front it is no public one.
+        tensors: names of its tensors, in order.
+        results: names of its results.
+        reference: the CPU implementation: from tensors, arguments and constants the results, and
+            after them what is `kept`. They are rounded to their dtypes.
+        gradient: from what the backward reads, its arguments and the constants, the gradients of
+            `tensors`. None for an op that is differentiated as it is.
+        kernel: a key of `autotune.registry.KERNELS`, or a CUDA implementation; None: `reference`.
+        gradient_kernel: the same for the backward.
+        kept: names of further results, which only the backward reads.
+        reads: what the backward reads: by default the cotangents of `results`, `tensors`, `kept`.
+        optional: names of tensors that the op may be given in addition.
+        gradient_optional: the same for the backward.
+        arguments: schema of each positional argument that is no tensor, by name.
+        gradient_arguments: the same for the backward, which gets them from the forward.
+        constants: schema of the keyword arguments, of forward and backward.
+        forward: the op that this one is the backward of.
+        call: the torch op.
+    """
+
+    name: str
+    tensors: tuple[str, ...]
+    results: tuple[str, ...]
+    reference: Function
+    gradient: Function | None = None
+    kernel: str | Function | None = None
+    gradient_kernel: str | Function | None = None
+    kept: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    gradient_optional: tuple[str, ...] = ()
+    arguments: dict[str, str] = field(default_factory=dict)
+    gradient_arguments: dict[str, str] = field(default_factory=dict)
+    constants: str = ""
+    forward: "Op | None" = None
+    call: Any = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        """Register the torch op, its backward first."""
+        formula = self._formula() if self.gradient else _library.derive(self._differentiable)
+        cuda = None
+        if self.kernel is not None:
+            cuda = on_cuda(
+                self.name.lstrip("_"),
+                self.by_kernel,
+                self.on_cpu,
+                streams=self._streams,
+                dims=self._axes,
+            )
+        call = _library.define(self.schema, cpu=self.on_cpu, cuda=cuda, fake=self._fake, **formula)
+        object.__setattr__(self, "call", call)
+        DEFINITIONS[self.name] = self
+
+    @property
+    def schema(self) -> str:
+        """The torch op's, without the namespace."""
+        given = [f"Tensor {name}" for name in self.tensors]
+        given += self.arguments.values()
+        given += [f"Tensor? {name}=None" for name in self.optional]
+        given += ["*", self.constants] if self.constants else []
+        results = [f"Tensor {name}" for name in self.returned]
+        returned = results[0] if len(results) == 1 else f"({', '.join(results)})"
+        return f"{self.name}({', '.join(given)}) -> {returned}"
+
+    @property
+    def returned(self) -> tuple[str, ...]:
+        """Names of all that the torch op returns."""
+        return (*self.results, *self.kept)
+
+    @cached_property
+    def backward(self) -> "Op":
+        """The op of the gradient."""
+        assert self.gradient is not None
+        cotangents = tuple(f"grad_{name}" for name in self.results)
+        return Op(
+            f"{self.name}_backward",
+            self.reads or (*cotangents, *self.tensors, *self.kept),
+            tuple(f"grad_{name}" for name in self.tensors),
+            self.gradient,
+            kernel=self.gradient_kernel,
+            optional=self.gradient_optional,
+            arguments=self.gradient_arguments,
+            constants=self.constants,
+            forward=self,
+        )
+
+    def call_of(
+        self, tensor: Function, others: dict[str, Any], optional: Sequence[str] = ()
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """Positional and keyword arguments of a call.
+
+        Args:
+            tensor: from a name, a tensor; such as `kernels.quantities.Samples.get`.
+            others: the other arguments by name, and any more.
+            optional: which of the optional tensors are given.
+        """
+        given = [*map(tensor, self.tensors), *(others[name] for name in self.arguments)]
+        if optional:
+            given += [tensor(name) if name in optional else None for name in self.optional]
+        keywords = [a.name for a in self.call._schema.arguments if a.kwarg_only]
+        return given, {name: others[name] for name in keywords}
+
+    def on_cpu(self, *args: Any, **constants: Any) -> Any:
+        """The reference, its results in their dtypes."""
+        dtypes: dict[bool, torch.dtype] = {}
+        for name, value in zip(self.tensors, args, strict=False):
+            dtypes.setdefault(quantity(name).of_streams, value.dtype)
+        results = zip(self.returned, _listed(self.reference(*args, **constants)), strict=True)
+        return _single([value.to(dtypes[quantity(name).of_streams]) for name, value in results])
+
+    def by_kernel(self, *args: Any, **constants: Any) -> Any:
+        """A kernel's results, its configuration from a table or the default."""
+        if not isinstance(self.kernel, str):
+            return self.kernel(*args, **constants)  # type: ignore[misc]
+        kernel, count = KERNELS[self.kernel], len(self.tensors)
+        first, n = self._streams(*args)
+        tokens = first.shape[: first.dim() - self._axes]
+        tensors, others = args, constants
+        if self.arguments:
+            others = {**dict(zip(self.arguments, args[count:], strict=False)), **constants}
+            tensors = args[:count]
+        flattened = len(tokens) != 1
+        if flattened:
+            pairs = zip(tensors, self._flattened, strict=False)
+            tensors = [v if axes is None or v is None else flat(v, axes) for v, axes in pairs]
+            size = tokens.numel()
+        else:
+            size = tokens[0]
+        results = tuned(
+            self.kernel,
+            first,
+            (size, n, first.shape[-1] if kernel.of_channels else 0),
+            lambda config: kernel.launch(kernel.load(), tensors, others, config),
+        )
+        if flattened:
+            pairs = zip(results, self._unflattened, strict=True)
+            results = tuple([leading(v, tokens) if per_token else v for v, per_token in pairs])
+        return results[0] if len(results) == 1 else results
+
+    @cached_property
+    def _flattened(self) -> list[int | None]:
+        """Of each tensor how many dims are no tokens; None where no dim is."""
+        return [len(known.axes) if known.per_token else None for known in self._given]
+
+    @cached_property
+    def _unflattened(self) -> list[bool]:
+        return [quantity(name).per_token for name in self.returned]
+
+    @cached_property
+    def _given(self) -> list[Quantity]:
+        return [quantity(name) for name in (*self.tensors, *self.optional)]
+
+    @cached_property
+    def _first(self) -> int:
+        """Which tensor decides on dtype, device and tokens: the first x, hidden state or other."""
+        known = self._given
+        return next((i for i, q in enumerate(known) if q.axes == ("n", "C")), 0)
+
+    @cached_property
+    def _axes(self) -> int:
+        """How many of that tensor's dims are no tokens."""
+        return len(self._given[self._first].axes)
+
+    def _streams(self, *args: Any) -> tuple[Tensor, int]:
+        """That tensor, and n."""
+        first = args[self._first]
+        return first, args[len(self.tensors)] if self._axes == 1 else first.shape[-2]
+
+    def _fake(self, *args: Any, **constants: Any) -> Any:
+        sizes = sizes_of(self.tensors, args[: len(self.tensors)])
+        sizes.setdefault("n", self._streams(*args)[1])
+        alike: dict[bool, Tensor] = {}
+        for name, value in zip(self.tensors, args, strict=False):
+            alike.setdefault(quantity(name).of_streams, value)
+        return _single(
+            [
+                alike[quantity(name).of_streams].new_empty(shape_of(name, sizes))
+                for name in self.returned
+            ]
+        )
+
+    def _formula(self) -> dict[str, Function]:
+        """`setup_context` and `backward` of the torch op, by the names that its backward reads."""
+        backward, count = self.backward, len(self.results)
+        cotangents = {f"grad_{name}": index for index, name in enumerate(self.results)}
+        saved = [name for name in backward.tensors if name not in cotangents]
+
+        def setup_context(
+            ctx: Any, inputs: Any, output: Any, keyword_only_inputs: Any = None
+        ) -> None:
+            outputs = _listed(output)
+            ctx.mark_non_differentiable(*outputs[count:])
+            ctx.set_materialize_grads(False)  # else autograd fills zeros for these as well
+            named = dict(zip((*self.tensors, *self.arguments), inputs, strict=True))
+            named.update(zip(self.returned, outputs, strict=True))
+            named.setdefault("num_streams", self._streams(*inputs)[1])
+            ctx.save_for_backward(*(named[name] for name in saved))
+            ctx.arguments = [named[name] for name in backward.arguments]
+            ctx.constants = keyword_only_inputs or {}
+            keep_shapes(ctx, outputs[:count])
+
+        def formula(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            own, kept = given(ctx, grads[:count]), iter(ctx.saved_tensors)
+            tensors = [
+                own[cotangents[name]] if name in cotangents else next(kept)
+                for name in backward.tensors
+            ]
+            found = backward.call(*tensors, *ctx.arguments, **ctx.constants)
+            return (*_listed(found), *[None] * len(self.arguments))
+
+        return {"setup_context": setup_context, "backward": formula}
+
+    def _differentiable(self, *args: Any, **constants: Any) -> Any:
+        """The reference; of a backward op with what its forward kept computed again."""
+        if self.forward is None or not self.forward.kept:
+            return self.on_cpu(*args, **constants)
+        named = dict(zip(self.tensors, args, strict=False))
+        inputs = [named[name] for name in self.forward.tensors]
+        again = zip(self.forward.returned, self.forward.on_cpu(*inputs, **constants), strict=True)
+        named.update((name, value) for name, value in again if name in named)
+        return self.on_cpu(*named.values(), *args[len(named) :], **constants)
+
+
+def _listed(results: Any) -> tuple[Any, ...]:
+    return (results,) if isinstance(results, Tensor) else tuple(results)
+
+
+def _single(results: list[Tensor]) -> Any:
+    return results[0] if len(results) == 1 else tuple(results)
