@@ -147,7 +147,8 @@ class Op:
         kernel, count = KERNELS[self.kernel], len(self.tensors)
         first, n = self._streams(*args)
         tokens = first.shape[: first.dim() - self._axes]
-        tensors, others = args, constants
+        tensors: Sequence[Any] = args
+        others = constants
         if self.arguments:
             others = {**dict(zip(self.arguments, args[count:], strict=False)), **constants}
             tensors = args[:count]
