@@ -19,7 +19,7 @@ from mhc_tile.autotune.device import Device
 from mhc_tile.autotune.problems import Problem, bucket
 from mhc_tile.autotune.table import Entry, Family, Key, Table
 from mhc_tile.autotune.timing import MARGIN
-from test_lookup import ask, tables_of
+from test_lookup import TARGET, ask, tables_of
 
 DEVICE = Device("NVIDIA Test 1", (9, 0), 132, 80 * 2**30, 50 * 10**6, "13.0")
 
@@ -333,4 +333,5 @@ def test_whatever_an_entry_raises_it_is_bypassed(error, monkeypatch):
     tables = tables_of(merge={64: table.Entry(values, False, 9.0, 10.0)})
     monkeypatch.setattr(lookup, "_adapted", adapted)
     decision = ask(tables, "merge", 64)
-    assert (decision.why, decision.config) == ("default", None)
+    assert decision.why == "default"
+    assert decision.config == registry.default(decision.problem, TARGET)
