@@ -179,3 +179,18 @@ def test_refusals(tmp_path):
         load_corpus(tmp_path / "short.txt").batch(1, 64, seed=0, step=1)
     with pytest.raises(ValueError, match=r"validation tokens must be at least 8 .* got 2"):
         load_corpus(tmp_path / "short.txt").validation_batches(1, 8, 1)
+
+
+def test_batches_ignore_the_default_device_and_dtype(folder):
+    def batches():
+        corpus = load_corpus(folder)
+        return [corpus.batch(2, 9, seed=0, step=3), *corpus.validation_batches(2, 5, 2)]
+
+    expected = batches()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = batches()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, found, expected))

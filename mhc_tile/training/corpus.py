@@ -97,8 +97,8 @@ class Corpus:
         key = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=4).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key, "big"))
         last = len(self.train) - length + 1
-        starts = torch.randint(last, (batch_size, 1), generator=generator)
-        return self.train[starts + torch.arange(length)]
+        starts = torch.randint(last, (batch_size, 1), generator=generator, device="cpu")
+        return self.train[starts + torch.arange(length, device="cpu")]
 
     def validation_batches(self, batch_size: int, length: int, batches: int) -> list[Tensor]:
         """Windows spread evenly over the validation tokens; always the same ones.
@@ -116,8 +116,8 @@ class Corpus:
         """
         self.require(length)
         last = len(self.validation) - length
-        starts = torch.linspace(0, last, batches * batch_size, dtype=torch.float64).long()
-        windows = self.validation[starts.unsqueeze(1) + torch.arange(length)]
+        starts = torch.linspace(0, last, batches * batch_size, dtype=torch.float64, device="cpu")
+        windows = self.validation[starts.long().unsqueeze(1) + torch.arange(length, device="cpu")]
         return list(windows.split(batch_size))
 
 

@@ -236,7 +236,12 @@ def _stress(legs: Sequence[Leg]) -> Any:
 def _maps(legs: Sequence[Leg], title: str) -> Any:
     maps = [(leg, leg.mean_h_res) for leg in legs if leg.mean_h_res is not None]
     depth = len(maps[0][1])
-    shown = torch.linspace(0, depth - 1, min(depth, _MAX_MAPS)).round().int().tolist()
+    shown = (
+        torch.linspace(0, depth - 1, min(depth, _MAX_MAPS), dtype=torch.float64, device="cpu")
+        .round()
+        .int()
+        .tolist()
+    )
     figure = _figure(1.5 * len(shown) + 1.8, 1.6 * len(maps) + 0.9, title)
     grid = figure.subplots(len(maps), len(shown), squeeze=False)
     limit = max(1.0, *(matrices.abs().max().item() for _, matrices in maps))
