@@ -35,8 +35,8 @@ from tilelang.layout import make_swizzled_layout
 
 from ._mapping_records import PENDING, record_width
 from ._programs import F32, ITEM_BYTES, PASS_CONFIGS, ceil_div, logits_per_token, program
-from ._projection import shared_limit
 from ._split import rest, round_rest, round_tf32
+from .architectures import shared_limit
 
 # What `part` says of grad_x_part; "" leaves it out.
 ADDED, MIXED = "added", "mixed"

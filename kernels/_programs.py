@@ -145,12 +145,6 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@functools.cache
-def overlaps(arch: str) -> bool:
-    """Whether a launch may start before the one ahead of it has ended (programmatic dependence)."""
-    return int("".join(filter(str.isdigit, arch))) >= 90
-
-
 def dtype_name(tensor: torch.Tensor) -> str:
     """TileLang's name of a tensor's dtype: "bfloat16", "float16" or "float32"."""
     return str(tensor.dtype).removeprefix("torch.")

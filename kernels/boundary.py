@@ -35,11 +35,11 @@ from ._programs import (
     dtype_name,
     logits_per_token,
     multiprocessors,
-    overlaps,
     program,
 )
 from ._projection import WARP, WARP_ROLE_CONFIGS
 from ._team_roles import apply_macro, help_macro, send_macros
+from .architectures import overlaps
 
 MEASURED = ("sm_90a",)  # on sm_100a two words of a round spill
 MOST_MEMBERS = 28  # measured; more of them spill more

@@ -44,9 +44,9 @@ from ._projection import (
     add,
     inverse_rms,
     segment_width,
-    shared_limit,
     sigmoid,
 )
+from .architectures import shared_limit
 
 
 @dataclass(frozen=True)

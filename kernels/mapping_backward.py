@@ -39,9 +39,9 @@ from ._programs import (
     knobs_of,
     logits_per_token,
     multiprocessors,
-    overlaps,
     program,
 )
+from .architectures import overlaps
 
 __all__ = ["Config", "backward", "candidates", "default_config", "traffic"]
 

@@ -39,10 +39,10 @@ from ._programs import (
     dtype_name,
     logits_per_token,
     multiprocessors,
-    overlaps,
     program,
 )
 from ._rows import WARP, vector_width
+from .architectures import overlaps
 from .mapping_backward import add_parts, gradients_from_records
 
 __all__ = ["Config", "backward", "candidates", "default_config", "traffic"]

@@ -47,9 +47,9 @@ from torch import Tensor
 from ._mapping_columns import ADDED, MIXED
 from ._mapping_records import record_width, sums_width
 from ._pairs import WORD
-from ._programs import F32, architecture, ceil_div, logits_per_token, overlaps, program
+from ._programs import F32, architecture, ceil_div, logits_per_token, program
 from ._programs import multiprocessors as count_multiprocessors
-from ._projection import WARP_ROLE_CONFIGS, shared_limit
+from ._projection import WARP_ROLE_CONFIGS
 from ._team_backward_columns import TILES, columns_macros
 from ._team_backward_roles import (
     BF16,
@@ -69,6 +69,7 @@ from ._team_backward_roles import (
     unknown,
 )
 from ._team_backward_sums import sums_macros
+from .architectures import overlaps, shared_limit
 
 WARPGROUP = 4 * WARP
 WIDEST = 256  # channels of a member: a lane of the helpers has 8

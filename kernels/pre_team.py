@@ -39,15 +39,16 @@ import torch
 from torch import Tensor
 
 from ._phi import load_macro, scale_macro
-from ._programs import F32, architecture, ceil_div, dtype_name, logits_per_token, overlaps, program
+from ._programs import F32, architecture, ceil_div, dtype_name, logits_per_token, program
 from ._programs import multiprocessors as count_multiprocessors
-from ._projection import WARP, WARP_ROLE_CONFIGS, Segment, segment_width, shared_limit
+from ._projection import WARP, WARP_ROLE_CONFIGS, Segment, segment_width
 from ._team_roles import (
     apply_macro,
     help_macro,
     send_macros,
     word_columns,
 )
+from .architectures import overlaps, shared_limit
 
 WARPGROUP = 4  # warps that hand registers over together
 MINIMUM_MEMBERS = 4  # of fewer, each owns so many tokens that two launches do better

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from ._programs import F32, PASS_CONFIGS, architecture, program
-from ._projection import shared_limit, sinkhorn_registers
+from ._projection import sinkhorn_registers
 from ._sinkhorn_walk import sinkhorn_replay, sinkhorn_walk_back, softmax_out_back
+from .architectures import LEAST_SHARED_BYTES, shared_limit
 
 UNGUARDED = {**PASS_CONFIGS, "tl.disable_safe_memory_legalize": True}
-CANDIDATE_SHARED_BYTES = 99 * 1024  # what a block may have on every supported GPU (sm_86, sm_89)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ def default_config() -> Config:
 def candidates(backward: bool, n: int, iters: int) -> Iterator[Config]:
     """Configurations worth measuring."""
     for threads in (32, 64, 128):
-        if not backward or shared_bytes(n, iters, threads) <= CANDIDATE_SHARED_BYTES:
+        if not backward or shared_bytes(n, iters, threads) <= LEAST_SHARED_BYTES:
             yield Config(threads)
 
 
