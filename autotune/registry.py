@@ -122,7 +122,6 @@ class Kernel:
         tensors: names of the tensors of a call, see `kernels.quantities`.
         launch: from the module, these tensors, the other arguments by name and a configuration,
             the results as a tuple.
-        traffic: from the module and a problem, bytes that must move.
         knobs: the configurations that it has.
         constants: the other arguments that are compiled and timed.
         sums: whether a configuration can change the order of a token's sums.
@@ -136,7 +135,6 @@ class Kernel:
     module: str
     tensors: tuple[str, ...]
     launch: Callable[[ModuleType, Sequence[Any], dict[str, Any], Any], tuple[Tensor, ...]]
-    traffic: Callable[[ModuleType, Problem], int]
     knobs: Knobs
     constants: dict[str, Any] = field(default_factory=dict)
     sums: bool = False
@@ -162,6 +160,10 @@ class Kernel:
             config: launch knobs; None for the launcher's default.
         """
         return self.launch(self.load(), tensors, others, config)
+
+    def traffic(self, problem: Problem) -> int:
+        """Bytes that must move."""
+        return self.load().traffic(problem)
 
     def samples(self, problem: Problem, device: str, seed: int = 0) -> list[Tensor]:
         """Random tensors for a call."""
@@ -213,49 +215,27 @@ def _constants(others: dict[str, Any], *without: str) -> dict[str, Any]:
     return {key: value for key, value in others.items() if key not in ("num_streams", *without)}
 
 
-def _direction(name: str) -> Callable[[ModuleType, Problem], int]:
-    def traffic(kernel: ModuleType, problem: Problem) -> int:
-        sizes = problem.tokens, problem.n, problem.channels, problem.dtype
-        return kernel.traffic(*sizes)[name][0]
-
-    return traffic
-
-
-def _moved(kernel: ModuleType, problem: Problem) -> int:
-    return kernel.traffic(problem.tokens, problem.n, problem.channels, problem.dtype)["bytes"]
-
-
-def _columns_traffic(**terms: bool) -> Callable[[ModuleType, Problem], int]:
-    def traffic(kernel: ModuleType, problem: Problem) -> int:
-        item = getattr(torch, problem.dtype).itemsize
-        sizes = problem.tokens, problem.channels, problem.n, item
-        return kernel.traffic(*sizes, **terms)["backward"][0]
-
-    return traffic
-
-
 _MERGED = ("x", "layer_output", "h_post", "h_res")
 _PROJECTED = ("x", "phi", "alpha", "bias")
 _SAVED = ("projection", "inv_rms")
 KERNELS: dict[str, Kernel] = {
-    "merge": Kernel("merge", _MERGED, _forward, _direction("forward"), _rowwise(False)),
+    "merge": Kernel("merge", _MERGED, _forward, _rowwise(False)),
     "merge_backward": Kernel(
-        "merge", ("grad_x_next", *_MERGED), _backward, _direction("backward"), _rowwise(True),
+        "merge", ("grad_x_next", *_MERGED), _backward, _rowwise(True),
         sums=True,
     ),
     "merge_backward_maps": Kernel(
         "merge",
         ("grad_x_next", *_MERGED[:-1]),
         lambda kernel, tensors, _, config: kernel.backward(*tensors, None, config=config)[1:],
-        _direction("backward without grad_x"),
         _rowwise(True),
         sums=True,
     ),
     "pre_apply": Kernel(
-        "pre_apply", ("x", "h_pre"), _forward, _direction("forward"), _rowwise(False)
+        "pre_apply", ("x", "h_pre"), _forward, _rowwise(False)
     ),
     "pre_apply_backward": Kernel(
-        "pre_apply", ("grad_layer_input", "x", "h_pre"), _backward, _direction("backward"),
+        "pre_apply", ("grad_layer_input", "x", "h_pre"), _backward,
         _rowwise(True), sums=True,
     ),
     "expand": Kernel(
@@ -266,7 +246,6 @@ KERNELS: dict[str, Kernel] = {
                 *tensors, others["num_streams"], mean=others.get("mode") == "mean", config=config
             ),
         ),
-        _direction("expand"),
         _constant(lambda kernel, problem, target: kernel.candidates()),
     ),
     "collapse": Kernel(
@@ -275,7 +254,6 @@ KERNELS: dict[str, Kernel] = {
         lambda kernel, tensors, others, config: (
             kernel.collapse(*tensors, mean=others.get("mode") == "mean", config=config),
         ),
-        _direction("collapse"),
         _constant(lambda kernel, problem, target: kernel.candidates()),
     ),
     "sinkhorn": Kernel(
@@ -284,7 +262,6 @@ KERNELS: dict[str, Kernel] = {
         lambda kernel, tensors, others, config: (
             kernel.forward(*tensors, **_constants(others), config=config),
         ),
-        lambda kernel, problem: kernel.traffic(problem.tokens, problem.n)["forward"][0],
         _constant(lambda kernel, p, target: kernel.candidates(False, p.n, 20)),
         constants=_SINKHORN,
         of_channels=False,
@@ -299,23 +276,22 @@ KERNELS: dict[str, Kernel] = {
                 config=kernel.fitting(config, tensors[1], others["iters"]),
             ),
         ),
-        lambda kernel, problem: kernel.traffic(problem.tokens, problem.n)["backward"][0],
         _constant(lambda kernel, p, target: kernel.candidates(True, p.n, 20)),
         constants=_SINKHORN,
         of_channels=False,
     ),
     "mapping": Kernel(
-        "mapping", _PROJECTED, _mapped, _moved, _projecting(), _MAPPING,
+        "mapping", _PROJECTED, _mapped, _projecting(), _MAPPING,
         sums=True, tensor_cores=True, divides_channels=True,
     ),
     "mapping_backward": Kernel(
         "mapping_backward",
         ("grad_h_pre", "grad_h_post", "grad_h_res_logits", *_PROJECTED, *_SAVED),
-        _mapped_backward, _columns_traffic(), _columns(), _MAPPING,
+        _mapped_backward, _columns(), _MAPPING,
         sums=True, parameter_grads=3,
     ),
     "pre": Kernel(
-        "pre", _PROJECTED, _mapped, _moved, _projecting(), _PRE,
+        "pre", _PROJECTED, _mapped, _projecting(), _PRE,
         sums=True, tensor_cores=True, divides_channels=True,
     ),
     "pre_backward": Kernel(
@@ -324,7 +300,7 @@ KERNELS: dict[str, Kernel] = {
             "grad_layer_input", "grad_h_post", "grad_h_res", *_PROJECTED, *_SAVED,
             "grad_x_part", "h_res",
         ),
-        _mapped_backward, _columns_traffic(with_part=True), _columns(), _PRE,
+        _mapped_backward, _columns(), _PRE,
         sums=True, parameter_grads=3,
     ),
 }  # fmt: skip

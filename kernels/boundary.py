@@ -40,6 +40,7 @@ from ._programs import (
 from ._projection import WARP, WARP_ROLE_CONFIGS
 from ._team_roles import apply_macro, help_macro, send_macros
 from .architectures import overlaps
+from .problem import Problem
 
 MEASURED = ("sm_90a",)  # on sm_100a two words of a round spill
 MOST_MEMBERS = 28  # measured; more of them spill more
@@ -334,16 +335,7 @@ def forward(
     return x_next, layer_input, h_post_next, h_res_next.view(tokens, n, n), projection, inv_rms
 
 
-def traffic(
-    tokens: int, n: int, channels: int, dtype: str = "bfloat16", iters: int = 20
-) -> dict[str, int]:
-    """Bytes that must move (x_next once, phi once) and floating-point operations, forward."""
-    parts = (
-        merge.traffic(tokens, n, channels, dtype)["forward"],
-        pre.traffic(tokens, n, channels, dtype, iters),
-    )
-    again = tokens * n * channels * ITEM_BYTES[dtype]
-    return {
-        "bytes": parts[0][0] + parts[1]["bytes"] - again,
-        "flops": parts[0][1] + parts[1]["flops"],
-    }
+def traffic(problem: Problem) -> int:
+    """Bytes that must move forward: those of `merge` and `pre`, which reads x_next on chip."""
+    streams = problem.tokens * problem.n * problem.channels * ITEM_BYTES[problem.dtype]
+    return merge.traffic(problem.of("merge")) + pre.traffic(problem.of("pre")) - streams

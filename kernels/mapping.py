@@ -47,6 +47,7 @@ from ._projection import (
     sigmoid,
 )
 from .architectures import shared_limit
+from .problem import Problem
 
 
 @dataclass(frozen=True)
@@ -371,11 +372,9 @@ def forward(
     return h_pre, h_post, h_res_logits.view(tokens, n, n), projection, inv_rms
 
 
-def traffic(tokens: int, n: int, channels: int, dtype: str = "bfloat16") -> dict[str, int]:
-    """Bytes that must move (x and phi once, the maps) and floating-point operations, forward."""
+def traffic(problem: Problem) -> int:
+    """Bytes that must move forward: x and phi once, the maps."""
+    n, channels = problem.n, problem.channels
     rows = logits_per_token(n)
-    maps = 4 * (2 * rows + 1)
-    return {
-        "bytes": tokens * (n * channels * ITEM_BYTES[dtype] + maps) + 4 * rows * n * channels,
-        "flops": tokens * n * channels * 2 * (rows + 1),
-    }
+    per_token = n * channels * ITEM_BYTES[problem.dtype] + 4 * (2 * rows + 1)
+    return problem.tokens * per_token + 4 * rows * n * channels

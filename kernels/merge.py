@@ -35,6 +35,7 @@ from ._programs import (
     program,
 )
 from ._rows import block_threads, is_block, vector_width
+from .problem import Problem
 
 # The forward guards its tails itself; a guard added to an index would split 16-byte accesses.
 UNGUARDED = {**PASS_CONFIGS, "tl.disable_safe_memory_legalize": True}
@@ -353,19 +354,12 @@ def backward(
     return grad_x, *grads
 
 
-def traffic(
-    tokens: int, n: int, channels: int, dtype: str = "bfloat16"
-) -> dict[str, tuple[int, int]]:
-    """Bytes that must move and floating-point operations.
-
-    Returns:
-        {"forward": (bytes, flops), "backward": (bytes, flops), and "backward without grad_x"}.
-    """
-    item, maps = ITEM_BYTES[dtype], 4 * (n * n + n)
-    flops = tokens * channels * 2 * (n * n + n)
-    bare = tokens * ((2 * n + 2) * channels * item + maps + 4 * n)
-    return {
-        "forward": (tokens * ((2 * n + 1) * channels * item + maps), flops),
-        "backward": (tokens * ((3 * n + 2) * channels * item + 2 * maps), 2 * flops),
-        "backward without grad_x": (bare, flops),
-    }
+def traffic(problem: Problem) -> int:
+    """Bytes that must move: forward, backward, or backward without grad_x."""
+    n, row = problem.n, problem.channels * ITEM_BYTES[problem.dtype]
+    maps = 4 * (n * n + n)
+    if problem.kernel == "merge":
+        return problem.tokens * ((2 * n + 1) * row + maps)
+    if problem.kernel == "merge_backward_maps":
+        return problem.tokens * ((2 * n + 2) * row + maps + 4 * n)
+    return problem.tokens * ((3 * n + 2) * row + 2 * maps)

@@ -30,6 +30,7 @@ from ._programs import (
     program,
 )
 from ._projection import WARP, WARP_ROLE_CONFIGS, sigmoid, sinkhorn_registers
+from .problem import Problem
 
 PIECE = WARP * 8  # channels that a warp reads at once
 # Groups a team from which on one launch is faster than two, 1 to 2 at widths from 1280 to 7168
@@ -289,14 +290,9 @@ def forward(
     return layer_input, h_post, h_res.view(tokens, n, n), projection, inv_rms
 
 
-def traffic(
-    tokens: int, n: int, channels: int, dtype: str = "bfloat16", iters: int = 20
-) -> dict[str, int]:
-    """Bytes that must move (x once, phi once) and floating-point operations, forward."""
+def traffic(problem: Problem) -> int:
+    """Bytes that must move forward: x once, phi once."""
+    n, channels = problem.n, problem.channels
     rows = logits_per_token(n)
-    maps = 4 * (n * n + n + rows + 1)
-    moved = (n + 1) * channels * ITEM_BYTES[dtype] + maps
-    return {
-        "bytes": tokens * moved + 4 * rows * n * channels,
-        "flops": tokens * (n * channels * 2 * (rows + 2) + n * n * 4 * iters),
-    }
+    moved = (n + 1) * channels * ITEM_BYTES[problem.dtype] + 4 * (n * n + n + rows + 1)
+    return problem.tokens * moved + 4 * rows * n * channels

@@ -32,6 +32,7 @@ from ._programs import (
     program,
 )
 from ._rows import block_threads, is_block, vector_width
+from .problem import Problem
 
 # The forward guards its tails itself; a guard added to an index would split 16-byte accesses.
 UNGUARDED = {**PASS_CONFIGS, "tl.disable_safe_memory_legalize": True}
@@ -259,16 +260,9 @@ def backward(
     return grad_x, grad_h_pre
 
 
-def traffic(
-    tokens: int, n: int, channels: int, dtype: str = "bfloat16"
-) -> dict[str, tuple[int, int]]:
-    """Bytes that must move and floating-point operations.
-
-    Returns:
-        {"forward": (bytes, flops), "backward": (bytes, flops)}.
-    """
-    row = channels * ITEM_BYTES[dtype]
-    return {
-        "forward": (tokens * ((n + 1) * row + 4 * n), tokens * channels * 2 * n),
-        "backward": (tokens * ((2 * n + 1) * row + 8 * n), tokens * channels * 3 * n),
-    }
+def traffic(problem: Problem) -> int:
+    """Bytes that must move, forward or backward."""
+    n, row = problem.n, problem.channels * ITEM_BYTES[problem.dtype]
+    if problem.kernel == "pre_apply":
+        return problem.tokens * ((n + 1) * row + 4 * n)
+    return problem.tokens * ((2 * n + 1) * row + 8 * n)

@@ -33,6 +33,7 @@ from ._mapping_columns import Config, is_aligned
 from ._mapping_records import PENDING, record_width, sums_width, token_records
 from ._programs import (
     F32,
+    ITEM_BYTES,
     PASS_CONFIGS,
     architecture,
     ceil_div,
@@ -44,6 +45,7 @@ from ._programs import (
 from ._rows import WARP, vector_width
 from .architectures import overlaps
 from .mapping_backward import add_parts, gradients_from_records
+from .problem import Problem
 
 __all__ = ["Config", "backward", "candidates", "default_config", "traffic"]
 
@@ -385,16 +387,9 @@ def backward(
     )
 
 
-def traffic(
-    tokens: int, channels: int, n: int, item_bytes: int = 2, *, with_part: bool = False
-) -> dict[str, tuple[int, int]]:
-    """Bytes that must move if x is read once, and floating-point operations.
-
-    Returns:
-        {"backward": (bytes, flops)}.
-    """
+def traffic(problem: Problem) -> int:
+    """Bytes that must move if x is read once, with merge's share of its gradient."""
+    n, channels = problem.n, problem.channels
     logits = logits_per_token(n)
-    per_token = (2 * n + 1 + n * int(with_part)) * channels * item_bytes
-    per_token += (2 * logits - n + 1) * 4
-    moved = tokens * per_token + 2 * logits * n * channels * 4
-    return {"backward": (moved, tokens * n * channels * (4 * logits + 10))}
+    per_token = (3 * n + 1) * channels * ITEM_BYTES[problem.dtype] + (2 * logits - n + 1) * 4
+    return problem.tokens * per_token + 2 * logits * n * channels * 4

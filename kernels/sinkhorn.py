@@ -25,6 +25,7 @@ from ._programs import F32, PASS_CONFIGS, architecture, program
 from ._projection import sinkhorn_registers
 from ._sinkhorn_walk import sinkhorn_replay, sinkhorn_walk_back, softmax_out_back
 from .architectures import LEAST_SHARED_BYTES, shared_limit
+from .problem import Problem
 
 UNGUARDED = {**PASS_CONFIGS, "tl.disable_safe_memory_legalize": True}
 
@@ -194,14 +195,7 @@ def backward(
     return grad_logits
 
 
-def traffic(tokens: int, n: int, iters: int = 20) -> dict[str, tuple[int, int]]:
-    """Bytes that must move and floating-point operations.
-
-    Returns:
-        {"forward": (bytes, flops), "backward": (bytes, flops)}.
-    """
-    entries = n * n
-    return {
-        "forward": (tokens * 8 * entries, tokens * entries * (4 * iters + 1)),
-        "backward": (tokens * 12 * entries, tokens * entries * 16 * iters),
-    }
+def traffic(problem: Problem) -> int:
+    """Bytes that must move, forward or backward."""
+    matrices = 2 if problem.kernel == "sinkhorn" else 3
+    return problem.tokens * matrices * 4 * problem.n * problem.n

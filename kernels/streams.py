@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ._programs import F32, ITEM_BYTES, PASS_CONFIGS, architecture, dtype_name, program
 from ._rows import is_block, vector_width
+from .problem import Problem
 
 # The programs guard their tails themselves; a guard added to an index would split 16-byte accesses.
 UNGUARDED = {**PASS_CONFIGS, "tl.disable_safe_memory_legalize": True}
@@ -183,13 +184,7 @@ def collapse(x: Tensor, *, mean: bool, config: Config | None = None) -> Tensor:
     return hidden
 
 
-def traffic(
-    tokens: int, n: int, channels: int, dtype: str = "bfloat16"
-) -> dict[str, tuple[int, int]]:
-    """Bytes that must move and floating-point operations of `expand` and of `collapse`.
-
-    Returns:
-        {"expand": (bytes, flops), "collapse": (bytes, flops)}; each is the other's backward.
-    """
-    moved = tokens * (n + 1) * channels * ITEM_BYTES[dtype]
-    return {"expand": (moved, 0), "collapse": (moved, tokens * channels * n)}
+def traffic(problem: Problem) -> int:
+    """Bytes that must move, of `expand` and of `collapse`; each is the other's backward."""
+    row = problem.channels * ITEM_BYTES[problem.dtype]
+    return problem.tokens * (problem.n + 1) * row

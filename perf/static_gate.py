@@ -125,11 +125,11 @@ def must_move(op: str, tokens: int) -> int:
         tokens: T.
     """
     if op == "boundary":
-        return boundary.traffic(tokens, STREAMS, CHANNELS, DTYPE)["bytes"]
+        return boundary.traffic(Problem("boundary", STREAMS, CHANNELS, DTYPE, tokens))
     moved = 0
     for part in PARTS.get(op, (op,)):
         kernel = KERNELS[part]
-        moved += kernel.traffic(kernel.load(), Problem(part, STREAMS, CHANNELS, DTYPE, tokens))
+        moved += kernel.traffic(Problem(part, STREAMS, CHANNELS, DTYPE, tokens))
     if op == "pre_backward":  # the registry's has grad_x_part
         moved -= tokens * STREAMS * CHANNELS * getattr(torch, DTYPE).itemsize
     return moved

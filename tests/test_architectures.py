@@ -32,9 +32,9 @@ def test_shared_memory_of_a_block(arch, shared):
 
 def test_an_architecture_without_a_record():
     assert shared_limit("sm_999a") == LEAST_SHARED_BYTES == 101_376
-    with pytest.raises(ValueError, match="architecture: arch must be one of sm_80, .* got sm_75"):
+    with pytest.raises(ValueError, match=r"architecture: arch must be one of sm_80, .* got sm_75"):
         architecture_of("sm_75")
-    with pytest.raises(ValueError, match="arch must be one of sm_80, sm_89, .* got sm_86"):
+    with pytest.raises(ValueError, match=r"arch must be one of sm_80, sm_89, .* got sm_86"):
         multiprocessors_of("sm_86")
     assert all(multiprocessors_of(arch) > 100 for arch in CHECKED)
 
