@@ -35,7 +35,9 @@ from ._programs import (
     dtype_name,
     logits_per_token,
     multiprocessors,
+    problem_of,
     program,
+    target_of,
 )
 from ._projection import WARP, WARP_ROLE_CONFIGS
 from ._team_roles import apply_macro, help_macro, send_macros
@@ -273,7 +275,6 @@ def forward(
     iters: int,
     sinkhorn_eps: float,
     config: "Config | pre.Config | pre_team.Config | None" = None,
-    batch_invariant: bool = False,
 ) -> tuple[Tensor, ...] | None:
     """Merge of a sublayer and everything before the next layer (eqs. 7, 8, 9 and 14-19).
 
@@ -292,7 +293,6 @@ def forward(
         sinkhorn_eps: see there.
         config: of this launch, or the one that `pre` would have: members and teams are then its
             own, and all results have the bits of `merge` and `pre`. `pre`'s default if None.
-        batch_invariant: of `pre.default_config`.
 
     Returns:
         x_next [T, n, C] and layer_input [T, C] in x's dtype; h_post_next [T, n], h_res_next
@@ -309,12 +309,11 @@ def forward(
     arch, available = architecture(x.device), multiprocessors(x.device)
     if not isinstance(config, Config):
         config = beside(
-            config or pre.default_config(
-                tokens, n, channels, arch=arch, multiprocessors=available,
-                batch_invariant=batch_invariant,
-            ),
-            n, channels, arch,
-        )  # fmt: skip
+            config or pre.default_config(problem_of("pre", x), target_of(x.device)),
+            n,
+            channels,
+            arch,
+        )
         if config is None:
             return None
     pre_team.check("boundary", config, n, channels, arch, available)

@@ -39,8 +39,9 @@ from ._programs import (
     dtype_name,
     knobs_of,
     logits_per_token,
-    multiprocessors,
+    problem_of,
     program,
+    target_of,
 )
 from .architectures import overlaps
 from .problem import Problem
@@ -137,8 +138,7 @@ def gradients_from_records(
     logits = phi.shape[0]
     arch = architecture(x.device)
     if config is None:
-        device = (multiprocessors(x.device), arch)
-        config = default_config(tokens, channels, n, x.dtype, *device)
+        config = default_config(problem_of("mapping_backward", x), target_of(x.device))
     grad_x = torch.empty_like(x)
     parts = phi.new_empty(config.groups, logits, n, channels)
     part = "" if grad_x_part is None else ADDED if h_res is None else MIXED

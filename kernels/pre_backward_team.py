@@ -70,6 +70,7 @@ from ._team_backward_roles import (
 )
 from ._team_backward_sums import sums_macros
 from .architectures import overlaps, shared_limit
+from .problem import Problem, Target
 
 WARPGROUP = 4 * WARP
 WIDEST = 256  # channels of a member: a lane of the helpers has 8
@@ -165,21 +166,22 @@ def _launches(config: Config, channels: int, arch: str) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def default_config(channels: int, n: int, multiprocessors: int, arch: str) -> Config | None:
+def default_config(problem: Problem, target: Target) -> Config | None:
     """The first of `candidates`; None where no team can run."""
-    return next(candidates(channels, n, multiprocessors, arch), None)
+    return next(candidates(problem, target), None)
 
 
-def candidates(channels: int, n: int, multiprocessors: int, arch: str) -> Iterator[Config]:
-    """Every configuration worth timing; impossible ones never leave."""
-    if n != STREAMS or channels % CHUNK:
+def candidates(problem: Problem, target: Target) -> Iterator[Config]:
+    """Every configuration worth timing that can launch."""
+    channels = problem.channels
+    if problem.n != STREAMS or channels % CHUNK:
         return
     # on sm_100a, where nothing is measured, more than 128 channels spill a word or some
-    for width in (256, 192, 128) if arch == "sm_90a" else (128, 192, 256):
+    for width in (256, 192, 128) if target.arch == "sm_90a" else (128, 192, 256):
         members = ceil_div(channels, width)
-        if 2 <= members <= multiprocessors:
-            config = Config(members, multiprocessors // members)
-            if config.launches(channels, arch):
+        if 2 <= members <= target.multiprocessors:
+            config = Config(members, target.multiprocessors // members)
+            if config.launches(channels, target.arch):
                 yield config
 
 

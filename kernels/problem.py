@@ -1,4 +1,4 @@
-"""What a kernel is asked for: its name, a shape and a dtype."""
+"""What a kernel is asked for: its name, a shape and a dtype; and the GPU that it is for."""
 
 from dataclasses import dataclass, replace
 
@@ -33,3 +33,16 @@ class Problem:
         """One line for a person."""
         size = f"{self.tokens} x {self.channels}" if self.channels else f"{self.tokens} tokens"
         return f"{self.kernel} {size}, n {self.n}, {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Target:
+    """The GPU that configurations are for.
+
+    Attributes:
+        arch: such as "sm_90a".
+        multiprocessors: how many there are.
+    """
+
+    arch: str
+    multiprocessors: int

@@ -25,7 +25,7 @@ from ._programs import F32, PASS_CONFIGS, architecture, program
 from ._projection import sinkhorn_registers
 from ._sinkhorn_walk import sinkhorn_replay, sinkhorn_walk_back, softmax_out_back
 from .architectures import LEAST_SHARED_BYTES, shared_limit
-from .problem import Problem
+from .problem import Problem, Target
 
 UNGUARDED = {**PASS_CONFIGS, "tl.disable_safe_memory_legalize": True}
 
@@ -45,15 +45,19 @@ class Config:
             raise ValueError(f"sinkhorn: config.threads must be 32, 64 or 128, got {self.threads}")
 
 
-def default_config() -> Config:
+ITERS = 20  # that candidates have to fit
+
+
+def default_config(problem: Problem, target: Target, *, batch_invariant: bool = False) -> Config:
     """One warp a block: few tokens, too, spread over many multiprocessors."""
     return Config()
 
 
-def candidates(backward: bool, n: int, iters: int) -> Iterator[Config]:
+def candidates(problem: Problem, target: Target) -> Iterator[Config]:
     """Configurations worth measuring."""
     for threads in (32, 64, 128):
-        if not backward or shared_bytes(n, iters, threads) <= LEAST_SHARED_BYTES:
+        backward = problem.kernel == "sinkhorn_backward"
+        if not backward or shared_bytes(problem.n, ITERS, threads) <= LEAST_SHARED_BYTES:
             yield Config(threads)
 
 
@@ -140,7 +144,7 @@ def forward(logits: Tensor, *, iters: int, eps: float, config: Config | None = N
     tokens, n, _ = logits.shape
     h_res = torch.empty_like(logits)
     if tokens:
-        config = config or default_config()
+        config = config or Config()
         kernel = forward_program(architecture(logits.device), n, iters, float(eps), config.threads)
         kernel(logits.view(tokens, n * n), h_res.view(tokens, n * n))
     return h_res
@@ -181,7 +185,7 @@ def backward(
     tokens, n, _ = logits.shape
     grad_logits = torch.empty_like(logits)
     if tokens:
-        config = config or default_config()
+        config = config or Config()
         arch = architecture(logits.device)
         limit = shared_limit(arch)
         if shared_bytes(n, iters, config.threads) > limit:
