@@ -11,7 +11,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..kernels import _lowering, _static, _toolchain
+from ..kernels import _static, _toolchain
+from ..kernels.architectures import CHECKED, architecture_of
 from . import _arguments as given
 from . import compiling, journal, report, table, tuner
 from ._extras import require
@@ -107,15 +108,14 @@ def _target(args: argparse.Namespace) -> tuple[Device | None, Target]:
         if not re.fullmatch(r"sm_\d+[a-z]?", args.arch):
             raise ValueError(f"autotune: --arch must be such as sm_90a, got {args.arch}")
         try:
-            _lowering.shared_memory_limit(args.arch)
+            record = architecture_of(args.arch)
         except ValueError as error:  # before all is compiled
             said = str(error).partition(": ")[2]
             raise ValueError(f"autotune: --{said}") from error
-        known = _toolchain.MULTIPROCESSORS.get(args.arch)
-        if not (number := args.multiprocessors or known):
+        if not (number := args.multiprocessors or record.multiprocessors):
             raise ValueError(
                 f"autotune: --multiprocessors must be given for this --arch, got {args.arch}; "
-                f"known are {', '.join(_toolchain.MULTIPROCESSORS)}"
+                f"known are {', '.join(CHECKED)}"
             )
         return None, Target(args.arch, number)
     if args.multiprocessors:

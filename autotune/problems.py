@@ -3,36 +3,10 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..kernels.problem import Problem
+
 DTYPES = ("bfloat16", "float16", "float32")
 TOKENS = tuple(4**power for power in range(9))  # 1 to 65536
-
-
-@dataclass(frozen=True, order=True)
-class Problem:
-    """One kernel at one shape.
-
-    Attributes:
-        kernel: a name of `registry.KERNELS`.
-        n: streams.
-        channels: C; 0 for kernels that see no channels.
-        dtype: of x, such as "bfloat16".
-        tokens: T.
-    """
-
-    kernel: str
-    n: int
-    channels: int
-    dtype: str
-    tokens: int
-
-    def at(self, tokens: int) -> "Problem":
-        """The same with another number of tokens."""
-        return Problem(self.kernel, self.n, self.channels, self.dtype, tokens)
-
-    def __str__(self) -> str:
-        """One line for a person."""
-        size = f"{self.tokens} x {self.channels}" if self.channels else f"{self.tokens} tokens"
-        return f"{self.kernel} {size}, n {self.n}, {self.dtype}"
 
 
 @dataclass(frozen=True, order=True)

@@ -1,7 +1,7 @@
 """The kernels that can be tuned, each with its inputs, its launcher and its configurations.
 
-The kernel modules own `default_config`, `candidates` and `traffic` and know nothing of this; here
-their signatures become one. Nothing is imported from TileLang before it is needed.
+The kernel modules own `default_config`, `candidates` and `traffic`, of a `Problem` and a `Target`,
+and know nothing of this. Nothing is imported from TileLang before it is needed.
 
 What a configuration may change is speed, and for some of its fields the order in which a token's
 sums are formed: `Kernel.order` tells these apart, so that a table can keep one order for every
@@ -10,16 +10,16 @@ number of tokens.
 
 import dataclasses
 import importlib
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..kernels.problem import Target
 from ..kernels.quantities import Samples
 from .configs import type_name
 from .problems import Problem
@@ -39,80 +39,6 @@ _SINKHORN = {"iters": 20, "eps": 0.0}
 Order = tuple[Any, ...]
 
 
-@dataclass(frozen=True)
-class Target:
-    """The GPU that configurations are for.
-
-    Attributes:
-        arch: such as "sm_90a".
-        multiprocessors: how many there are.
-    """
-
-    arch: str
-    multiprocessors: int
-
-
-class Knobs(NamedTuple):
-    """How a kernel's module is asked for configurations.
-
-    default: from the module, a problem, a target and `batch_invariant=`, a configuration.
-    candidates: from the module, a problem and a target, those worth measuring.
-    """
-
-    default: Callable[..., Any]
-    candidates: Callable[..., Any]
-
-
-def _rowwise(backward: bool) -> Knobs:
-    """`merge` and `pre_apply`: direction, tokens, n, C, dtype."""
-
-    def sizes(problem: Problem) -> tuple[Any, ...]:
-        return backward, problem.tokens, problem.n, problem.channels, problem.dtype
-
-    return Knobs(
-        default=lambda kernel, p, target, **pin: kernel.default_config(*sizes(p), **pin),
-        candidates=lambda kernel, p, target: kernel.candidates(*sizes(p)),
-    )
-
-
-def _projecting() -> Knobs:
-    """`mapping` and `pre`: tokens, n, C and the target by name."""
-
-    def sizes(problem: Problem) -> tuple[Any, ...]:
-        return problem.tokens, problem.n, problem.channels
-
-    return Knobs(
-        default=lambda kernel, p, target, **pin: kernel.default_config(
-            *sizes(p), **dataclasses.asdict(target), **pin
-        ),
-        candidates=lambda kernel, p, target: kernel.candidates(
-            *sizes(p), **dataclasses.asdict(target)
-        ),
-    )
-
-
-def _columns() -> Knobs:
-    """`mapping_backward` and `pre_backward`: tokens, C, n, dtype and the target in order."""
-
-    def sizes(problem: Problem, target: Target) -> tuple[Any, ...]:
-        dtype = getattr(torch, problem.dtype)
-        place = target.multiprocessors, target.arch
-        return problem.tokens, problem.channels, problem.n, dtype, *place
-
-    return Knobs(
-        default=lambda kernel, p, target, **pin: kernel.default_config(*sizes(p, target), **pin),
-        candidates=lambda kernel, p, target: kernel.candidates(*sizes(p, target)),
-    )
-
-
-def _constant(candidates: Callable[..., Any]) -> Knobs:
-    """`streams` and `sinkhorn`: one default for every size."""
-    return Knobs(
-        default=lambda kernel, p, target, **pin: kernel.default_config(),
-        candidates=candidates,
-    )
-
-
 @dataclass(frozen=True, eq=False)
 class Kernel:
     """One direction of one kernel, as tables and the tuner see it.
@@ -122,8 +48,6 @@ class Kernel:
         tensors: names of the tensors of a call, see `kernels.quantities`.
         launch: from the module, these tensors, the other arguments by name and a configuration,
             the results as a tuple.
-        traffic: from the module and a problem, bytes that must move.
-        knobs: the configurations that it has.
         constants: the other arguments that are compiled and timed.
         sums: whether a configuration can change the order of a token's sums.
         parameter_grads: results, the last ones, that sum over tokens.
@@ -136,8 +60,6 @@ class Kernel:
     module: str
     tensors: tuple[str, ...]
     launch: Callable[[ModuleType, Sequence[Any], dict[str, Any], Any], tuple[Tensor, ...]]
-    traffic: Callable[[ModuleType, Problem], int]
-    knobs: Knobs
     constants: dict[str, Any] = field(default_factory=dict)
     sums: bool = False
     parameter_grads: int = 0
@@ -163,6 +85,10 @@ class Kernel:
         """
         return self.launch(self.load(), tensors, others, config)
 
+    def traffic(self, problem: Problem) -> int:
+        """Bytes that must move."""
+        return self.load().traffic(problem)
+
     def samples(self, problem: Problem, device: str, seed: int = 0) -> list[Tensor]:
         """Random tensors for a call."""
         dtype = getattr(torch, problem.dtype)
@@ -187,11 +113,6 @@ class Kernel:
         fields = dataclasses.asdict(config).items()
         return type_name(config), *(item for item in fields if item[0] not in SCHEDULING)
 
-    def pins(self) -> bool:
-        """Whether the kernel has one regime for few tokens and one for many, and can pin it."""
-        parameters = inspect.signature(self.load().default_config).parameters
-        return "batch_invariant" in parameters
-
 
 def _forward(kernel: ModuleType, tensors: Sequence[Any], others: Any, config: Any) -> Any:
     return (kernel.forward(*tensors, config=config),)
@@ -213,50 +134,26 @@ def _constants(others: dict[str, Any], *without: str) -> dict[str, Any]:
     return {key: value for key, value in others.items() if key not in ("num_streams", *without)}
 
 
-def _direction(name: str) -> Callable[[ModuleType, Problem], int]:
-    def traffic(kernel: ModuleType, problem: Problem) -> int:
-        sizes = problem.tokens, problem.n, problem.channels, problem.dtype
-        return kernel.traffic(*sizes)[name][0]
-
-    return traffic
-
-
-def _moved(kernel: ModuleType, problem: Problem) -> int:
-    return kernel.traffic(problem.tokens, problem.n, problem.channels, problem.dtype)["bytes"]
-
-
-def _columns_traffic(**terms: bool) -> Callable[[ModuleType, Problem], int]:
-    def traffic(kernel: ModuleType, problem: Problem) -> int:
-        item = getattr(torch, problem.dtype).itemsize
-        sizes = problem.tokens, problem.channels, problem.n, item
-        return kernel.traffic(*sizes, **terms)["backward"][0]
-
-    return traffic
-
-
 _MERGED = ("x", "layer_output", "h_post", "h_res")
 _PROJECTED = ("x", "phi", "alpha", "bias")
 _SAVED = ("projection", "inv_rms")
 KERNELS: dict[str, Kernel] = {
-    "merge": Kernel("merge", _MERGED, _forward, _direction("forward"), _rowwise(False)),
+    "merge": Kernel("merge", _MERGED, _forward),
     "merge_backward": Kernel(
-        "merge", ("grad_x_next", *_MERGED), _backward, _direction("backward"), _rowwise(True),
+        "merge", ("grad_x_next", *_MERGED), _backward,
         sums=True,
     ),
     "merge_backward_maps": Kernel(
         "merge",
         ("grad_x_next", *_MERGED[:-1]),
         lambda kernel, tensors, _, config: kernel.backward(*tensors, None, config=config)[1:],
-        _direction("backward without grad_x"),
-        _rowwise(True),
         sums=True,
     ),
     "pre_apply": Kernel(
-        "pre_apply", ("x", "h_pre"), _forward, _direction("forward"), _rowwise(False)
+        "pre_apply", ("x", "h_pre"), _forward
     ),
     "pre_apply_backward": Kernel(
-        "pre_apply", ("grad_layer_input", "x", "h_pre"), _backward, _direction("backward"),
-        _rowwise(True), sums=True,
+        "pre_apply", ("grad_layer_input", "x", "h_pre"), _backward, sums=True,
     ),
     "expand": Kernel(
         "streams",
@@ -266,8 +163,6 @@ KERNELS: dict[str, Kernel] = {
                 *tensors, others["num_streams"], mean=others.get("mode") == "mean", config=config
             ),
         ),
-        _direction("expand"),
-        _constant(lambda kernel, problem, target: kernel.candidates()),
     ),
     "collapse": Kernel(
         "streams",
@@ -275,8 +170,6 @@ KERNELS: dict[str, Kernel] = {
         lambda kernel, tensors, others, config: (
             kernel.collapse(*tensors, mean=others.get("mode") == "mean", config=config),
         ),
-        _direction("collapse"),
-        _constant(lambda kernel, problem, target: kernel.candidates()),
     ),
     "sinkhorn": Kernel(
         "sinkhorn",
@@ -284,8 +177,6 @@ KERNELS: dict[str, Kernel] = {
         lambda kernel, tensors, others, config: (
             kernel.forward(*tensors, **_constants(others), config=config),
         ),
-        lambda kernel, problem: kernel.traffic(problem.tokens, problem.n)["forward"][0],
-        _constant(lambda kernel, p, target: kernel.candidates(False, p.n, 20)),
         constants=_SINKHORN,
         of_channels=False,
     ),
@@ -299,23 +190,21 @@ KERNELS: dict[str, Kernel] = {
                 config=kernel.fitting(config, tensors[1], others["iters"]),
             ),
         ),
-        lambda kernel, problem: kernel.traffic(problem.tokens, problem.n)["backward"][0],
-        _constant(lambda kernel, p, target: kernel.candidates(True, p.n, 20)),
         constants=_SINKHORN,
         of_channels=False,
     ),
     "mapping": Kernel(
-        "mapping", _PROJECTED, _mapped, _moved, _projecting(), _MAPPING,
+        "mapping", _PROJECTED, _mapped, _MAPPING,
         sums=True, tensor_cores=True, divides_channels=True,
     ),
     "mapping_backward": Kernel(
         "mapping_backward",
         ("grad_h_pre", "grad_h_post", "grad_h_res_logits", *_PROJECTED, *_SAVED),
-        _mapped_backward, _columns_traffic(), _columns(), _MAPPING,
+        _mapped_backward, _MAPPING,
         sums=True, parameter_grads=3,
     ),
     "pre": Kernel(
-        "pre", _PROJECTED, _mapped, _moved, _projecting(), _PRE,
+        "pre", _PROJECTED, _mapped, _PRE,
         sums=True, tensor_cores=True, divides_channels=True,
     ),
     "pre_backward": Kernel(
@@ -324,7 +213,7 @@ KERNELS: dict[str, Kernel] = {
             "grad_layer_input", "grad_h_post", "grad_h_res", *_PROJECTED, *_SAVED,
             "grad_x_part", "h_res",
         ),
-        _mapped_backward, _columns_traffic(with_part=True), _columns(), _PRE,
+        _mapped_backward, _PRE,
         sums=True, parameter_grads=3,
     ),
 }  # fmt: skip
@@ -339,10 +228,8 @@ def default(problem: Problem, target: Target, *, batch_invariant: bool = False) 
         target: the GPU.
         batch_invariant: the regime of many tokens, whatever their number.
     """
-    kernel = KERNELS[problem.kernel]
-    if batch_invariant and kernel.pins():
-        return kernel.knobs.default(kernel.load(), problem, target, batch_invariant=True)
-    return kernel.knobs.default(kernel.load(), problem, target)
+    module = KERNELS[problem.kernel].load()
+    return module.default_config(problem, target, batch_invariant=batch_invariant)
 
 
 def regime(problem: Problem, target: Target, *, batch_invariant: bool = False) -> str:
@@ -354,7 +241,7 @@ def regime(problem: Problem, target: Target, *, batch_invariant: bool = False) -
     kernel = KERNELS[problem.kernel]
     if batch_invariant or not kernel.sums:
         return "many"
-    pinned = default(problem if kernel.pins() else problem.at(MANY), target, batch_invariant=True)
+    pinned = default(problem.at(MANY), target, batch_invariant=True)
     return "many" if kernel.order(default(problem, target)) == kernel.order(pinned) else "few"
 
 
@@ -373,7 +260,7 @@ def candidates(problem: Problem, target: Target) -> list[Any]:
     if kernel.untunable(problem):
         return [first]
     pinned = default(problem, target, batch_invariant=True)
-    offered: Iterator[Any] = kernel.knobs.candidates(kernel.load(), problem, target)
+    offered: Iterator[Any] = kernel.load().candidates(problem, target)
     return list(dict.fromkeys((first, pinned, *offered)))
 
 

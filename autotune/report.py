@@ -85,7 +85,7 @@ def rows(families: Sequence[table.Family], bandwidth: float) -> list[Row]:
         for tokens, entry in family.entries.items():
             problem = Problem(key.kernel, key.n, key.channels, key.dtype, tokens)
             kernel = KERNELS[key.kernel]
-            moved = kernel.traffic(kernel.load(), problem)
+            moved = kernel.traffic(problem)
             found.append(Row(problem, entry, moved / bandwidth * 1e6 if bandwidth else 0.0))
     return sorted(found, key=lambda row: row.problem)
 

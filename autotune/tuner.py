@@ -99,7 +99,7 @@ def plan(problem: Problem, target: Target) -> Plan:
             if config is configs[0]:
                 failed = f"{problem}: the default must launch, got {error}"
         options.append(option)
-    return Plan(problem, options, kernel.traffic(kernel.load(), problem), idle, failed)
+    return Plan(problem, options, kernel.traffic(problem), idle, failed)
 
 
 def compile_plans(

@@ -96,7 +96,7 @@ def programs(arch: str, n: int = 4, channels: int = 2560) -> list[Program]:
     """What an architecture runs at many tokens and at few, each program once.
 
     Args:
-        arch: one of `_static.ARCHITECTURES`.
+        arch: one of `CHECKED`.
         n: streams.
         channels: C.
 

@@ -7,21 +7,6 @@ says about it; `tests/emulator.py` runs it on the CPU.
 from dataclasses import dataclass
 from typing import Any
 
-# What a block may ask for as dynamic shared memory, in bytes (CUDA C++ programming guide, technical
-# specifications per compute capability). nvcc does not check it; the launch fails.
-SHARED_MEMORY_LIMITS = {
-    "sm_80": 166_912,
-    "sm_86": 101_376,
-    "sm_87": 166_912,
-    "sm_89": 101_376,
-    "sm_90": 232_448,
-    "sm_100": 232_448,
-    "sm_103": 232_448,
-    "sm_110": 232_448,
-    "sm_120": 101_376,
-    "sm_121": 101_376,
-}
-
 
 @dataclass(frozen=True)
 class DeviceFunction:
@@ -52,23 +37,6 @@ class Lowered:
 
     source: str
     functions: tuple[DeviceFunction, ...]
-
-
-def shared_memory_limit(arch: str) -> int:
-    """Dynamic shared memory that a block can have, in bytes.
-
-    Raises:
-        ValueError: The architecture is not in the table.
-
-    Example:
-        >>> shared_memory_limit("sm_90a")
-        232448
-    """
-    base = arch.rstrip("af")
-    if base not in SHARED_MEMORY_LIMITS:
-        known = ", ".join(SHARED_MEMORY_LIMITS)
-        raise ValueError(f"shared_memory_limit: arch must be one of {known}, got {arch}")
-    return SHARED_MEMORY_LIMITS[base]
 
 
 def lower(prim_func: Any, arch: str, pass_configs: dict[str, Any] | None = None) -> Lowered:

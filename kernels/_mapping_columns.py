@@ -30,13 +30,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import tilelang.language as T
-import torch
 from tilelang.layout import make_swizzled_layout
 
 from ._mapping_records import PENDING, record_width
 from ._programs import F32, ITEM_BYTES, PASS_CONFIGS, ceil_div, logits_per_token, program
-from ._projection import shared_limit
 from ._split import rest, round_rest, round_tf32
+from .architectures import shared_limit
+from .problem import Problem, Target
 
 # What `part` says of grad_x_part; "" leaves it out.
 ADDED, MIXED = "added", "mixed"
@@ -88,9 +88,7 @@ class Config:
             )
 
 
-def default_config(
-    tokens: int, channels: int, n: int, dtype: torch.dtype, multiprocessors: int, arch: str
-) -> Config:
+def default_config(problem: Problem, target: Target, *, batch_invariant: bool = False) -> Config:
     """Two blocks a multiprocessor in one wave, and never more groups than tiles of tokens.
 
     H200, 2026-11-22, columns and parts alone, n = 4, bf16: three stages of 16 tokens (87 KB of
@@ -99,40 +97,37 @@ def default_config(
     the launch that runs beside. fp16 and fp32 hold tf32 parts as well, n = 8 more rows of phi:
     narrower.
     """
-    if dtype is torch.bfloat16 and n < 8:
-        return _config(tokens, channels, n, multiprocessors, 256, 16, 128, 3, 2)
-    columns = 64 if dtype is torch.float32 and n == 8 else 128
-    return _config(tokens, channels, n, multiprocessors, columns, 16, 64 if n < 8 else 128, 2, 2)
+    n = problem.n
+    if problem.dtype == "bfloat16" and n < 8:
+        return _config(problem, target, 256, 16, 128, 3, 2)
+    columns = 64 if problem.dtype == "float32" and n == 8 else 128
+    return _config(problem, target, columns, 16, 64 if n < 8 else 128, 2, 2)
 
 
-def candidates(
-    tokens: int, channels: int, n: int, dtype: torch.dtype, multiprocessors: int, arch: str
-) -> Iterator[Config]:
+def candidates(problem: Problem, target: Target) -> Iterator[Config]:
     """Configurations worth measuring."""
     shapes = ((256, 16, 128, 2, 3), (256, 16, 128, 3, 2))
-    if dtype is not torch.bfloat16 or n == 8:
+    if problem.dtype != "bfloat16" or problem.n == 8:
         shapes = ((128, 16, 64, 2, 2), (128, 16, 64, 2, 3))
-    elif shared_limit(arch) >= WIDE_SHARED_BYTES:
+    elif shared_limit(target.arch) >= WIDE_SHARED_BYTES:
         shapes = ((256, 32, 128, 2, 2), *shapes, (256, 16, 128, 4, 2))
     for shape in shapes:
-        yield _config(tokens, channels, n, multiprocessors, *shape)
+        yield _config(problem, target, *shape)
 
 
 @functools.lru_cache(maxsize=1024)
 def _config(
-    tokens: int,
-    channels: int,
-    n: int,
-    multiprocessors: int,
+    problem: Problem,
+    target: Target,
     columns: int,
     tile: int,
     threads: int,
     stages: int,
     resident: int,
 ) -> Config:
-    slices = ceil_div(channels, columns // n)
-    groups = max(1, resident * multiprocessors // slices)
-    tiles = max(1, ceil_div(tokens, tile))
+    slices = ceil_div(problem.channels, columns // problem.n)
+    groups = max(1, resident * target.multiprocessors // slices)
+    tiles = max(1, ceil_div(problem.tokens, tile))
     if tiles < groups:  # a power of two: every number of groups is a compilation
         groups = 1 << (tiles.bit_length() - 1)
     return Config(columns, tile, threads, stages, groups, resident)

@@ -20,11 +20,10 @@ from ._programs import (
     ceil_div,
     logits_per_token,
     macro,
-    overlaps,
     program,
 )
-from ._projection import shared_limit
 from ._sinkhorn_walk import sigmoid, sinkhorn_replay, sinkhorn_walk_back, softmax_out_back
+from .architectures import overlaps, shared_limit
 
 TOKENS_PER_BLOCK = 32
 # A word of a record that is still to come: a NaN that no arithmetic makes.

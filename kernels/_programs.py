@@ -16,6 +16,7 @@ import tilelang.language as T
 import torch
 
 from . import _toolchain
+from .problem import Problem, Target
 
 F32 = "float32"
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -145,10 +146,15 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@functools.cache
-def overlaps(arch: str) -> bool:
-    """Whether a launch may start before the one ahead of it has ended (programmatic dependence)."""
-    return int("".join(filter(str.isdigit, arch))) >= 90
+def target_of(device: torch.device) -> Target:
+    """The target of a CUDA device."""
+    return Target(architecture(device), multiprocessors(device))
+
+
+def problem_of(kernel: str, x: torch.Tensor) -> Problem:
+    """The problem of a kernel on streams x [T, n, C]."""
+    tokens, n, channels = x.shape
+    return Problem(kernel, n, channels, dtype_name(x), tokens)
 
 
 def dtype_name(tensor: torch.Tensor) -> str:

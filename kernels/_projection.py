@@ -25,8 +25,6 @@ TILE_ROWS = 8  # rows of phi in one A operand
 MMA_NAMES = {"bfloat16": "bf16", "float16": "fp16"}
 SCALED = "float16"  # of which phi may leave the range
 
-# Bytes of shared memory that one block may use; other architectures from 8.0 on allow 99 KiB.
-SHARED_LIMITS = {"sm_80": 166912, "sm_90a": 232448, "sm_100a": 232448, "sm_103a": 232448}
 
 # Roles per warp: every shared-memory hazard is ordered by hand, nothing is a TileLang pipeline, and
 # the programs guard their tails (a guard that TileLang adds to an index would split 16-byte
@@ -37,11 +35,6 @@ WARP_ROLE_CONFIGS = {
     "tl.disable_safe_memory_legalize": True,
     "tl.device_compile_flags": ["-ftz=true"],
 }
-
-
-def shared_limit(arch: str) -> int:
-    """Bytes of shared memory that one block may use on an architecture."""
-    return SHARED_LIMITS.get(arch, 101376)
 
 
 def segment_width(channels: int, members: int) -> int:

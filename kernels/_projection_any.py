@@ -26,9 +26,11 @@ from ._programs import (
     dtype_name,
     logits_per_token,
     macro,
-    multiprocessors,
+    problem_of,
     program,
+    target_of,
 )
+from .problem import Problem, Target
 
 WARP = 32
 MOST_ROWS = 24  # of phi in one warp
@@ -55,7 +57,7 @@ class Config:
 
 
 @lru_cache(maxsize=1024)
-def default_config(n: int, channels: int, *, multiprocessors: int) -> Config:
+def default_config(problem: Problem, target: Target) -> Config:
     """Segments of at most 1024 elements (n = 4), one block a multiprocessor.
 
     A segment of phi is then at most 98 KB (n = 8: 512 elements, 164 KB), to stay in L1, and 12
@@ -63,8 +65,9 @@ def default_config(n: int, channels: int, *, multiprocessors: int) -> Config:
     4096 x 2560, n = 4: 107 us in fp32 and 103 in bf16; 8 warps, 6 tokens a warp or segments of 512
     elements within 4% of it, segments of 2048 elements 152 us.
     """
-    members = ceil_div(n * channels, 1024 if n <= 4 else 512)
-    return Config(members, max(1, multiprocessors // members), 12, 4 if n >= 4 else 8)
+    n = problem.n
+    members = ceil_div(n * problem.channels, 1024 if n <= 4 else 512)
+    return Config(members, max(1, target.multiprocessors // members), 12, 4 if n >= 4 else 8)
 
 
 def takes(x: Tensor) -> bool:
@@ -175,8 +178,7 @@ def project(x: Tensor, phi: Tensor, config: Config | None = None) -> Tensor:
     tokens, n, channels = x.shape
     rows = logits_per_token(n)
     assert phi.shape == (rows, n * channels)
-    count = multiprocessors(x.device)
-    config = config or default_config(n, channels, multiprocessors=count)
+    config = config or default_config(problem_of("mapping", x), target_of(x.device))
     parts = x.new_empty(config.members, tokens, rows + 1, dtype=torch.float32)
     knobs = config.members, config.blocks, config.warps, config.group
     kernel = project_program(architecture(x.device), n, channels, dtype_name(x), *knobs)

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from . import (
-    _toolchain,
     boundary,
     mapping,
     mapping_backward,
@@ -16,6 +15,7 @@ from . import (
     streams,
 )
 from ._programs import Catalogue, catalogue, logits_per_token
+from .architectures import multiprocessors_of
 
 
 def launch_all(tokens: int, n: int, channels: int, dtype: torch.dtype, device: str) -> None:
@@ -53,6 +53,6 @@ def programs(
     arch: str, tokens: int, n: int = 4, channels: int = 2560, dtype: torch.dtype = torch.bfloat16
 ) -> Catalogue:
     """The programs that `launch_all` needs on an architecture, without such a GPU."""
-    with catalogue(arch, _toolchain.MULTIPROCESSORS[arch]) as asked:
+    with catalogue(arch, multiprocessors_of(arch)) as asked:
         launch_all(tokens, n, channels, dtype, "meta")
     return asked

@@ -18,12 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from . import _toolchain
-from ._lowering import Lowered, lower, shared_memory_limit
+from ._lowering import Lowered, lower
+from .architectures import architecture_of
 
 FLAGS = "tl.device_compile_flags"  # the pass configuration that holds a program's nvcc options
-
-# The architectures that every kernel must compile for.
-ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Resources:
         granted = -(-self.registers // 8) * 8 * (-(-self.threads // 32) * 32)
         if granted > 65536:
             found.append(f"needs {granted} registers a block, of 65536")
-        limit = shared_memory_limit(arch)
+        limit = architecture_of(arch).shared_bytes
         if (shared := self.dynamic_smem + self.static_smem) > limit:
             found.append(f"needs {shared} bytes of shared memory, of {limit} on {arch}")
         return found

@@ -17,8 +17,6 @@ STREAMS = (1, 2, 4, 8)  # the n that kernels are written and checked for
 # what is asked for ahead lies some rounds further.
 MOST_TOKENS = 2**31 - 2**16
 REQUIRED_TILELANG = "0.1.15"
-# Of the largest GPU of each architecture that programs are checked for.
-MULTIPROCESSORS = {"sm_80": 108, "sm_89": 142, "sm_90a": 132, "sm_100a": 148, "sm_120a": 170}
 
 
 def target(capability: tuple[int, int]) -> dict[str, str]:

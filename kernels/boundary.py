@@ -35,11 +35,14 @@ from ._programs import (
     dtype_name,
     logits_per_token,
     multiprocessors,
-    overlaps,
+    problem_of,
     program,
+    target_of,
 )
 from ._projection import WARP, WARP_ROLE_CONFIGS
 from ._team_roles import apply_macro, help_macro, send_macros
+from .architectures import overlaps
+from .problem import Problem
 
 MEASURED = ("sm_90a",)  # on sm_100a two words of a round spill
 MOST_MEMBERS = 28  # measured; more of them spill more
@@ -272,7 +275,6 @@ def forward(
     iters: int,
     sinkhorn_eps: float,
     config: "Config | pre.Config | pre_team.Config | None" = None,
-    batch_invariant: bool = False,
 ) -> tuple[Tensor, ...] | None:
     """Merge of a sublayer and everything before the next layer (eqs. 7, 8, 9 and 14-19).
 
@@ -291,7 +293,6 @@ def forward(
         sinkhorn_eps: see there.
         config: of this launch, or the one that `pre` would have: members and teams are then its
             own, and all results have the bits of `merge` and `pre`. `pre`'s default if None.
-        batch_invariant: of `pre.default_config`.
 
     Returns:
         x_next [T, n, C] and layer_input [T, C] in x's dtype; h_post_next [T, n], h_res_next
@@ -308,12 +309,11 @@ def forward(
     arch, available = architecture(x.device), multiprocessors(x.device)
     if not isinstance(config, Config):
         config = beside(
-            config or pre.default_config(
-                tokens, n, channels, arch=arch, multiprocessors=available,
-                batch_invariant=batch_invariant,
-            ),
-            n, channels, arch,
-        )  # fmt: skip
+            config or pre.default_config(problem_of("pre", x), target_of(x.device)),
+            n,
+            channels,
+            arch,
+        )
         if config is None:
             return None
     pre_team.check("boundary", config, n, channels, arch, available)
@@ -334,16 +334,7 @@ def forward(
     return x_next, layer_input, h_post_next, h_res_next.view(tokens, n, n), projection, inv_rms
 
 
-def traffic(
-    tokens: int, n: int, channels: int, dtype: str = "bfloat16", iters: int = 20
-) -> dict[str, int]:
-    """Bytes that must move (x_next once, phi once) and floating-point operations, forward."""
-    parts = (
-        merge.traffic(tokens, n, channels, dtype)["forward"],
-        pre.traffic(tokens, n, channels, dtype, iters),
-    )
-    again = tokens * n * channels * ITEM_BYTES[dtype]
-    return {
-        "bytes": parts[0][0] + parts[1]["bytes"] - again,
-        "flops": parts[0][1] + parts[1]["flops"],
-    }
+def traffic(problem: Problem) -> int:
+    """Bytes that must move forward: those of `merge` and `pre`, which reads x_next on chip."""
+    streams = problem.tokens * problem.n * problem.channels * ITEM_BYTES[problem.dtype]
+    return merge.traffic(problem.of("merge")) + pre.traffic(problem.of("pre")) - streams

@@ -34,8 +34,9 @@ from ._programs import (
     dtype_name,
     logits_per_token,
     macro,
-    multiprocessors,
+    problem_of,
     program,
+    target_of,
 )
 from ._projection import (
     WARP,
@@ -44,9 +45,10 @@ from ._projection import (
     add,
     inverse_rms,
     segment_width,
-    shared_limit,
     sigmoid,
 )
+from .architectures import shared_limit
+from .problem import Problem, Target
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,7 @@ class Config:
 
 
 @lru_cache(maxsize=1024)
-def default_config(
-    tokens: int, n: int, channels: int, *, arch: str, multiprocessors: int
-) -> Config:
+def default_config(problem: Problem, target: Target, *, batch_invariant: bool = False) -> Config:
     """Segments of about 1024 elements (n = 4), as many groups in flight as shared memory allows.
 
     256 channels of every stream at n = 4 are 96 registers a thread for phi. The H200, 2026-11-22,
@@ -104,35 +104,35 @@ def default_config(
     Raises:
         RuntimeError: the GPU has too little shared memory for any configuration.
     """
+    n, channels = problem.n, problem.channels
     width = max(32, 1024 // n // ceil_div(logits_per_token(n), 24))
     members = ceil_div(channels, width)
-    blocks = max(1, multiprocessors // members)
+    blocks = max(1, target.multiprocessors // members)
     steps = 4 if n <= 4 else 1
     for group in (16, 8):
         # one group a block: nothing to keep in flight behind it
-        for ahead in (3, 2, 1) if tokens > group * blocks else (1,):
+        for ahead in (3, 2, 1) if problem.tokens > group * blocks else (1,):
             config = Config(members, blocks, steps, group, ahead)
-            if config.launches(n, channels, arch):
+            if config.launches(n, channels, target.arch):
                 return config
     raise RuntimeError(
-        f"mapping: the GPU must have more shared memory for n {n}, C {channels}, got {arch} with "
-        f"{shared_limit(arch)} bytes a block; run the reference on it"
+        f"mapping: the GPU must have more shared memory for n {n}, C {channels}, got {target.arch} "
+        f"with {shared_limit(target.arch)} bytes a block; run the reference on it"
     )
 
 
-def candidates(
-    tokens: int, n: int, channels: int, *, arch: str, multiprocessors: int
-) -> Iterator[Config]:
-    """Every configuration worth timing; impossible ones never leave."""
-    default = default_config(tokens, n, channels, arch=arch, multiprocessors=multiprocessors)
+def candidates(problem: Problem, target: Target) -> Iterator[Config]:
+    """Every configuration worth timing that can launch."""
+    n, channels = problem.n, problem.channels
+    default = default_config(problem, target)
     yield default
     smallest = ceil_div(channels, 512)
     counts = {ceil_div(channels, width) for width in (192, 224, 256, 320, 512)}
     for members in sorted(counts | {default.members} if n == 4 else {default.members, smallest}):
-        for blocks in sorted({max(1, k * multiprocessors // members) for k in (1, 2)}):
+        for blocks in sorted({max(1, k * target.multiprocessors // members) for k in (1, 2)}):
             for ahead in (1, 2, 3):
                 config = Config(members, blocks, default.steps, default.group, ahead)
-                if config != default and config.launches(n, channels, arch):
+                if config != default and config.launches(n, channels, target.arch):
                     yield config
 
 
@@ -358,9 +358,7 @@ def forward(
     inv_rms = x.new_empty(tokens, dtype=torch.float32)
     if tokens:
         arch = architecture(x.device)
-        config = config or default_config(
-            tokens, n, channels, arch=arch, multiprocessors=multiprocessors(x.device)
-        )
+        config = config or default_config(problem_of("mapping", x), target_of(x.device))
         if _projection_any.takes(x):
             parts = _projection_any.project(aligned(x), aligned(phi))
         else:
@@ -371,11 +369,9 @@ def forward(
     return h_pre, h_post, h_res_logits.view(tokens, n, n), projection, inv_rms
 
 
-def traffic(tokens: int, n: int, channels: int, dtype: str = "bfloat16") -> dict[str, int]:
-    """Bytes that must move (x and phi once, the maps) and floating-point operations, forward."""
+def traffic(problem: Problem) -> int:
+    """Bytes that must move forward: x and phi once, the maps."""
+    n, channels = problem.n, problem.channels
     rows = logits_per_token(n)
-    maps = 4 * (2 * rows + 1)
-    return {
-        "bytes": tokens * (n * channels * ITEM_BYTES[dtype] + maps) + 4 * rows * n * channels,
-        "flops": tokens * n * channels * 2 * (rows + 1),
-    }
+    per_token = n * channels * ITEM_BYTES[problem.dtype] + 4 * (2 * rows + 1)
+    return problem.tokens * per_token + 4 * rows * n * channels

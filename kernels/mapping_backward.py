@@ -34,14 +34,17 @@ from ._mapping_columns import (
 from ._mapping_records import sums_width, token_records
 from ._programs import (
     F32,
+    ITEM_BYTES,
     architecture,
     dtype_name,
     knobs_of,
     logits_per_token,
-    multiprocessors,
-    overlaps,
+    problem_of,
     program,
+    target_of,
 )
+from .architectures import overlaps
+from .problem import Problem
 
 __all__ = ["Config", "backward", "candidates", "default_config", "traffic"]
 
@@ -135,8 +138,7 @@ def gradients_from_records(
     logits = phi.shape[0]
     arch = architecture(x.device)
     if config is None:
-        device = (multiprocessors(x.device), arch)
-        config = default_config(tokens, channels, n, x.dtype, *device)
+        config = default_config(problem_of("mapping_backward", x), target_of(x.device))
     grad_x = torch.empty_like(x)
     parts = phi.new_empty(config.groups, logits, n, channels)
     part = "" if grad_x_part is None else ADDED if h_res is None else MIXED
@@ -216,13 +218,9 @@ def backward(
     return gradients_from_records(records, block_sums, x, phi, config=config)
 
 
-def traffic(tokens: int, channels: int, n: int, item_bytes: int = 2) -> dict[str, tuple[int, int]]:
-    """Bytes that must move and floating-point operations.
-
-    Returns:
-        {"backward": (bytes, flops)}.
-    """
+def traffic(problem: Problem) -> int:
+    """Bytes that must move."""
+    n, channels = problem.n, problem.channels
     logits = logits_per_token(n)
-    per_token = 2 * n * channels * item_bytes + (2 * logits + 1) * 4
-    moved = tokens * per_token + 2 * logits * n * channels * 4
-    return {"backward": (moved, tokens * n * channels * (4 * logits + 6))}
+    per_token = 2 * n * channels * ITEM_BYTES[problem.dtype] + (2 * logits + 1) * 4
+    return problem.tokens * per_token + 2 * logits * n * channels * 4

@@ -32,9 +32,12 @@ from ._programs import (
     ceil_div,
     dtype_name,
     knobs_of,
+    problem_of,
     program,
+    target_of,
 )
 from ._rows import block_threads, is_block, vector_width
+from .problem import Problem, Target
 
 # The forward guards its tails itself; a guard added to an index would split 16-byte accesses.
 UNGUARDED = {**PASS_CONFIGS, "tl.disable_safe_memory_legalize": True}
@@ -94,13 +97,7 @@ class BackwardConfig:
 
 @functools.lru_cache(maxsize=1024)
 def default_config(
-    backward: bool,
-    tokens: int,
-    n: int,
-    channels: int,
-    dtype: str,
-    *,
-    batch_invariant: bool = False,
+    problem: Problem, target: Target, *, batch_invariant: bool = False
 ) -> ForwardConfig | BackwardConfig:
     """A configuration that is safe on every supported GPU.
 
@@ -114,14 +111,15 @@ def default_config(
     64 x 4096 eight warps take 9.3 us and four 10.6, for 512 x 4096 30.5 and 26.1 (n = 4, bf16,
     H100, 2026-11-27).
     """
-    if not backward:
+    n, channels, dtype = problem.n, problem.channels, problem.dtype
+    if problem.kernel == "merge":
         pieces = channels // vector_width(channels, dtype)
         vectors = 2 if pieces > 256 and n <= 4 else 1
         blocks = ceil_div(pieces, 512 * vectors)
         return ForwardConfig(block_threads(channels, dtype, vectors, blocks), vectors)
     vector = _backward_vector(n, channels, dtype)
     warps = 16 if n <= 4 else 8
-    if tokens >= 1024 or batch_invariant:
+    if problem.tokens >= 1024 or batch_invariant:
         return BackwardConfig(32, vector, warps)
     threads = 128
     while threads > 32 and threads // 2 * vector * FEW_STEPS >= channels:
@@ -129,16 +127,15 @@ def default_config(
     return BackwardConfig(threads, vector, warps * 32 // threads)
 
 
-def candidates(
-    backward: bool, tokens: int, n: int, channels: int, dtype: str
-) -> Iterator[ForwardConfig | BackwardConfig]:
+def candidates(problem: Problem, target: Target) -> Iterator[ForwardConfig | BackwardConfig]:
     """Configurations worth measuring.
 
     Not among them for n = 4: a backward without a bound on its registers, which is 3 to 5% faster
     for up to 256 tokens and 17% slower for 512 (C = 2560, bf16, H100, 2026-11-27), which lie
     between two numbers of tokens that are tuned.
     """
-    if not backward:
+    n, channels, dtype = problem.n, problem.channels, problem.dtype
+    if problem.kernel == "merge":
         pieces = channels // vector_width(channels, dtype)
         for vectors in (1, 2) if n <= 4 else (1,):
             for blocks in (1, 2, 4, 8, 16):
@@ -308,7 +305,7 @@ def forward(
     x_next = torch.empty_like(x)
     if tokens:
         dtype = dtype_name(x)
-        config = config or default_config(False, tokens, n, channels, dtype)
+        config = config or default_config(problem_of("merge", x), target_of(x.device))
         constants = (n, channels, dtype, *knobs_of(config))
         kernel = forward_program(architecture(x.device), *constants)
         kernel(x, layer_output, h_post, h_res.view(tokens, n * n), x_next)
@@ -344,7 +341,7 @@ def backward(
     grads = (torch.empty_like(layer_output), torch.empty_like(h_post), grad_h_res)
     if tokens:
         dtype = dtype_name(x)
-        config = config or default_config(True, tokens, n, channels, dtype)
+        config = config or default_config(problem_of("merge_backward", x), target_of(x.device))
         constants = (n, channels, dtype, grad_x is not None, *knobs_of(config))
         kernel = backward_program(architecture(x.device), *constants)
         # what a program leaves alone still has its shape
@@ -353,19 +350,12 @@ def backward(
     return grad_x, *grads
 
 
-def traffic(
-    tokens: int, n: int, channels: int, dtype: str = "bfloat16"
-) -> dict[str, tuple[int, int]]:
-    """Bytes that must move and floating-point operations.
-
-    Returns:
-        {"forward": (bytes, flops), "backward": (bytes, flops), and "backward without grad_x"}.
-    """
-    item, maps = ITEM_BYTES[dtype], 4 * (n * n + n)
-    flops = tokens * channels * 2 * (n * n + n)
-    bare = tokens * ((2 * n + 2) * channels * item + maps + 4 * n)
-    return {
-        "forward": (tokens * ((2 * n + 1) * channels * item + maps), flops),
-        "backward": (tokens * ((3 * n + 2) * channels * item + 2 * maps), 2 * flops),
-        "backward without grad_x": (bare, flops),
-    }
+def traffic(problem: Problem) -> int:
+    """Bytes that must move: forward, backward, or backward without grad_x."""
+    n, row = problem.n, problem.channels * ITEM_BYTES[problem.dtype]
+    maps = 4 * (n * n + n)
+    if problem.kernel == "merge":
+        return problem.tokens * ((2 * n + 1) * row + maps)
+    if problem.kernel == "merge_backward_maps":
+        return problem.tokens * ((2 * n + 2) * row + maps + 4 * n)
+    return problem.tokens * ((3 * n + 2) * row + 2 * maps)

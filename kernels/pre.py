@@ -26,10 +26,12 @@ from ._programs import (
     ceil_div,
     dtype_name,
     logits_per_token,
-    multiprocessors,
+    problem_of,
     program,
+    target_of,
 )
 from ._projection import WARP, WARP_ROLE_CONFIGS, sigmoid, sinkhorn_registers
+from .problem import Problem, Target
 
 PIECE = WARP * 8  # channels that a warp reads at once
 # Groups a team from which on one launch is faster than two, 1 to 2 at widths from 1280 to 7168
@@ -56,13 +58,7 @@ class Config(mapping.Config):
 
 @lru_cache(maxsize=1024)
 def default_config(
-    tokens: int,
-    n: int,
-    channels: int,
-    *,
-    arch: str,
-    multiprocessors: int,
-    batch_invariant: bool = False,
+    problem: Problem, target: Target, *, batch_invariant: bool = False
 ) -> "Config | pre_team.Config":
     """One launch by teams for many tokens where the GPU can run it, else two launches.
 
@@ -70,21 +66,17 @@ def default_config(
     120 / 162, 4096x7168 118 / 149; 64x7168 13 / 10. The two differ in the last bits of the maps.
 
     Args:
-        tokens: T.
-        n: streams.
-        channels: C.
-        arch: such as "sm_90a".
-        multiprocessors: of the GPU.
+        problem: the shape and the dtype of x.
+        target: the GPU.
         batch_invariant: the same form for every number of tokens, that of many.
     """
-    target: dict[str, Any] = {"arch": arch, "multiprocessors": multiprocessors}
-    team = pre_team.default_config(n, channels, **target)
-    if team and (batch_invariant or tokens >= MANY_ROUNDS * team.group * team.teams):
+    team = pre_team.default_config(problem, target)
+    if team and (batch_invariant or problem.tokens >= MANY_ROUNDS * team.group * team.teams):
         return team
     # few tokens are split over warps until about 14 warps a multiprocessor run
-    base = mapping.default_config(tokens, n, channels, **target)
-    pieces = ceil_div(channels, PIECE)
-    wanted = 14 * multiprocessors // max(tokens, 1)
+    base = mapping.default_config(problem, target)
+    pieces = ceil_div(problem.channels, PIECE)
+    wanted = 14 * target.multiprocessors // max(problem.tokens, 1)
     # a power of two or all: the number of tokens chooses among few programs
     splits = pieces if wanted >= pieces else 1 << max(0, wanted.bit_length() - 1)
     return _with_splits(base, splits)
@@ -96,24 +88,21 @@ def _with_splits(base: mapping.Config, splits: int) -> Config:
     )
 
 
-def candidates(
-    tokens: int, n: int, channels: int, *, arch: str, multiprocessors: int
-) -> Iterator["Config | pre_team.Config"]:
-    """Every configuration worth timing; impossible ones never leave."""
-    target: dict[str, Any] = {"arch": arch, "multiprocessors": multiprocessors}
-    default = default_config(tokens, n, channels, **target)
+def candidates(problem: Problem, target: Target) -> Iterator["Config | pre_team.Config"]:
+    """Every configuration worth timing that can launch."""
+    default = default_config(problem, target)
     yield default
-    ahead = mapping.default_config(tokens, n, channels, **target).ahead
-    teams = pre_team.default_config(n, channels, **target) is not None
-    splits = {1, 4, getattr(default, "splits", 1), ceil_div(channels, PIECE)}
-    for base in mapping.candidates(tokens, n, channels, **target):
+    ahead = mapping.default_config(problem, target).ahead
+    teams = pre_team.default_config(problem, target) is not None
+    splits = {1, 4, getattr(default, "splits", 1), ceil_div(problem.channels, PIECE)}
+    for base in mapping.candidates(problem, target):
         if teams and base.ahead not in (1, ahead):
             continue  # many tokens are the team's, and 64 change by 1% (H100, 2026-11-24)
         for split in sorted(splits):
             config = _with_splits(base, split)
             if config != default:
                 yield config
-    for config in pre_team.candidates(n, channels, **target):
+    for config in pre_team.candidates(problem, target):
         if config != default:
             yield config
 
@@ -232,7 +221,6 @@ def forward(
     iters: int,
     sinkhorn_eps: float,
     config: "Config | pre_team.Config | None" = None,
-    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Everything before the layer (eqs. 8, 9 and 14-19).
 
@@ -248,7 +236,6 @@ def forward(
         iters: Sinkhorn iterations, at least 1.
         sinkhorn_eps: as in `reference.sinkhorn`.
         config: of the launch, `default_config` if None; a `pre_team.Config` asks for one launch.
-        batch_invariant: of `default_config`.
 
     Returns:
         layer_input [T, C] in x's dtype; h_post [T, n], h_res [T, n, n], projection [T, n*n + 2n],
@@ -270,14 +257,7 @@ def forward(
     constants = float(norm_eps), float(pre_eps), float(post_scale), int(iters), float(sinkhorn_eps)
     if tokens:
         arch = architecture(x.device)
-        config = config or default_config(
-            tokens,
-            n,
-            channels,
-            arch=arch,
-            multiprocessors=multiprocessors(x.device),
-            batch_invariant=batch_invariant,
-        )
+        config = config or default_config(problem_of("pre", x), target_of(x.device))
         x, phi = mapping.aligned(x), mapping.aligned(phi)
         if isinstance(config, pre_team.Config):
             pre_team.launch(config, x, phi, alpha, bias, outputs, constants)
@@ -289,14 +269,9 @@ def forward(
     return layer_input, h_post, h_res.view(tokens, n, n), projection, inv_rms
 
 
-def traffic(
-    tokens: int, n: int, channels: int, dtype: str = "bfloat16", iters: int = 20
-) -> dict[str, int]:
-    """Bytes that must move (x once, phi once) and floating-point operations, forward."""
+def traffic(problem: Problem) -> int:
+    """Bytes that must move forward: x once, phi once."""
+    n, channels = problem.n, problem.channels
     rows = logits_per_token(n)
-    maps = 4 * (n * n + n + rows + 1)
-    moved = (n + 1) * channels * ITEM_BYTES[dtype] + maps
-    return {
-        "bytes": tokens * moved + 4 * rows * n * channels,
-        "flops": tokens * (n * channels * 2 * (rows + 2) + n * n * 4 * iters),
-    }
+    moved = (n + 1) * channels * ITEM_BYTES[problem.dtype] + 4 * (n * n + n + rows + 1)
+    return problem.tokens * moved + 4 * rows * n * channels

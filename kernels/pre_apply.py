@@ -29,9 +29,12 @@ from ._programs import (
     ceil_div,
     dtype_name,
     knobs_of,
+    problem_of,
     program,
+    target_of,
 )
 from ._rows import block_threads, is_block, vector_width
+from .problem import Problem, Target
 
 # The forward guards its tails itself; a guard added to an index would split 16-byte accesses.
 UNGUARDED = {**PASS_CONFIGS, "tl.disable_safe_memory_legalize": True}
@@ -83,13 +86,7 @@ class BackwardConfig:
 
 @functools.lru_cache(maxsize=1024)
 def default_config(
-    backward: bool,
-    tokens: int,
-    n: int,
-    channels: int,
-    dtype: str,
-    *,
-    batch_invariant: bool = False,
+    problem: Problem, target: Target, *, batch_invariant: bool = False
 ) -> ForwardConfig | BackwardConfig:
     """A configuration that is safe on every supported GPU.
 
@@ -99,24 +96,24 @@ def default_config(
     tokens. These alone ran at copy bandwidth in every configuration (8192 x 2560, H200,
     2026-11-22).
     """
-    if not backward:
+    n, channels, dtype = problem.n, problem.channels, problem.dtype
+    if problem.kernel == "pre_apply":
         pieces = channels // vector_width(channels, dtype)
         vectors = 2 if pieces > 256 and n <= 4 else 1
         blocks = ceil_div(pieces, 512 * vectors)
         return ForwardConfig(block_threads(channels, dtype, vectors, blocks), vectors)
     vector = vector_width(channels, dtype)
-    threads = 32 if tokens >= 1024 or batch_invariant else 256
+    threads = 32 if problem.tokens >= 1024 or batch_invariant else 256
     while threads > 32 and threads // 2 * vector >= channels:
         threads //= 2
     return BackwardConfig(threads, vector)
 
 
-def candidates(
-    backward: bool, tokens: int, n: int, channels: int, dtype: str
-) -> Iterator[ForwardConfig | BackwardConfig]:
+def candidates(problem: Problem, target: Target) -> Iterator[ForwardConfig | BackwardConfig]:
     """Configurations worth measuring."""
+    n, channels, dtype = problem.n, problem.channels, problem.dtype
     width = vector_width(channels, dtype)
-    if not backward:
+    if problem.kernel == "pre_apply":
         for vectors in (1, 2) if n <= 4 else (1,):
             for blocks in (1, 2, 4, 8, 16):
                 threads = block_threads(channels, dtype, vectors, blocks)
@@ -227,7 +224,7 @@ def forward(x: Tensor, h_pre: Tensor, *, config: ForwardConfig | None = None) ->
     layer_input = x.new_empty(tokens, channels)
     if tokens:
         dtype = dtype_name(x)
-        config = config or default_config(False, tokens, n, channels, dtype)
+        config = config or default_config(problem_of("pre_apply", x), target_of(x.device))
         constants = (n, channels, dtype, *knobs_of(config))
         forward_program(architecture(x.device), *constants)(x, h_pre, layer_input)
     return layer_input
@@ -252,23 +249,16 @@ def backward(
     grad_h_pre = torch.empty_like(h_pre)
     if tokens:
         dtype = dtype_name(x)
-        config = config or default_config(True, tokens, n, channels, dtype)
+        config = config or default_config(problem_of("pre_apply_backward", x), target_of(x.device))
         constants = (n, channels, dtype, *knobs_of(config))
         kernel = backward_program(architecture(x.device), *constants)
         kernel(grad_layer_input, x, h_pre, grad_x, grad_h_pre)
     return grad_x, grad_h_pre
 
 
-def traffic(
-    tokens: int, n: int, channels: int, dtype: str = "bfloat16"
-) -> dict[str, tuple[int, int]]:
-    """Bytes that must move and floating-point operations.
-
-    Returns:
-        {"forward": (bytes, flops), "backward": (bytes, flops)}.
-    """
-    row = channels * ITEM_BYTES[dtype]
-    return {
-        "forward": (tokens * ((n + 1) * row + 4 * n), tokens * channels * 2 * n),
-        "backward": (tokens * ((2 * n + 1) * row + 8 * n), tokens * channels * 3 * n),
-    }
+def traffic(problem: Problem) -> int:
+    """Bytes that must move, forward or backward."""
+    n, row = problem.n, problem.channels * ITEM_BYTES[problem.dtype]
+    if problem.kernel == "pre_apply":
+        return problem.tokens * ((n + 1) * row + 4 * n)
+    return problem.tokens * ((2 * n + 1) * row + 8 * n)

@@ -33,17 +33,21 @@ from ._mapping_columns import Config, is_aligned
 from ._mapping_records import PENDING, record_width, sums_width, token_records
 from ._programs import (
     F32,
+    ITEM_BYTES,
     PASS_CONFIGS,
     architecture,
     ceil_div,
     dtype_name,
     logits_per_token,
     multiprocessors,
-    overlaps,
+    problem_of,
     program,
+    target_of,
 )
 from ._rows import WARP, vector_width
+from .architectures import overlaps
 from .mapping_backward import add_parts, gradients_from_records
+from .problem import Problem, Target
 
 __all__ = ["Config", "backward", "candidates", "default_config", "traffic"]
 
@@ -59,14 +63,7 @@ RING_BYTES = 51200  # of a multiprocessor: what two blocks of the columns leave 
 
 
 def default_config(
-    tokens: int,
-    channels: int,
-    n: int,
-    dtype: torch.dtype,
-    multiprocessors: int,
-    arch: str,
-    *,
-    batch_invariant: bool = False,
+    problem: Problem, target: Target, *, batch_invariant: bool = False
 ) -> Config | pre_backward_team.Config:
     """One pass by teams for many tokens where the GPU can run it, else two passes over x.
 
@@ -74,29 +71,22 @@ def default_config(
     277 / 304, 4096x7168 270 / 299; 2048x2560 65 / 64. They add the dot products in another order.
 
     Args:
-        tokens: T.
-        channels: C.
-        n: streams.
-        dtype: of x.
-        multiprocessors: of the GPU.
-        arch: such as "sm_90a".
+        problem: the shape and the dtype of x.
+        target: the GPU.
         batch_invariant: the same form for every number of tokens, that of many.
     """
-    device = (multiprocessors, arch)
-    if dtype is torch.bfloat16:
-        team = pre_backward_team.default_config(channels, n, *device)
-        if team and (batch_invariant or tokens >= MANY_ROUNDS * team.group * team.teams):
+    if problem.dtype == "bfloat16":
+        team = pre_backward_team.default_config(problem.at(1), target)
+        if team and (batch_invariant or problem.tokens >= MANY_ROUNDS * team.group * team.teams):
             return team
-    return _mapping_columns.default_config(tokens, channels, n, dtype, *device)
+    return _mapping_columns.default_config(problem, target)
 
 
-def candidates(
-    tokens: int, channels: int, n: int, dtype: torch.dtype, multiprocessors: int, arch: str
-) -> Iterator[Config | pre_backward_team.Config]:
+def candidates(problem: Problem, target: Target) -> Iterator[Config | pre_backward_team.Config]:
     """Configurations worth measuring."""
-    yield from _mapping_columns.candidates(tokens, channels, n, dtype, multiprocessors, arch)
-    if dtype is torch.bfloat16:
-        yield from pre_backward_team.candidates(channels, n, multiprocessors, arch)
+    yield from _mapping_columns.candidates(problem, target)
+    if problem.dtype == "bfloat16":
+        yield from pre_backward_team.candidates(problem, target)
 
 
 def dots_shape(channels: int, n: int, dtype: str, overlap: bool) -> tuple[int, int, int]:
@@ -325,7 +315,6 @@ def backward(
     iters: int,
     sinkhorn_eps: float,
     config: Config | pre_backward_team.Config | None = None,
-    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradient of `reference.pre`; see the module's docstring for the equations.
 
@@ -346,7 +335,6 @@ def backward(
         iters: of Sinkhorn, at least 1.
         sinkhorn_eps: see `reference.sinkhorn`.
         config: launch knobs of the columns or of the teams; `default_config` if None.
-        batch_invariant: of `default_config`.
 
     Returns:
         grad_x in x's dtype; grad_phi, grad_alpha, grad_bias, fp32.
@@ -359,9 +347,7 @@ def backward(
     tokens, n, channels = x.shape
     arch, available = architecture(x.device), multiprocessors(x.device)
     if config is None:
-        config = default_config(
-            tokens, channels, n, x.dtype, available, arch, batch_invariant=batch_invariant
-        )
+        config = default_config(problem_of("pre_backward", x), target_of(x.device))
     if isinstance(config, pre_backward_team.Config):
         more_sums, exchange = config.sums, config.exchange(x.device)
     else:
@@ -385,16 +371,9 @@ def backward(
     )
 
 
-def traffic(
-    tokens: int, channels: int, n: int, item_bytes: int = 2, *, with_part: bool = False
-) -> dict[str, tuple[int, int]]:
-    """Bytes that must move if x is read once, and floating-point operations.
-
-    Returns:
-        {"backward": (bytes, flops)}.
-    """
+def traffic(problem: Problem) -> int:
+    """Bytes that must move if x is read once, with merge's share of its gradient."""
+    n, channels = problem.n, problem.channels
     logits = logits_per_token(n)
-    per_token = (2 * n + 1 + n * int(with_part)) * channels * item_bytes
-    per_token += (2 * logits - n + 1) * 4
-    moved = tokens * per_token + 2 * logits * n * channels * 4
-    return {"backward": (moved, tokens * n * channels * (4 * logits + 10))}
+    per_token = (3 * n + 1) * channels * ITEM_BYTES[problem.dtype] + (2 * logits - n + 1) * 4
+    return problem.tokens * per_token + 2 * logits * n * channels * 4

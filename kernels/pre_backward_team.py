@@ -47,9 +47,9 @@ from torch import Tensor
 from ._mapping_columns import ADDED, MIXED
 from ._mapping_records import record_width, sums_width
 from ._pairs import WORD
-from ._programs import F32, architecture, ceil_div, logits_per_token, overlaps, program
+from ._programs import F32, architecture, ceil_div, logits_per_token, program
 from ._programs import multiprocessors as count_multiprocessors
-from ._projection import WARP_ROLE_CONFIGS, shared_limit
+from ._projection import WARP_ROLE_CONFIGS
 from ._team_backward_columns import TILES, columns_macros
 from ._team_backward_roles import (
     BF16,
@@ -69,6 +69,8 @@ from ._team_backward_roles import (
     unknown,
 )
 from ._team_backward_sums import sums_macros
+from .architectures import overlaps, shared_limit
+from .problem import Problem, Target
 
 WARPGROUP = 4 * WARP
 WIDEST = 256  # channels of a member: a lane of the helpers has 8
@@ -164,21 +166,22 @@ def _launches(config: Config, channels: int, arch: str) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def default_config(channels: int, n: int, multiprocessors: int, arch: str) -> Config | None:
+def default_config(problem: Problem, target: Target) -> Config | None:
     """The first of `candidates`; None where no team can run."""
-    return next(candidates(channels, n, multiprocessors, arch), None)
+    return next(candidates(problem, target), None)
 
 
-def candidates(channels: int, n: int, multiprocessors: int, arch: str) -> Iterator[Config]:
-    """Every configuration worth timing; impossible ones never leave."""
-    if n != STREAMS or channels % CHUNK:
+def candidates(problem: Problem, target: Target) -> Iterator[Config]:
+    """Every configuration worth timing that can launch."""
+    channels = problem.channels
+    if problem.n != STREAMS or channels % CHUNK:
         return
     # on sm_100a, where nothing is measured, more than 128 channels spill a word or some
-    for width in (256, 192, 128) if arch == "sm_90a" else (128, 192, 256):
+    for width in (256, 192, 128) if target.arch == "sm_90a" else (128, 192, 256):
         members = ceil_div(channels, width)
-        if 2 <= members <= multiprocessors:
-            config = Config(members, multiprocessors // members)
-            if config.launches(channels, arch):
+        if 2 <= members <= target.multiprocessors:
+            config = Config(members, target.multiprocessors // members)
+            if config.launches(channels, target.arch):
                 yield config
 
 

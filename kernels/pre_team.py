@@ -39,15 +39,17 @@ import torch
 from torch import Tensor
 
 from ._phi import load_macro, scale_macro
-from ._programs import F32, architecture, ceil_div, dtype_name, logits_per_token, overlaps, program
+from ._programs import F32, architecture, ceil_div, dtype_name, logits_per_token, program
 from ._programs import multiprocessors as count_multiprocessors
-from ._projection import WARP, WARP_ROLE_CONFIGS, Segment, segment_width, shared_limit
+from ._projection import WARP, WARP_ROLE_CONFIGS, Segment, segment_width
 from ._team_roles import (
     apply_macro,
     help_macro,
     send_macros,
     word_columns,
 )
+from .architectures import overlaps, shared_limit
+from .problem import Problem, Target
 
 WARPGROUP = 4  # warps that hand registers over together
 MINIMUM_MEMBERS = 4  # of fewer, each owns so many tokens that two launches do better
@@ -183,36 +185,41 @@ def _launches(config: Config, n: int, channels: int, arch: str) -> bool:
     return config.launches(n, channels, arch)
 
 
-@lru_cache(maxsize=1024)
-def default_config(n: int, channels: int, *, arch: str, multiprocessors: int) -> Config | None:
+def default_config(problem: Problem, target: Target) -> Config | None:
     """Members of about 1024 elements (n = 4); None where too few fit or the GPU cannot run it.
 
     H200, 2026-11-24: lag 4 needs ahead 1 for the ring to fit and is 3 to 14% faster than lag 3 with
     ahead 2. Members of fewer than 8 own several tokens of a group: 7 owner warps take 46 us at
     8192 x 1280 where 3 take 51; at 8192 x 2560 they take 82 where 3 take 77.
     """
+    return _default(problem.n, problem.channels, target)
+
+
+@lru_cache(maxsize=1024)
+def _default(n: int, channels: int, target: Target) -> Config | None:
     width = max(32, 1024 // n // ceil_div(logits_per_token(n), 24))
     members = ceil_div(channels, width)
     words = members * ceil_div(logits_per_token(n) + 1, WARP)  # that a lane adds: registers
-    if members < MINIMUM_MEMBERS or members > multiprocessors or words > 48:
+    if members < MINIMUM_MEMBERS or members > target.multiprocessors or words > 48:
         return None
     owners, registers = (7, 48) if members < 8 else (3, 80)
     steps = 4 if n <= 4 else 1
-    teams = multiprocessors // members
+    teams = target.multiprocessors // members
     config = Config(members, teams, steps, owners=owners, registers=registers)
-    return config if config.launches(n, channels, arch) else None
+    return config if config.launches(n, channels, target.arch) else None
 
 
-def candidates(n: int, channels: int, *, arch: str, multiprocessors: int) -> Iterator[Config]:
-    """Every configuration worth timing; impossible ones never leave."""
+def candidates(problem: Problem, target: Target) -> Iterator[Config]:
+    """Every configuration worth timing that can launch."""
+    n, channels = problem.n, problem.channels
     for members in sorted({ceil_div(channels, width) for width in (192, 224, 256)}):
-        if members <= multiprocessors:
-            teams = multiprocessors // members
+        if members <= target.multiprocessors:
+            teams = target.multiprocessors // members
             for ahead, lag in ((1, 4), (2, 3), (2, 4)):
                 for apply_warps, owners, registers in ((4, 3, 80), (8, 3, 64), (4, 7, 64)):
                     knobs = {"ahead": ahead, "lag": lag, "apply_warps": apply_warps}
                     config = Config(members, teams, owners=owners, registers=registers, **knobs)
-                    if config.launches(n, channels, arch):
+                    if config.launches(n, channels, target.arch):
                         yield config
 
 

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from ._programs import F32, PASS_CONFIGS, architecture, program
-from ._projection import shared_limit, sinkhorn_registers
+from ._projection import sinkhorn_registers
 from ._sinkhorn_walk import sinkhorn_replay, sinkhorn_walk_back, softmax_out_back
+from .architectures import LEAST_SHARED_BYTES, shared_limit
+from .problem import Problem, Target
 
 UNGUARDED = {**PASS_CONFIGS, "tl.disable_safe_memory_legalize": True}
-CANDIDATE_SHARED_BYTES = 99 * 1024  # what a block may have on every supported GPU (sm_86, sm_89)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +45,19 @@ class Config:
             raise ValueError(f"sinkhorn: config.threads must be 32, 64 or 128, got {self.threads}")
 
 
-def default_config() -> Config:
+ITERS = 20  # that candidates have to fit
+
+
+def default_config(problem: Problem, target: Target, *, batch_invariant: bool = False) -> Config:
     """One warp a block: few tokens, too, spread over many multiprocessors."""
     return Config()
 
 
-def candidates(backward: bool, n: int, iters: int) -> Iterator[Config]:
+def candidates(problem: Problem, target: Target) -> Iterator[Config]:
     """Configurations worth measuring."""
     for threads in (32, 64, 128):
-        if not backward or shared_bytes(n, iters, threads) <= CANDIDATE_SHARED_BYTES:
+        backward = problem.kernel == "sinkhorn_backward"
+        if not backward or shared_bytes(problem.n, ITERS, threads) <= LEAST_SHARED_BYTES:
             yield Config(threads)
 
 
@@ -139,7 +144,7 @@ def forward(logits: Tensor, *, iters: int, eps: float, config: Config | None = N
     tokens, n, _ = logits.shape
     h_res = torch.empty_like(logits)
     if tokens:
-        config = config or default_config()
+        config = config or Config()
         kernel = forward_program(architecture(logits.device), n, iters, float(eps), config.threads)
         kernel(logits.view(tokens, n * n), h_res.view(tokens, n * n))
     return h_res
@@ -180,7 +185,7 @@ def backward(
     tokens, n, _ = logits.shape
     grad_logits = torch.empty_like(logits)
     if tokens:
-        config = config or default_config()
+        config = config or Config()
         arch = architecture(logits.device)
         limit = shared_limit(arch)
         if shared_bytes(n, iters, config.threads) > limit:
@@ -194,14 +199,7 @@ def backward(
     return grad_logits
 
 
-def traffic(tokens: int, n: int, iters: int = 20) -> dict[str, tuple[int, int]]:
-    """Bytes that must move and floating-point operations.
-
-    Returns:
-        {"forward": (bytes, flops), "backward": (bytes, flops)}.
-    """
-    entries = n * n
-    return {
-        "forward": (tokens * 8 * entries, tokens * entries * (4 * iters + 1)),
-        "backward": (tokens * 12 * entries, tokens * entries * 16 * iters),
-    }
+def traffic(problem: Problem) -> int:
+    """Bytes that must move, forward or backward."""
+    matrices = 2 if problem.kernel == "sinkhorn" else 3
+    return problem.tokens * matrices * 4 * problem.n * problem.n

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ._programs import F32, ITEM_BYTES, PASS_CONFIGS, architecture, dtype_name, program
 from ._rows import is_block, vector_width
+from .problem import Problem, Target
 
 # The programs guard their tails themselves; a guard added to an index would split 16-byte accesses.
 UNGUARDED = {**PASS_CONFIGS, "tl.disable_safe_memory_legalize": True}
@@ -40,12 +41,12 @@ class Config:
             )
 
 
-def default_config() -> Config:
+def default_config(problem: Problem, target: Target, *, batch_invariant: bool = False) -> Config:
     """256 threads, whatever the sizes: a block is a stretch of memory, not a token."""
     return Config()
 
 
-def candidates() -> Iterator[Config]:
+def candidates(problem: Problem, target: Target) -> Iterator[Config]:
     """Configurations worth measuring."""
     for threads in (128, 256, 512):
         yield Config(threads)
@@ -157,7 +158,7 @@ def _expand(hidden: Tensor, n: int, scale: float, config: Config | None) -> Tens
     tokens, channels = hidden.shape
     x = hidden.new_empty(tokens, n, channels)
     if tokens:
-        config = config or default_config()
+        config = config or Config()
         constants = (n, channels, dtype_name(hidden), scale, config.threads)
         expand_program(architecture(hidden.device), *constants)(hidden, x)
     return x
@@ -177,19 +178,13 @@ def collapse(x: Tensor, *, mean: bool, config: Config | None = None) -> Tensor:
     tokens, n, channels = x.shape
     hidden = x.new_empty(tokens, channels)
     if tokens:
-        config = config or default_config()
+        config = config or Config()
         constants = (n, channels, dtype_name(x), 1 / n if mean else 1.0, config.threads)
         collapse_program(architecture(x.device), *constants)(x, hidden)
     return hidden
 
 
-def traffic(
-    tokens: int, n: int, channels: int, dtype: str = "bfloat16"
-) -> dict[str, tuple[int, int]]:
-    """Bytes that must move and floating-point operations of `expand` and of `collapse`.
-
-    Returns:
-        {"expand": (bytes, flops), "collapse": (bytes, flops)}; each is the other's backward.
-    """
-    moved = tokens * (n + 1) * channels * ITEM_BYTES[dtype]
-    return {"expand": (moved, 0), "collapse": (moved, tokens * channels * n)}
+def traffic(problem: Problem) -> int:
+    """Bytes that must move, of `expand` and of `collapse`; each is the other's backward."""
+    row = problem.channels * ITEM_BYTES[problem.dtype]
+    return problem.tokens * (problem.n + 1) * row

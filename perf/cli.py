@@ -234,9 +234,10 @@ def _gate_static(args: argparse.Namespace) -> int:
             value = getattr(args, name)
             raise ValueError(f"perf gate: --static must come without {what}, got {value}")
     from mhc_tile.kernels import _static, _toolchain
+    from mhc_tile.kernels.architectures import CHECKED
 
-    if args.arch and args.arch not in _static.ARCHITECTURES:
-        known = ", ".join(_static.ARCHITECTURES)
+    if args.arch and args.arch not in CHECKED:
+        known = ", ".join(CHECKED)
         raise ValueError(f"perf gate: --arch must be one of {known}, got {args.arch}")
     if why := _static.available():
         raise ValueError(f"perf gate: a compiler must be here, got none: {why}")
@@ -248,7 +249,7 @@ def _gate_static(args: argparse.Namespace) -> int:
     given.check_folder("perf gate", cache, "TileLang's cache", "TILELANG_CACHE_DIR")
     from . import static_gate
 
-    chosen = [args.arch] if args.arch else _static.ARCHITECTURES
+    chosen = [args.arch] if args.arch else CHECKED
     wrong = static_gate.run(chosen, fresh=args.fresh, write=args.write)
     for fault in wrong:
         sys.stderr.write(f"{fault}\n")

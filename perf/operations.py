@@ -116,7 +116,6 @@ class Operation:
         try:
             moved = sum(
                 KERNELS[name].traffic(
-                    KERNELS[name].load(),
                     Problem(name, case.streams, case.hidden_size, case.dtype, case.tokens),
                 )
                 for name in parts

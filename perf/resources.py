@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from mhc_tile.kernels import _gate, _static
+from mhc_tile.kernels.architectures import CHECKED
 
 from .environment import ROOT, is_checkout
 
@@ -30,7 +31,7 @@ def measure(architectures: Sequence[str], *, fresh: bool = False) -> dict[str, _
     """What every program takes now, by architecture.
 
     Args:
-        architectures: some of `_static.ARCHITECTURES`.
+        architectures: some of `CHECKED`.
         fresh: whether to compile programs that are recorded, too.
 
     Raises:
@@ -53,7 +54,7 @@ def judge(arch: str, now: _gate.Record, *, write: bool = False) -> list[str]:
     """What is wrong with an architecture's kernels; what only waits to be recorded is printed.
 
     Args:
-        arch: one of `_static.ARCHITECTURES`.
+        arch: one of `CHECKED`.
         now: of `measure`.
         write: whether to record it, instead of comparing it with the record.
     """
@@ -81,7 +82,7 @@ def check_writable() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a line a kernel, then what is wrong; 1 if anything is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", choices=_static.ARCHITECTURES, help="this one only")
+    parser.add_argument("--arch", choices=CHECKED, help="this one only")
     parser.add_argument("--fresh", action="store_true", help="compile what is recorded, too")
     parser.add_argument("--write", action="store_true", help="record what there is now")
     args = parser.parse_args(argv)
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ValueError as error:
             parser.error(str(error))
     wrong = []
-    architectures = [args.arch] if args.arch else _static.ARCHITECTURES
+    architectures = [args.arch] if args.arch else CHECKED
     for arch, now in measure(architectures, fresh=args.fresh).items():
         for kernel, values in now.kernels.items():
             shared = values["dynamic_smem"] + values["static_smem"]

@@ -27,8 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mhc_tile import MHCConfig
 from mhc_tile.autotune.problems import Problem
 from mhc_tile.autotune.registry import KERNELS
-from mhc_tile.kernels import _gate, _toolchain, boundary
+from mhc_tile.kernels import _gate, boundary
 from mhc_tile.kernels._programs import catalogue
+from mhc_tile.kernels.architectures import multiprocessors_of
 from mhc_tile.kernels.quantities import Samples
 from mhc_tile.ops import _dispatch
 from mhc_tile.ops._definition import DEFINITIONS
@@ -58,7 +59,7 @@ def measure(architectures: Sequence[str] = ARCHITECTURES) -> Record:
     """Counts by architecture and by "<op> at <tokens>".
 
     Args:
-        architectures: some of `_static.ARCHITECTURES`.
+        architectures: some of `CHECKED`.
 
     Example:
         >>> measure(["sm_90a"])["sm_90a"]["merge at 64"]["launches"]
@@ -81,7 +82,7 @@ def count(op: str, arch: str, tokens: int) -> Counts:
 
     Args:
         op: of `names()`.
-        arch: one of `_static.ARCHITECTURES`.
+        arch: one of `CHECKED`.
         tokens: T.
     """
     name = op.removesuffix(PARTED)
@@ -89,7 +90,7 @@ def count(op: str, arch: str, tokens: int) -> Counts:
     pinned = _dispatch.BATCH_INVARIANT
     _dispatch.set_batch_invariant(False)
     try:
-        with catalogue(arch, _toolchain.MULTIPROCESSORS[arch]) as asked, _TorchKernels() as own:
+        with catalogue(arch, multiprocessors_of(arch)) as asked, _TorchKernels() as own:
             _dispatch.LAUNCHERS[name](*positional, **keywords)
     finally:
         _dispatch.set_batch_invariant(pinned)
@@ -124,11 +125,11 @@ def must_move(op: str, tokens: int) -> int:
         tokens: T.
     """
     if op == "boundary":
-        return boundary.traffic(tokens, STREAMS, CHANNELS, DTYPE)["bytes"]
+        return boundary.traffic(Problem("boundary", STREAMS, CHANNELS, DTYPE, tokens))
     moved = 0
     for part in PARTS.get(op, (op,)):
         kernel = KERNELS[part]
-        moved += kernel.traffic(kernel.load(), Problem(part, STREAMS, CHANNELS, DTYPE, tokens))
+        moved += kernel.traffic(Problem(part, STREAMS, CHANNELS, DTYPE, tokens))
     if op == "pre_backward":  # the registry's has grad_x_part
         moved -= tokens * STREAMS * CHANNELS * getattr(torch, DTYPE).itemsize
     return moved
@@ -191,7 +192,7 @@ def run(architectures: Sequence[str], *, fresh: bool = False, write: bool = Fals
     """The whole static gate: of every kernel what it takes, of every op what it launches.
 
     Args:
-        architectures: some of `_static.ARCHITECTURES`.
+        architectures: some of `CHECKED`.
         fresh: whether to compile programs that are recorded, too.
         write: whether to record what there is now, instead of comparing with the record.
 

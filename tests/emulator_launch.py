@@ -12,7 +12,8 @@ from torch import Tensor
 
 import emulator_build
 from emulator_build import EmulationError
-from mhc_tile.kernels._lowering import DeviceFunction, Lowered, evaluate, shared_memory_limit
+from mhc_tile.kernels._lowering import DeviceFunction, Lowered, evaluate
+from mhc_tile.kernels.architectures import shared_limit
 
 SCHEDULES = ("forward", "reverse", "shuffled", "blockwise")  # `Schedule` of simt/state.h
 _SEED = 0x9E3779B9
@@ -106,7 +107,7 @@ class Library:
             raise EmulationError(f"{function.name}: {self._with_lines(message.decode())}")
 
     def _check_launch(self, function: DeviceFunction, grid: list[int]) -> None:
-        limit = shared_memory_limit(self._arch)
+        limit = shared_limit(self._arch)
         if function.dynamic_shared > limit:
             raise EmulationError(
                 f"{function.name}: dynamic shared memory must be at most {limit} bytes on "

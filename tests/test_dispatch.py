@@ -91,6 +91,7 @@ def test_a_tensor_that_starts_off_16_bytes_reaches_the_kernel_as_a_copy(implemen
 
 
 COUNTS = (1, 1023, 1024, 8192)
+H200 = Target("sm_90a", 132)
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def batch_invariant():
 @pytest.mark.parametrize("name", ["merge_backward", "pre_apply_backward", "pre", "pre_backward"])
 def test_one_configuration_for_every_number_of_tokens(name):
     pytest.importorskip("tilelang")
-    target = Target("sm_90a", 132)
+    target = H200
     problems = [Problem(name, 4, 2560, "bfloat16", tokens) for tokens in COUNTS]
     pinned = {registry.default(problem, target, batch_invariant=True) for problem in problems}
     assert pinned == {registry.default(problems[-1], target)}
@@ -113,15 +114,12 @@ def test_one_configuration_for_every_number_of_tokens(name):
 @pytest.mark.parametrize("name", ["merge", "pre_apply", "mapping", "pre"])
 def test_no_forward_adds_in_an_order_that_depends_on_the_number_of_tokens(name):
     pytest.importorskip("tilelang")
-    kernel = importlib.import_module(f"mhc_tile.kernels.{name}")
     for width in (64, 1280, 2560, 7168):
+        problems = [Problem(name, 4, width, "bfloat16", tokens) for tokens in COUNTS]
+        configs = [registry.default(each, H200, batch_invariant=True) for each in problems]
         if name in ("merge", "pre_apply"):
-            configs = [kernel.default_config(False, t, 4, width, "bfloat16") for t in COUNTS]
             assert len(set(configs)) == 1
             continue
-        target = {"arch": "sm_90a", "multiprocessors": 132}
-        pinned = {"batch_invariant": True} if name == "pre" else {}
-        configs = [kernel.default_config(t, 4, width, **target, **pinned) for t in COUNTS]
         # the segments over which partial sums are formed, and the tokens that travel together
         assert len({type(config) for config in configs}) == 1
         assert len({(c.members, c.steps, c.group) for c in configs}) == 1
@@ -130,14 +128,12 @@ def test_no_forward_adds_in_an_order_that_depends_on_the_number_of_tokens(name):
 def test_pre_is_one_launch_for_many_tokens_and_two_for_few():
     pytest.importorskip("tilelang")
     pre = importlib.import_module("mhc_tile.kernels.pre")
-    target = {"arch": "sm_90a", "multiprocessors": 132}
-    forms = [type(pre.default_config(t, 4, 2560, **target)) for t in (1, 311, 312, 8192)]
+    problem = Problem("pre", 4, 2560, "bfloat16", 8192)
+    forms = [type(pre.default_config(problem.at(t), H200)) for t in (1, 311, 312, 8192)]
     assert forms == [pre.Config, pre.Config, pre.pre_team.Config, pre.pre_team.Config]
-    pinned = pre.default_config(1, 4, 2560, **target, batch_invariant=True)
+    pinned = pre.default_config(problem.at(1), H200, batch_invariant=True)
     assert isinstance(pinned, pre.pre_team.Config)
-    assert isinstance(
-        pre.default_config(8192, 4, 2560, arch="sm_80", multiprocessors=108), pre.Config
-    )
+    assert isinstance(pre.default_config(problem, Target("sm_80", 108)), pre.Config)
 
 
 def test_boundary_is_one_launch_where_pre_is_and_adds_like_it():
@@ -146,7 +142,8 @@ def test_boundary_is_one_launch_where_pre_is_and_adds_like_it():
     boundary = importlib.import_module("mhc_tile.kernels.boundary")
 
     def form(tokens, channels=2560, n=4, arch="sm_90a", **others):
-        own = pre.default_config(tokens, n, channels, arch=arch, multiprocessors=132, **others)
+        problem = Problem("pre", n, channels, "bfloat16", tokens)
+        own = pre.default_config(problem, Target(arch, 132), **others)
         return own, boundary.beside(own, n, channels, arch)
 
     for channels in (1280, 1920, 2560, 4096, 5120, 7168):
@@ -177,13 +174,13 @@ def test_boundary_is_one_launch_where_pre_is_and_adds_like_it():
 def test_warps_share_a_row_of_few_tokens_in_the_backward_of_merge(channels, n, dtype, threads):
     pytest.importorskip("tilelang")
     kernel = importlib.import_module("mhc_tile.kernels.merge")
-    few = kernel.default_config(True, 1023, n, channels, dtype)
-    many = kernel.default_config(True, 1024, n, channels, dtype)
+    problem = Problem("merge_backward", n, channels, dtype, 1024)
+    few = kernel.default_config(problem.at(1023), H200)
+    many = kernel.default_config(problem, H200)
     assert (few.threads, many.threads) == (threads, 32)
     warps = 8 if n == 8 else 16  # a multiprocessor, for few and for many
     assert few.threads // 32 * few.min_blocks == many.min_blocks == warps
-    pinned = kernel.default_config(True, 1, n, channels, dtype, batch_invariant=True)
-    assert pinned == many
+    assert kernel.default_config(problem.at(1), H200, batch_invariant=True) == many
 
 
 def test_kernels_parse_no_macro_before_a_program_uses_it():
@@ -205,21 +202,27 @@ def test_the_backward_of_pre_is_one_pass_for_many_tokens_and_two_for_few():
     kernel = importlib.import_module("mhc_tile.kernels.pre_backward")
     team = kernel.pre_backward_team.Config
 
-    def form(tokens, channels=2560, n=4, dtype=torch.bfloat16, arch="sm_90a", **others):
-        return type(kernel.default_config(tokens, channels, n, dtype, 132, arch, **others))
+    def form(tokens, channels=2560, n=4, dtype="bfloat16", arch="sm_90a", **others):
+        problem = Problem("pre_backward", n, channels, dtype, tokens)
+        return type(kernel.default_config(problem, Target(arch, 132), **others))
 
-    teams = kernel.pre_backward_team.default_config(2560, 4, 132, "sm_90a").teams
+    problem = Problem("pre_backward", 4, 2560, "bfloat16", 1)
+    teams = kernel.pre_backward_team.default_config(problem, H200).teams
     few = kernel.MANY_ROUNDS * 16 * teams
     assert [form(t) for t in (1, few - 1, few, 8192)] == [kernel.Config, kernel.Config, team, team]
     assert form(1, batch_invariant=True) is team
-    for other in ({"arch": "sm_80"}, {"n": 2}, {"dtype": torch.float32}, {"channels": 2561}):
+    for other in ({"arch": "sm_80"}, {"n": 2}, {"dtype": "float32"}, {"channels": 2561}):
         assert form(8192, **other) is kernel.Config
         assert form(1, **other, batch_invariant=True) is kernel.Config
     for channels in (264, 1280, 1920, 4096, 7168, 8192):
         pinned = {
             (config.members, config.lag)
             for count in (32, 108, 132)
-            if (config := kernel.pre_backward_team.default_config(channels, 4, count, "sm_90a"))
+            if (
+                config := kernel.pre_backward_team.default_config(
+                    replace(problem, channels=channels), Target("sm_90a", count)
+                )
+            )
         }
         assert len(pinned) == 1, "the segments of a token's sums follow from C"
 
@@ -315,7 +318,7 @@ def test_a_table_s_threads_do_not_limit_the_iterations(monkeypatch):
     logits = torch.zeros(3, 4, 4)
     for iters in (20, 57):
         launch_op(logits, logits, iters=iters, eps=0.0)
-    assert used == [128, kernel.default_config().threads]
+    assert used == [128, kernel.Config().threads]
     for launch in (launch_op, functools.partial(kernel.backward, config=wide)):
         with pytest.raises(RuntimeError, match="sinkhorn: iters must be at most"):
             launch(logits, logits, iters=5000, eps=0.0)

@@ -331,8 +331,8 @@ def test_a_token_without_leading_dims_through_the_implementation_of_the_op(dtype
 def test_backward_of_pre_in_one_pass(tokens, width, members, teams, lag, part_is, monkeypatch):
     team = kernel("pre_backward_team")
     monkeypatch.setattr(team.Config, "launches", lambda *_: True)  # sm_80 hands over no registers
-    limit = emulator_launch.shared_memory_limit("sm_90a")  # the kernel is for that and later
-    monkeypatch.setattr(emulator_launch, "shared_memory_limit", lambda _: limit)
+    limit = emulator_launch.shared_limit("sm_90a")  # the kernel is for that and later
+    monkeypatch.setattr(emulator_launch, "shared_limit", lambda _: limit)
     monkeypatch.setattr(team, "FLUSH", 2)
     inputs = call("pre", Shape("team", tokens=(tokens,), width=width), torch.bfloat16).inputs
     x, *parameters = wide(*inputs)

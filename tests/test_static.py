@@ -11,6 +11,7 @@ import pytest
 
 from mhc_tile.kernels import _lowering, _static, _toolchain
 from mhc_tile.kernels._static import Resources, parse, regressions, resources
+from mhc_tile.kernels.architectures import CHECKED, architecture_of
 
 if reason := _static.available():
     pytest.skip(reason, allow_module_level=True)
@@ -62,7 +63,7 @@ def test_what_must_not_ship_is_named(change, fault):
     assert fault in found
 
 
-@pytest.mark.parametrize("arch", _static.ARCHITECTURES)
+@pytest.mark.parametrize("arch", CHECKED)
 def test_a_program_compiles_for_every_architecture(arch):
     (taken,) = resources(programs.pre_apply(256, "bfloat16"), arch)
     assert 16 <= taken.registers <= 64
@@ -162,4 +163,4 @@ def test_what_is_missing_is_said_with_its_remedy(monkeypatch):
     with pytest.raises(RuntimeError, match="nvcc is not installed"):
         resources(programs.mirror(256), "sm_80")
     with pytest.raises(ValueError, match="arch must be one of"):
-        _lowering.shared_memory_limit("sm_75")
+        architecture_of("sm_75")
