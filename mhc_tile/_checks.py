@@ -103,12 +103,16 @@ def count(op: str, *, minimum: int = 1, **values: Any) -> None:
         whole = as_int(value)
         if whole is None or whole < minimum:
             raise ValueError(f"{op}: {name} must be an int of at least {minimum}, got {value!r}")
+        if isinstance(whole, int) and whole >= 2**63:
+            raise ValueError(f"{op}: {name} must be below 2**63, got {value!r}")
 
 
 def as_int(value: Any) -> Any:
     """The integer that a value is, NumPy's among them; None where it is none: a bool."""
     if isinstance(value, (int, torch.SymInt)):  # an index of a SymInt would fix its value
-        return None if isinstance(value, bool) else value
+        if isinstance(value, int):
+            return None if isinstance(value, bool) else int(value)  # an IntEnum is another class
+        return value
     try:
         return None if _is_bool(value) else operator.index(value)
     except (TypeError, ValueError):
@@ -117,14 +121,34 @@ def as_int(value: Any) -> Any:
 
 def as_number(value: Any) -> Any:
     """The number that a value is, NumPy's among them; None where it is none: a bool, a str."""
-    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        return None if isinstance(value, bool) else value
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return value
+    if isinstance(value, float):
+        return float(value)  # NumPy's float64 is another class
+    if isinstance(value, int):
+        return None if isinstance(value, bool) else _within_float(value)
     if _is_bool(value) or not hasattr(value, "__float__"):
         return None
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError):  # an array or a tensor of several
         return None
+
+
+def _within_float(value: int) -> int | float:
+    """The value; infinity where no float is as large."""
+    try:
+        float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+    return int(value)
+
+
+def flag(op: str, **values: Any) -> None:
+    """Check values that must be True or False: a text such as "no" is true for Python."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
 
 
 def _is_bool(value: Any) -> bool:
@@ -135,19 +159,19 @@ def _is_bool(value: Any) -> bool:
 def at_least(op: str, minimum: float, **values: float) -> None:
     """Check numbers against a lower bound, NaN included."""
     for name, value in values.items():
-        _is_number(op, name, value)
-        if not minimum <= value < math.inf:
+        if not minimum <= _number(op, name, value) < math.inf:
             raise ValueError(f"{op}: {name} must be finite and at least {minimum}, got {value}")
 
 
 def positive(op: str, **values: float) -> None:
     """Check numbers that must be above 0, NaN included."""
     for name, value in values.items():
-        _is_number(op, name, value)
-        if not 0 < value < math.inf:
+        if not 0 < _number(op, name, value) < math.inf:
             raise ValueError(f"{op}: {name} must be finite and above 0, got {value}")
 
 
-def _is_number(op: str, name: str, value: Any) -> None:
-    if as_number(value) is None:
+def _number(op: str, name: str, value: Any) -> Any:
+    number = as_number(value)
+    if number is None:
         raise ValueError(f"{op}: {name} must be a number, got {value!r}")
+    return number

@@ -53,6 +53,7 @@ class MHCConfig:
         check_number(self, "post_scale", positive=True)
         if self.init not in INITS:
             raise ValueError(f"MHCConfig: init must be one of {list(INITS)}, got {self.init!r}")
+        object.__setattr__(self, "init", str.__str__(self.init))
 
     @classmethod
     def paper(cls, **overrides: Any) -> "MHCConfig":
@@ -83,6 +84,8 @@ def check_count(config: Any, name: str, minimum: int = 1) -> None:
         raise TypeError(f"{kind}: {name} must be an int, got {value!r}")
     if whole < minimum:
         raise ValueError(f"{kind}: {name} must be at least {minimum}, got {value}")
+    if whole >= 2**63:
+        raise ValueError(f"{kind}: {name} must be below 2**63, got {value}")
     object.__setattr__(config, name, whole)
 
 

@@ -112,7 +112,13 @@ def _fits(rows: Tensor, other: Tensor, *widths: int) -> bool:
 
 
 def _sizes(ends_G: Tensor) -> list[int]:
-    ends = ends_G.tolist()
+    try:
+        ends = ends_G.tolist()
+    except RuntimeError as error:
+        raise RuntimeError(
+            "experts: the rows of each expert must be known on the host, got a batch of them: "
+            "torch.func.vmap cannot go around another transform of a mixture of experts"
+        ) from error
     return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn._parameters import MappingModule, whole, wide_dtype
+from ..nn._parameters import MappingModule, wide_dtype, writable
 from .configs import ModelConfig
 
 INPUT_STD = 0.02
@@ -53,7 +53,7 @@ class Rotary(MappingModule):
         exponents = torch.arange(0, self.size, 2, dtype=dtype, device=device) / self.size
         positions = torch.arange(self.cos_SD.shape[0], dtype=dtype, device=device)
         angles = torch.outer(positions, self.rope_theta**-exponents)
-        with whole(self.cos_SD, self.sin_SD) as (cos_SD, sin_SD):
+        with writable(self, "cos_SD", "sin_SD") as (cos_SD, sin_SD):
             cos_SD.copy_(angles.cos())
             sin_SD.copy_(angles.sin())
 

@@ -61,21 +61,39 @@ def parameters_without_weight_decay(module: nn.Module) -> list[nn.Parameter]:
 
 
 @contextmanager
-def whole(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Plain tensors to write in place of parameters, of which FSDP2 leaves a process its shards.
+def writable(module: nn.Module, *names: str) -> Iterator[tuple[Tensor, ...]]:
+    """Plain tensors to write in place of a module's parameters or buffers.
 
-    Where the tensors are DTensors, every process has to enter, and rank 0's values are kept: they
-    are those that one process without shards would have.
+    Where FSDP2 leaves a process its shards, every process has to enter, and rank 0's values are
+    kept: they are those that one process without shards would have. A parametrized one is set
+    through its parametrization.
+
+    Raises:
+        ValueError: One is computed in every call from others, as by `torch.nn.utils.prune`.
     """
     with torch.no_grad():
+        tensors = [getattr(module, name) for name in names]
+        owned = [name in module._parameters or name in module._buffers for name in names]
+        for name, own in zip(names, owned, strict=True):
+            if not own and name not in getattr(module, "parametrizations", ()):
+                raise ValueError(
+                    f"{type(module).__name__}: {name} must be a parameter to be written, got a "
+                    "tensor that a hook computes; remove torch.nn.utils' weight_norm or prune first"
+                )
         plain = tuple(
-            torch.empty(t.shape, dtype=t.dtype, device=t.device) if _is_sharded(t) else t
-            for t in tensors
+            torch.empty(t.shape, dtype=t.dtype, device=t.device) if _is_sharded(t) or not own else t
+            for t, own in zip(tensors, owned, strict=True)
         )
         yield plain
-        for tensor, values in zip(tensors, plain, strict=True):
-            if values is not tensor and not values.is_meta:
-                tensor.copy_(_sharded_like(tensor, values))
+        for name, tensor, values in zip(names, tensors, plain, strict=True):
+            if values is tensor or values.is_meta:
+                continue
+            if _is_sharded(tensor):
+                values = _sharded_like(tensor, values)
+            if name in getattr(module, "parametrizations", ()):
+                setattr(module, name, values)
+            else:
+                tensor.copy_(values)
 
 
 def gathered(tensor: Tensor) -> Tensor:

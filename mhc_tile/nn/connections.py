@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops, reference
+from .. import _checks, ops, reference
 from .._autocast import without_autocast
 from ..config import MHCConfig
 from ..ops.sublayer import Open, begin, cross, finish
@@ -18,7 +18,7 @@ from ._arguments import (
     join_extras,
     split_extras,
 )
-from ._parameters import MappingModule, identity, parameter, start_mapping, whole
+from ._parameters import MappingModule, identity, parameter, start_mapping, writable
 
 
 class Connection(MappingModule):
@@ -41,7 +41,7 @@ class Connection(MappingModule):
         """The streams that enter have to be as many and as wide as the parameters are for."""
         check_streams(type(self).__name__, x, self.config.num_streams, self.hidden_size)
 
-    def run_layer(self, layer_input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def run_layer(self, layer_input: Tensor, /, *args: Any, **kwargs: Any) -> Any:
         """What the wrapped layer returns, its output in the dtype of the streams."""
         result = self.layer(layer_input, *args, **kwargs)
         return check_output(type(self).__name__, layer_input, result)
@@ -94,14 +94,14 @@ class ManifoldHyperConnection(Connection):
         super().__init__(layer, hidden_size, config)
         n = self.config.num_streams
         logits = n * (n + 2)
-        self.phi = parameter(logits, n * hidden_size, device=device)
+        self.phi = parameter(logits, n * self.hidden_size, device=device)
         self.alpha = parameter(3, device=device)
         self.bias = parameter(logits, device=device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Start phi, alpha and bias again, as `config.init` says; in every process of FSDP2."""
-        with whole(self.phi, self.alpha, self.bias) as (phi, alpha, bias):
+        with writable(self, "phi", "alpha", "bias") as (phi, alpha, bias):
             start_mapping(phi, alpha, bias, self.config)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -133,7 +133,7 @@ class ManifoldHyperConnection(Connection):
         parameters = self._parameters_for(opened.x)
         return cross(opened, layer_output, *parameters, **self._constants())
 
-    def merge_tapped(self, opened: Open, h_res: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def merge_tapped(self, opened: Open, h_res: Tensor, /, *args: Any, **kwargs: Any) -> Any:
         """Layer and merge with another h_res, which a hook on the tap has put in its place.
 
         `opened.x` must have a gradient of its own: it is then no `opened.handed`.
@@ -210,7 +210,7 @@ class HyperConnection(Connection):
         super().__init__(layer, hidden_size, config)
         n = self.config.num_streams
         self.layer_index = check_count(type(self).__name__, "layer_index", layer_index, minimum=0)
-        self.theta = parameter(2 + n, hidden_size, device=device)
+        self.theta = parameter(2 + n, self.hidden_size, device=device)
         self.alpha = parameter(3, device=device)
         self.bias = parameter(n * (n + 2), device=device)
         self.reset_parameters()
@@ -218,7 +218,7 @@ class HyperConnection(Connection):
     def reset_parameters(self) -> None:
         """Start theta, alpha and bias again; in every process of FSDP2."""
         n = self.config.num_streams
-        with whole(self.theta, self.alpha, self.bias) as (theta, alpha, bias):
+        with writable(self, "theta", "alpha", "bias") as (theta, alpha, bias):
             nn.init.zeros_(theta)
             nn.init.constant_(alpha, 0.01)
             bias.zero_()
@@ -233,6 +233,8 @@ class HyperConnection(Connection):
         """
         self.check_input(x)
         parameters = self.read(x, self.theta, self.alpha, self.bias)
+        for name, value in zip(("theta", "alpha", "bias"), parameters, strict=True):
+            _checks.map_of(type(self).__name__, name, value, tuple(value.shape), x)
         with without_autocast(x.device.type):
             h_pre, h_post, h_res = reference.hc_mapping(
                 x, *parameters, norm_eps=self.config.norm_eps

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ._parameters import gathered, whole
+from ._parameters import gathered, writable
 from .connections import ManifoldHyperConnection
 from .streams import Head
 
@@ -54,8 +54,13 @@ def load_deepseek_v4(
                 f"load_deepseek_v4: {name} must have shape {list(shape)} to match "
                 f"{parameter}, got {list(value.shape)}"
             )
+    if any(getattr(module, parameter).is_meta for _, parameter in pairs.values()):
+        raise ValueError(
+            "load_deepseek_v4: module must have memory, got one on the meta device; call "
+            "module.to_empty(device=...) first"
+        )
     for value, parameter in pairs.values():
-        with whole(getattr(module, parameter)) as (own,):
+        with writable(module, parameter) as (own,):
             own.copy_(_permuted(module, parameter, gathered(value)))
 
 

@@ -1,10 +1,13 @@
 """A list of connected layers, with one op between neighbours."""
 
 import inspect
+import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any, TypeGuard, overload
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -17,6 +20,8 @@ _CALL = nn.Module.__call__
 # Where modules whose forward takes anything hold what they call: torch.compile, activation
 # checkpointing, FSDP1, DDP.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+# What a fused stack runs in place of a connection's call, and nobody may have replaced.
+_REPLACED = frozenset({"forward", "begin", "cross"})
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -53,7 +58,7 @@ class HyperConnectedStack(nn.Module):
         torch.Size([2, 10, 4, 64])
     """
 
-    _inspected: tuple[Any, ...] = ()
+    _read: tuple[Any, ...] = ()
 
     def __init__(self, connections: Iterable[nn.Module], *, fused: bool = True) -> None:
         super().__init__()
@@ -145,19 +150,26 @@ class HyperConnectedStack(nn.Module):
         return x, tuple(more or () for more in extras)
 
     def _inspect(self) -> None:
-        """Read which keywords each connection takes: once, as signatures are slow to read."""
-        self._inspected = self._forwards()
+        """Read which keywords each connection takes."""
+        self._read = self._forwards()
         self._keywords = [_keywords_of(connection) for connection in self.connections]
 
     def _forwards(self) -> tuple[Any, ...]:
-        """What the connections and their layers run, to see when one is replaced."""
-        modules = (m for c in self.connections for m in (c, c._modules.get("layer", c)))
-        return tuple(getattr(type(module), "forward", None) for module in modules)
+        """What the connections and their layers run, as far as their classes tell."""
+        found = []
+        for connection in self.connections:
+            found.append(getattr(type(connection), "forward", None))
+            if isinstance(connection, Connection | Residual):
+                found.append(getattr(type(connection.layer), "forward", None))
+        return tuple(found)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_read"}
 
     def _route(self, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
-        """Those of the keywords that each connection takes."""
-        now, before = self._forwards(), self._inspected
-        if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
+        """Those of the keywords that each connection takes, as its `forward` is now."""
+        # torch.compile need not trace signatures where no layer has been replaced
+        if not torch.compiler.is_compiling() or self._forwards() != self._read:
             self._inspect()
         for name in kwargs:
             if not any(taken is None or name in taken for taken in self._keywords):
@@ -175,15 +187,14 @@ class HyperConnectedStack(nn.Module):
 def _keywords_of(module: nn.Module) -> frozenset[str] | None:
     """The keywords that a module's `forward` takes after its input; None if it takes any."""
     for name in (*_WRAPPERS, "module") if isinstance(module, _PARALLEL) else _WRAPPERS:
-        if (wrapped := module._modules.get(name)) is not None:
+        if name in module._modules and (wrapped := module._modules[name]) is not None:
             return _keywords_of(wrapped)
-    try:
-        parameters = list(inspect.signature(module.forward).parameters.values())
-    except (TypeError, ValueError):  # no function of Python, as in TorchScript
+    forward = module.forward
+    own = _signature(getattr(forward, "__func__", forward), hasattr(forward, "__func__"))
+    if own is None:
         return None
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    found = {parameter.name for parameter in parameters[1:] if parameter.kind in named}
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+    found, takes_any = own
+    if takes_any:
         if isinstance(module, Connection | Residual):
             passed_to = [module.layer]
         elif isinstance(module, HyperConnectedStack):
@@ -194,7 +205,33 @@ def _keywords_of(module: nn.Module) -> frozenset[str] | None:
             if (taken := _keywords_of(layer)) is None:
                 return None
             found |= taken
-    return frozenset(found)
+    return found
+
+
+# A signature takes some 20 us to read.
+_SIGNATURES: "weakref.WeakKeyDictionary[Any, Any]" = weakref.WeakKeyDictionary()
+
+
+def _signature(function: Any, bound: bool) -> tuple[frozenset[str], bool] | None:
+    """The keywords of a `forward` after its input, and whether it takes any other; None: unknown.
+
+    Args:
+        function: without the module that it may be bound to.
+        bound: whether its first argument is that module.
+    """
+    with suppress(KeyError, TypeError):  # TypeError: it has no hash or no weak reference
+        return _SIGNATURES[function]
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # no function of Python, as in TorchScript
+        return None
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    behind = parameters[2 if bound else 1 :]
+    keywords = frozenset(parameter.name for parameter in behind if parameter.kind in named)
+    found = keywords, any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    with suppress(TypeError):
+        _SIGNATURES[function] = found
+    return found
 
 
 def _may_fuse(connection: nn.Module) -> TypeGuard[ManifoldHyperConnection]:
@@ -204,7 +241,9 @@ def _may_fuse(connection: nn.Module) -> TypeGuard[ManifoldHyperConnection]:
         kind.forward is ManifoldHyperConnection.forward
         and kind.__call__ is ManifoldHyperConnection.__call__
         and kind._call_impl is ManifoldHyperConnection._call_impl
-        and "forward" not in connection.__dict__
+        and getattr(kind, "begin", None) is ManifoldHyperConnection.begin
+        and getattr(kind, "cross", None) is ManifoldHyperConnection.cross
+        and _REPLACED.isdisjoint(connection.__dict__)
         and connection._compiled_call_impl is None
         and not connection._forward_pre_hooks
         and not connection._forward_hooks

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..config import MHCConfig
 from ._arguments import check_config, check_count, check_streams
-from ._parameters import MappingModule, parameter, start_head, whole
+from ._parameters import MappingModule, parameter, start_head, writable
 
 
 class Expand(nn.Module):
@@ -89,14 +89,14 @@ class Head(MappingModule):
         self.hidden_size = check_count("Head", "hidden_size", hidden_size)
         self.config = check_config("Head", config)
         n = self.config.num_streams
-        self.phi = parameter(n, n * hidden_size, device=device)
+        self.phi = parameter(n, n * self.hidden_size, device=device)
         self.alpha = parameter(1, device=device)
         self.bias = parameter(n, device=device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Start phi, alpha and bias again, as `config.init` says; in every process of FSDP2."""
-        with whole(self.phi, self.alpha, self.bias) as (phi, alpha, bias):
+        with writable(self, "phi", "alpha", "bias") as (phi, alpha, bias):
             start_head(phi, alpha, bias, self.config)
 
     def forward(self, x: Tensor) -> Tensor:

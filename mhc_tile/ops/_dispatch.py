@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _checks
 from ..autotune import lookup
 from ..autotune._switches import switch
 from ..kernels import _toolchain
@@ -44,11 +45,15 @@ def set_batch_invariant(enabled: bool) -> None:
     Args:
         enabled: whether one configuration serves every number of tokens.
 
+    Raises:
+        TypeError: It is no bool.
+
     Example:
         >>> set_batch_invariant(True)
         >>> set_batch_invariant(False)
     """
     global BATCH_INVARIANT
+    _checks.flag("set_batch_invariant", enabled=enabled)
     BATCH_INVARIANT = enabled
 
 

@@ -63,6 +63,7 @@ def pre(
     constants = check_pre(
         "pre", x, phi, alpha, bias, norm_eps, pre_eps, post_scale, iters, sinkhorn_eps
     )
+    _checks.flag("pre", return_x=return_x)
     if return_x and not under_transforms():
         return HandingOn.apply(x, phi, alpha, bias, constants, False)
     results = PRE.call(x, phi, alpha, bias, **constants)[:3]

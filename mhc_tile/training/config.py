@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import _checks
 from ..config import MHCConfig
 from ..models import RESIDUALS, ModelConfig, model_config
 from .folder import full_path
@@ -94,13 +95,18 @@ class TrainConfig:
             )
 
     def _check_types(self) -> None:
+        # Exact types: a checkpoint is refused when it is read where it holds NumPy's or an Enum's.
         for entry in dataclasses.fields(self):
-            value = getattr(self, entry.name)
+            value = exact = getattr(self, entry.name)
             if entry.type is int:
-                whole = isinstance(value, int) and not isinstance(value, bool)
-                self._check(entry.name, whole, "be an integer")
+                exact = _checks.as_int(value)
+                self._check(entry.name, exact is not None, "be an integer")
             elif entry.type is float:
-                self._check(entry.name, isinstance(value, int | float), "be a number")
+                exact = _checks.as_number(value)
+                self._check(entry.name, exact is not None, "be a number")
+            elif isinstance(value, str):
+                exact = str.__str__(value)
+            object.__setattr__(self, entry.name, exact)
         for name, kind in (("model", ModelConfig), ("connection", MHCConfig)):
             self._check(name, isinstance(getattr(self, name), kind), f"be of {kind.__name__}")
         self._check("corpus", isinstance(self.corpus, str | Path | None), "be a path or None")
