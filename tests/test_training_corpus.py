@@ -1,6 +1,7 @@
 """Tokens from text: a split by path, batches by (seed, step), clear refusals."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -194,3 +195,15 @@ def test_batches_ignore_the_default_device_and_dtype(folder):
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(map(torch.equal, found, expected))
+
+
+def test_a_folder_that_cannot_be_read_is_named(folder, monkeypatch):
+    def scandir(path):
+        if str(path).endswith("part1"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    real = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ValueError, match=r"corpus: every folder must be readable, got .*part1"):
+        load_corpus(folder)

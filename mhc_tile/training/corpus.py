@@ -7,6 +7,7 @@ data has to be stored to resume a run exactly.
 
 import ctypes
 import hashlib
+import os
 import sysconfig
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -155,7 +156,7 @@ def load_corpus(path: str | Path | None = None) -> Corpus:
         The corpus.
 
     Raises:
-        ValueError: Nothing is there, or it holds no text.
+        ValueError: Nothing is there, it holds no text, or a folder of it cannot be read.
     """
     if path is None:
         root = Path(sysconfig.get_paths()["stdlib"])
@@ -173,7 +174,7 @@ def load_corpus(path: str | Path | None = None) -> Corpus:
         return _from_file(root)
     if not root.is_dir():
         raise ValueError(f"corpus: path must be a file or folder that exists, got {str(path)!r}")
-    found = [file for file in root.rglob("*") if file.is_file()]
+    found = _files_below(root)
     files = [
         file
         for file in found
@@ -183,6 +184,17 @@ def load_corpus(path: str | Path | None = None) -> Corpus:
     runs = {file.parent for file in files if file.name in _OF_A_RUN} - {root}
     files = [file for file in files if runs.isdisjoint(file.parents)]
     return _from_folder(root, files, str(root), len(found) - len(files))
+
+
+def _files_below(root: Path) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise ValueError(
+            f"corpus: every folder must be readable, got {error.filename!r} ({error.strerror})"
+        ) from error
+
+    walked = os.walk(root, onerror=refuse)
+    found = [Path(folder) / name for folder, _, names in walked for name in names]
+    return [file for file in found if file.is_file()]
 
 
 def _hash(tokens: Tensor, digest: Any) -> None:
