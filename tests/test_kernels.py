@@ -55,7 +55,7 @@ class Emulated:
 
 @pytest.fixture(autouse=True)
 def _emulated(monkeypatch):
-    for name in KERNELS:
+    for name in (*KERNELS, "_programs"):
         module = importlib.import_module(f"mhc_tile.kernels.{name}")
         for attribute in list(vars(module)):
             if hasattr(getattr(module, attribute), "factory"):
@@ -209,7 +209,7 @@ BACKWARD_CASES = [
 
 @pytest.mark.parametrize(("shape", "dtype", "arch"), BACKWARD_CASES, ids=str)
 def test_backward_of_pre_and_mapping(shape, dtype, arch, monkeypatch):
-    for name in ("mapping_backward", "pre_backward", "_mapping_records"):
+    for name in ("mapping_backward", "pre_backward", "_mapping_records", "_programs"):
         monkeypatch.setattr(kernel(name), "architecture", lambda _device: arch)
     inputs = call("pre", shape, dtype).inputs
     x, *parameters = wide(*inputs)
