@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import TrainConfig
+from .folder import full_path
 
 FORMAT = "mhc_tile.training/1"
 FOLDER = "checkpoints"
@@ -63,7 +64,7 @@ class Checkpoints:
             OSError: It cannot be written whole; the checkpoints before are kept.
         """
         path = checkpoint_path(self.run_dir, step)
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         try:
             with partial.open("wb") as file:
@@ -168,13 +169,15 @@ def find_checkpoint(path: Path) -> Path:
         path: a checkpoint, or a run directory, which stands for its newest checkpoint.
 
     Returns:
-        The path of a file.
+        The path of a file, which is no link; a folder on the way to it may be one.
 
     Raises:
         ValueError: There is none, or it stands outside of a run directory.
     """
     if path.is_file():
-        if path.resolve().parent.name != FOLDER:
+        while path.is_symlink():  # not `resolve`: the run's folder may link to another disk
+            path = full_path(path.parent / path.readlink(), "resume: path")
+        if path.parent.name != FOLDER:
             raise ValueError(
                 f"resume: checkpoint must stand in the folder {FOLDER!r} of its run directory, "
                 f"got {str(path)!r}"

@@ -146,10 +146,8 @@ def resume(
         OSError: As `train`.
     """
     path = full_path(path, "resume: path")
-    find_checkpoint(path)  # refuses a folder of somebody else before a lock is left there
-    if path.is_file():
-        path = path.resolve()
-    run_dir = path.parent.parent if path.is_file() else path
+    found = find_checkpoint(path)  # refuses a folder of somebody else before a lock is left there
+    run_dir = found.parent.parent if path.is_file() else path
     with owned(run_dir, "resume: path"):
         checkpoint = find_checkpoint(path)  # again: there may be a newer one by now
         state = load_checkpoint(checkpoint)
