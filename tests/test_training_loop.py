@@ -242,6 +242,33 @@ def test_resuming_from_an_older_checkpoint_drops_the_lines_beyond_it(config, tmp
     assert without_times(tmp_path / "run") == expected
 
 
+def test_going_back_drops_newer_checkpoints_with_their_rows(config, tmp_path, monkeypatch):
+    whole = train(config, tmp_path / "run")
+    expected = without_times(tmp_path / "run")
+    older = list_checkpoints(tmp_path / "run")[0]
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop._Run, "_train_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        resume(older)
+    assert list_checkpoints(tmp_path / "run") == [older]
+    monkeypatch.undo()
+    assert resume(tmp_path / "run").validation_loss == whole.validation_loss
+    assert without_times(tmp_path / "run") == expected
+
+
+def test_going_back_in_damaged_metrics_is_refused_and_drops_nothing(config, tmp_path):
+    train(config, tmp_path / "run")
+    checkpoints = list_checkpoints(tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text("{\n" + metrics.read_text())
+    with pytest.raises(ValueError, match="metrics: every line must be"):
+        resume(checkpoints[0])
+    assert list_checkpoints(tmp_path / "run") == checkpoints
+
+
 def test_a_finished_run_is_resumed_as_it_is(config, tmp_path):
     whole = train(config, tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()

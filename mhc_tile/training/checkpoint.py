@@ -43,12 +43,18 @@ class Checkpoints:
     Args:
         run_dir: of the run.
         resumed: the checkpoint that the run continues from, if any. Newer ones belong to a course
-            that is not taken again and go with the next save.
+            that is not taken again: `drop_newer` deletes them.
     """
 
     def __init__(self, run_dir: Path, resumed: Path | None = None):
         self.run_dir = run_dir
         self.last = resumed
+
+    def drop_newer(self, step: int) -> None:
+        """Delete the checkpoints of later steps than the one that the run continues from."""
+        for path in list_checkpoints(self.run_dir):
+            if _step_of(path) > step and path != self.last:
+                path.unlink()
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Write a checkpoint; it is complete or absent, whenever the process ends.

@@ -24,7 +24,7 @@ from .corpus import Corpus, load_corpus
 from .device import pick_device
 from .extras import require
 from .folder import full_path, owned, require_unused
-from .metrics import MetricsLog, Row, same_config
+from .metrics import MetricsLog, Row, kept_rows, same_config
 from .monitor import GainMonitor, GainRule, gain_row, measure_gains, warning_row
 from .optimizer import build_optimizer
 from .schedule import learning_rate
@@ -124,7 +124,9 @@ def resume(
 ) -> TrainResult:
     """Continue a run from a checkpoint, exactly as if it had never stopped.
 
-    Metrics of later steps than the checkpoint's are dropped. A finished run is returned as it is.
+    Going back to an older checkpoint drops, at once, what is of later steps: the newer checkpoints,
+    then their metrics, so that both always belong to one course. A finished run is returned as it
+    is.
     With more steps than before, a run goes on to that step: from the checkpoint on, its learning
     rate is that of a run of the new length (`schedule.learning_rate`), so the rate of a finished
     run goes up again. From then on the new length is the run's.
@@ -152,7 +154,8 @@ def resume(
         checkpoint = find_checkpoint(path)  # again: there may be a newer one by now
         state = load_checkpoint(checkpoint)
         config = resumed_config(stored_config(checkpoint, state), corpus, steps)
-        return _Run(config, run_dir, on_rows, (checkpoint, state)).train()
+        rows = kept_rows(run_dir, state["step"])
+        return _Run(config, run_dir, on_rows, (checkpoint, state, rows)).train()
 
 
 class _Run:
@@ -163,7 +166,7 @@ class _Run:
         config: TrainConfig,
         run_dir: Path,
         on_rows: OnRows | None,
-        resumed: tuple[Path, dict[str, Any]] | None,
+        resumed: tuple[Path, dict[str, Any], list[Row]] | None,
     ):
         self.config = config
         self.run_dir = run_dir
@@ -304,10 +307,10 @@ class _Run:
 
     def _open(self) -> None:
         """Open the records; say in them what the run is, where they do not."""
+        self.checkpoints.drop_newer(self.step)  # before their rows, which are none without them
         self.log = MetricsLog(
             self.run_dir, resumed_step=self.step, tensorboard=self.config.tensorboard
         )
-        self._replay(self.log.kept)
         row = {"kind": "run", "step": self.step, "config": self.config.to_dict()}
         row["corpus"] = self.corpus.describe()
         if not same_config(self.log.kept, row):
@@ -369,7 +372,7 @@ class _Run:
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(
                 f"metrics: every row must have the values of its kind, got one without "
-                f"({type(error).__name__}: {error}) in {str(self.log.path)!r}"
+                f"({type(error).__name__}: {error}) in {str(self.run_dir / 'metrics.jsonl')!r}"
             ) from error
 
     # checkpoints
@@ -387,7 +390,7 @@ class _Run:
         self.saved = self.step
         self._start_clock()
 
-    def _restore(self, path: Path, state: dict[str, Any]) -> None:
+    def _restore(self, path: Path, state: dict[str, Any], rows: list[Row]) -> None:
         if state["corpus"] != self.corpus.fingerprint:
             raise ValueError(
                 f"resume: corpus must be the one that {str(path)!r} was trained on, "
@@ -395,3 +398,4 @@ class _Run:
             )
         restore(path, state, self.model, self.optimizer)
         self.step = state["step"]
+        self._replay(rows)

@@ -85,8 +85,19 @@ def replace_metrics(path: Path, rows: list[Row]) -> None:
 
 def same_config(rows: list[Row], run: Row) -> bool:
     """Whether the last row of kind "run" among the rows has the configuration of this one."""
-    last = next((row for row in reversed(rows) if row["kind"] == "run"), {})
-    return last.get("config") == json.loads(to_json_line(run))["config"]
+    return last_run(rows).get("config") == json.loads(to_json_line(run))["config"]
+
+
+def kept_rows(run_dir: Path, step: int) -> list[Row]:
+    """The rows of a run up to a step, as `read_metrics`; none where there is no file."""
+    path = run_dir / "metrics.jsonl"
+    rows = read_metrics(path) if path.exists() else []
+    return [row for row in rows if row["step"] <= step]
+
+
+def last_run(rows: list[Row]) -> Row:
+    """The last row of kind "run"; an empty one if there is none."""
+    return next((row for row in reversed(rows) if row["kind"] == "run"), {})
 
 
 class MetricsLog:
@@ -103,9 +114,8 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, *, resumed_step: int = 0, tensorboard: bool = False):
         self.path = run_dir / "metrics.jsonl"
-        self.kept: list[Row] = []
+        self.kept = kept_rows(run_dir, resumed_step)
         if self.path.exists():
-            self.kept = [row for row in read_metrics(self.path) if row["step"] <= resumed_step]
             replace_metrics(self.path, self.kept)
         self.writer = None
         if tensorboard:
