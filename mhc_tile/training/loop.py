@@ -4,6 +4,7 @@ A run directory holds metrics.jsonl, checkpoints/ and, on request, tensorboard/.
 the device where it writes metrics, validates or saves, and in no other step.
 """
 
+import json
 import math
 import time
 import warnings
@@ -24,7 +25,7 @@ from .corpus import Corpus, load_corpus
 from .device import pick_device
 from .extras import require
 from .folder import full_path, owned, require_unused
-from .metrics import MetricsLog, Row, kept_rows, same_config
+from .metrics import MetricsLog, Row, kept_rows, same_config, to_json_line
 from .monitor import GainMonitor, GainRule, gain_row, measure_gains, warning_row
 from .optimizer import build_optimizer
 from .schedule import learning_rate
@@ -190,6 +191,7 @@ class _Run:
         self.validation_loss: float | None = None
         self.pending: list[tuple[int, float, Tensor, Tensor, dict[str, Tensor] | None]] = []
         self.unshown: list[list[Row]] = []
+        self.unwritten: list[Row] = []  # what metrics.jsonl did not take
         if resumed is not None:
             self._restore(*resumed)
         self.saved = self.step
@@ -240,11 +242,14 @@ class _Run:
             self._write(rows)
             if finite and evaluating:
                 self._evaluate()
+            if self.unwritten:
+                raise self.refused
             if finite and saving:
                 self._save()
             self._show()
         except (Exception, SystemExit):
-            # The steps are worth more than their records: keep them, whatever failed.
+            # The steps are worth more than their records: keep them, whatever failed, with the
+            # rows that were not written.
             if finite and self.saved != self.step:
                 with suppress(Exception):
                     self._save()
@@ -311,6 +316,10 @@ class _Run:
         self.log = MetricsLog(
             self.run_dir, resumed_step=self.step, tensorboard=self.config.tensorboard
         )
+        if self.unwritten:
+            self.log.write(self.unwritten)
+            self.log.kept += self.unwritten
+            self.unwritten = []
         row = {"kind": "run", "step": self.step, "config": self.config.to_dict()}
         row["corpus"] = self.corpus.describe()
         if not same_config(self.log.kept, row):
@@ -342,8 +351,15 @@ class _Run:
         return [warning_row(warning) for warning in self.rule.update(gains, loss)]
 
     def _write(self, rows: list[Row]) -> None:
-        self.log.write(rows)
+        """Write rows, behind those that a write before has left; a failure is kept for later."""
+        self.unwritten += rows
         self.unshown.append(rows)
+        try:
+            self.log.write(self.unwritten)
+        except OSError as error:
+            self.refused = error
+        else:
+            self.unwritten = []
 
     def _show(self) -> None:
         """Give the listener what it has not seen; its failure may not end the run."""
@@ -385,6 +401,7 @@ class _Run:
                 "corpus": self.corpus.fingerprint,
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
+                "rows": [json.loads(to_json_line(row)) for row in self.unwritten],
             },
         )
         self.saved = self.step
@@ -398,4 +415,6 @@ class _Run:
             )
         restore(path, state, self.model, self.optimizer)
         self.step = state["step"]
-        self._replay(rows)
+        # A resume that was killed may have written them; older checkpoints have none.
+        self.unwritten = [row for row in state.get("rows", []) if row not in rows]
+        self._replay(rows + self.unwritten)

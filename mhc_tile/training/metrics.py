@@ -117,6 +117,7 @@ class MetricsLog:
         self.kept = kept_rows(run_dir, resumed_step)
         if self.path.exists():
             replace_metrics(self.path, self.kept)
+        self.torn: int | None = None
         self.writer = None
         if tensorboard:
             module = require("torch.utils.tensorboard", "TensorBoard metrics")
@@ -131,14 +132,19 @@ class MetricsLog:
         Raises:
             OSError: The file does not take them all; then it has none of them.
         """
+        if self.torn is not None:  # half a line, which could not be taken back
+            self.file.truncate(self.torn)
+            self.torn = None
         rest = "".join(map(to_json_line, rows)).encode()
         before = self.path.stat().st_size
         try:
             while rest:  # an unbuffered write may take a part
                 rest = rest[self.file.write(rest) :]
         except OSError as error:
+            self.torn = before
             with suppress(OSError):
                 self.file.truncate(before)
+                self.torn = None
             raise OSError(error.errno, error.strerror, str(self.path)) from error
         if self.writer is not None:
             with self._tensorboard():
