@@ -1,5 +1,6 @@
 """What only shows progress ends no run, costs no checkpoint and changes no exit code."""
 
+import asyncio
 import io
 import os
 import subprocess
@@ -114,8 +115,28 @@ def test_characters_that_stdout_lacks_are_escaped(monkeypatch):
 # listeners
 
 
+ENDING = (KeyboardInterrupt, GeneratorExit, asyncio.CancelledError)
+
+
 def failing(_rows):
     raise RuntimeError("no network")
+
+
+def raising(kind):
+    def on_rows(_rows):
+        raise kind
+
+    return on_rows
+
+
+class Mute(Exception):
+    def __str__(self):
+        raise ValueError("no words")
+
+
+def test_a_listener_whose_error_has_no_words_ends_nothing(config, tmp_path):
+    with pytest.warns(RuntimeWarning, match=r"got Mute \(without a message\); the run goes on"):
+        assert train(config, tmp_path / "run", on_rows=raising(Mute)).status == "done"
 
 
 def test_a_listener_that_raises_ends_nothing(config, tmp_path):
@@ -127,13 +148,13 @@ def test_a_listener_that_raises_ends_nothing(config, tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("ends", [failing, lambda rows: sys.exit(3)])
+@pytest.mark.parametrize("ends", [failing, lambda rows: sys.exit(3), *map(raising, ENDING)])
 def test_a_listener_that_does_end_the_run_costs_no_step(config, tmp_path, ends):
     def on_rows(rows):
         if rows[-1]["step"] == 2:
             ends(rows)
 
-    with pytest.raises((RuntimeWarning, SystemExit)):
+    with pytest.raises((RuntimeWarning, SystemExit, *ENDING)):
         train(config, tmp_path / "run", on_rows=on_rows)
     assert saved_step(tmp_path / "run") == 2
     assert resume(tmp_path / "run").status == "done"

@@ -25,7 +25,7 @@ from .corpus import Corpus, load_corpus
 from .device import pick_device
 from .extras import require
 from .folder import full_path, owned, require_unused
-from .metrics import MetricsLog, Row, kept_rows, same_config, to_json_line
+from .metrics import MetricsLog, Row, kept_rows, last_config, same_config, to_json_line
 from .monitor import GainMonitor, GainRule, gain_row, measure_gains, warning_row
 from .optimizer import build_optimizer
 from .schedule import learning_rate
@@ -75,7 +75,9 @@ def train(
         config: of the run.
         run_dir: where it is recorded; must not exist, or be empty. `~` is expanded.
         on_rows: called with each batch of metrics rows when they are written and, where a
-            checkpoint is due, saved. What it raises becomes a warning: it may not end the run.
+            checkpoint is due, saved. An exception becomes a warning: it may not end the run. What
+            ends a program (KeyboardInterrupt, SystemExit, a warning made an error) does, behind a
+            checkpoint of the current step.
 
     Returns:
         The result. Ctrl-C, SIGTERM and SIGHUP end the run behind the current step, with a
@@ -130,7 +132,8 @@ def resume(
     is.
     With more steps than before, a run goes on to that step: from the checkpoint on, its learning
     rate is that of a run of the new length (`schedule.learning_rate`), so the rate of a finished
-    run goes up again. From then on the new length is the run's.
+    run goes up again. From then on the new length is the run's; until the next checkpoint has it,
+    the last row of kind "run" in the metrics does.
 
     Args:
         path: a run directory (its newest checkpoint) or one checkpoint file of it.
@@ -154,9 +157,20 @@ def resume(
     with owned(run_dir, "resume: path"):
         checkpoint = find_checkpoint(path)  # again: there may be a newer one by now
         state = load_checkpoint(checkpoint)
-        config = resumed_config(stored_config(checkpoint, state), corpus, steps)
+        stored = stored_config(checkpoint, state)
         rows = kept_rows(run_dir, state["step"])
+        length = last_config(rows).get("steps")  # more than the checkpoint's until the first save
+        if isinstance(length, int) and length > stored.steps:
+            stored = stored.replace(steps=length)
+        config = resumed_config(stored, corpus, steps)
         return _Run(config, run_dir, on_rows, (checkpoint, state, rows)).train()
+
+
+def _text_of(error: Exception) -> str:
+    try:
+        return str(error)
+    except Exception:  # a fault of a fault
+        return "without a message"
 
 
 class _Run:
@@ -246,15 +260,21 @@ class _Run:
                 raise self.refused
             if finite and saving:
                 self._save()
-            self._show()
         except (Exception, SystemExit):
-            # The steps are worth more than their records: keep them, whatever failed, with the
-            # rows that were not written.
-            if finite and self.saved != self.step:
-                with suppress(Exception):
-                    self._save()
+            self._rescue(finite)
+            raise
+        try:
+            self._show()
+        except BaseException:  # a listener may end the program, but costs no step
+            self._rescue(finite)
             raise
         return finite
+
+    def _rescue(self, finite: bool) -> None:
+        """Keep the steps, whatever failed, with the rows that were not written."""
+        if finite and self.saved != self.step:
+            with suppress(Exception):
+                self._save()
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -370,8 +390,8 @@ class _Run:
                 listener(rows)
             except Exception as error:
                 warnings.warn(
-                    f"train: on_rows must not raise, got {type(error).__name__} ({error}); "
-                    "the run goes on",
+                    f"train: on_rows must not raise, got {type(error).__name__} "
+                    f"({_text_of(error)}); the run goes on",
                     RuntimeWarning,
                     stacklevel=2,
                 )

@@ -83,9 +83,16 @@ def replace_metrics(path: Path, rows: list[Row]) -> None:
     write_whole(path, "".join(map(to_json_line, rows)))
 
 
+def last_config(rows: list[Row]) -> dict[str, Any]:
+    """The configuration in the last row of kind "run"; empty if there is none."""
+    last = next((row for row in reversed(rows) if row["kind"] == "run"), {})
+    config = last.get("config")
+    return config if isinstance(config, dict) else {}
+
+
 def same_config(rows: list[Row], run: Row) -> bool:
     """Whether the last row of kind "run" among the rows has the configuration of this one."""
-    return last_run(rows).get("config") == json.loads(to_json_line(run))["config"]
+    return last_config(rows) == json.loads(to_json_line(run))["config"]
 
 
 def kept_rows(run_dir: Path, step: int) -> list[Row]:
@@ -93,11 +100,6 @@ def kept_rows(run_dir: Path, step: int) -> list[Row]:
     path = run_dir / "metrics.jsonl"
     rows = read_metrics(path) if path.exists() else []
     return [row for row in rows if row["step"] <= step]
-
-
-def last_run(rows: list[Row]) -> Row:
-    """The last row of kind "run"; an empty one if there is none."""
-    return next((row for row in reversed(rows) if row["kind"] == "run"), {})
 
 
 class MetricsLog:
