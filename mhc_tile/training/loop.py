@@ -23,9 +23,16 @@ from .checkpoint import Checkpoints, find_checkpoint, load_checkpoint, restore, 
 from .config import TrainConfig, resumed_config
 from .corpus import Corpus, load_corpus
 from .device import pick_device
-from .extras import require
 from .folder import full_path, owned, require_unused
-from .metrics import MetricsLog, Row, kept_rows, last_config, same_config, to_json_line
+from .metrics import (
+    MetricsLog,
+    Row,
+    kept_rows,
+    last_config,
+    require_tensorboard,
+    same_config,
+    to_json_line,
+)
 from .monitor import GainMonitor, GainRule, gain_row, measure_gains, warning_row
 from .optimizer import build_optimizer
 from .schedule import learning_rate
@@ -192,7 +199,7 @@ class _Run:
         )
         self.device = pick_device(config.device)
         if config.tensorboard:  # before anything is written
-            require("torch.utils.tensorboard", "TensorBoard metrics")
+            require_tensorboard()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = Decoder(config.model, config.residual, config.connection).to(self.device)

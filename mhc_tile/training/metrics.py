@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from .extras import require
@@ -102,6 +103,13 @@ def kept_rows(run_dir: Path, step: int) -> list[Row]:
     return [row for row in rows if row["step"] <= step]
 
 
+def require_tensorboard() -> ModuleType:
+    """Import torch's TensorBoard writer, or name the package that it misses."""
+    for module in ("numpy", "tensorboard"):
+        require(module, "TensorBoard metrics")
+    return require("torch.utils.tensorboard", "TensorBoard metrics")
+
+
 class MetricsLog:
     """Appends rows to `<run_dir>/metrics.jsonl` and, on request, to TensorBoard.
 
@@ -122,9 +130,10 @@ class MetricsLog:
         self.torn: int | None = None
         self.writer = None
         if tensorboard:
-            module = require("torch.utils.tensorboard", "TensorBoard metrics")
-            folder = str(run_dir / "tensorboard")
-            self.writer = module.SummaryWriter(folder, purge_step=resumed_step + 1)
+            module = require_tensorboard()
+            with self._tensorboard():
+                folder = str(run_dir / "tensorboard")
+                self.writer = module.SummaryWriter(folder, purge_step=resumed_step + 1)
         # Unbuffered: rows are in the file when `write` returns.
         self.file = self.path.open("ab", buffering=0)
 
