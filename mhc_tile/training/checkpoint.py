@@ -175,7 +175,7 @@ def find_checkpoint(path: Path) -> Path:
         path: a checkpoint, or a run directory, which stands for its newest checkpoint.
 
     Returns:
-        The path of a file, which is no link; a folder on the way to it may be one.
+        The path of a file; for a link, that which it leads to, folders on the way left as they are.
 
     Raises:
         ValueError: There is none, or it stands outside of a run directory.

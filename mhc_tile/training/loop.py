@@ -442,6 +442,7 @@ class _Run:
             )
         restore(path, state, self.model, self.optimizer)
         self.step = state["step"]
-        # A resume that was killed may have written them; older checkpoints have none.
-        self.unwritten = [row for row in state.get("rows", []) if row not in rows]
+        owed = state.get("rows", [])  # checkpoints of older versions have none
+        late = [row for row in rows if owed and row["step"] >= owed[0]["step"]]
+        self.unwritten = [row for row in owed if row not in late]  # a killed resume wrote them
         self._replay(rows + self.unwritten)
