@@ -251,6 +251,24 @@ def test_checkpoints_may_be_on_another_disk(config, tmp_path):
     }
 
 
+def test_a_run_whose_checkpoints_are_elsewhere_is_locked_itself(config, tmp_path, monkeypatch):
+    run, disk = tmp_path / "run", tmp_path / "disk" / "checkpoints"
+    train(config, run)
+    disk.parent.mkdir()
+    (run / "checkpoints").rename(disk)
+    (run / "checkpoints").symlink_to(disk)
+    name = list_checkpoints(run)[-1].name
+    Path("relative.pt").symlink_to(f"../run/checkpoints/{name}")
+    (disk / "latest.pt").symlink_to(name)
+    linked = run / "checkpoints"
+    names = [linked / name, f"../run/checkpoints/{name}", "relative.pt", linked / "latest.pt"]
+    for path in names:
+        with owned(run, "it"), pytest.raises(FolderInUseError, match="resume: path must not"):
+            resume(path)
+        assert resume(path).run_dir == run
+    assert [path.name for path in disk.parent.iterdir()] == ["checkpoints"]
+
+
 def test_a_link_to_a_checkpoint_stands_for_its_run(config, tmp_path):
     train(config, tmp_path / "run")
     (tmp_path / "latest.pt").symlink_to(list_checkpoints(tmp_path / "run")[-1])

@@ -15,6 +15,7 @@ from mhc_tile.__main__ import main
 from mhc_tile.models import RESIDUALS, Decoder, MLAConfig, ModelConfig, MoEConfig, model_config
 from mhc_tile.training import TrainConfig, loop, read_metrics, resume, train
 from mhc_tile.training.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
+from mhc_tile.training.metrics import MetricsLog
 from mhc_tile.training.optimizer import build_optimizer
 from mhc_tile.training.schedule import learning_rate
 
@@ -240,6 +241,87 @@ def test_resuming_from_an_older_checkpoint_drops_the_lines_beyond_it(config, tmp
     resume(older, on_rows=lambda rows: kept.append([row["step"] for row in rows]))
     assert max(kept[0]) == 6
     assert without_times(tmp_path / "run") == expected
+
+
+def test_going_back_drops_newer_checkpoints_with_their_rows(config, tmp_path, monkeypatch):
+    whole = train(config, tmp_path / "run")
+    expected = without_times(tmp_path / "run")
+    older = list_checkpoints(tmp_path / "run")[0]
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop._Run, "_train_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        resume(older)
+    assert list_checkpoints(tmp_path / "run") == [older]
+    monkeypatch.undo()
+    assert resume(tmp_path / "run").validation_loss == whole.validation_loss
+    assert without_times(tmp_path / "run") == expected
+
+
+def test_going_back_in_damaged_metrics_is_refused_and_drops_nothing(config, tmp_path):
+    train(config, tmp_path / "run")
+    checkpoints = list_checkpoints(tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text("{\n" + metrics.read_text())
+    with pytest.raises(ValueError, match="metrics: every line must be"):
+        resume(checkpoints[0])
+    assert list_checkpoints(tmp_path / "run") == checkpoints
+
+
+@pytest.mark.parametrize("step", [3, 4, 8])
+def test_rows_that_the_disk_did_not_take_are_in_the_checkpoint(config, tmp_path, monkeypatch, step):
+    whole = train(config, tmp_path / "whole")
+    write = MetricsLog.write
+
+    def full(self, rows):
+        if rows[-1]["step"] >= step:
+            raise OSError(28, "No space left on device")
+        write(self, rows)
+
+    monkeypatch.setattr(MetricsLog, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(config, tmp_path / "run")
+    assert load_checkpoint(find_checkpoint(tmp_path / "run"))["step"] == step
+    monkeypatch.undo()
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    if step < 8:  # written once, however often it is resumed
+        monkeypatch.setattr(loop._Run, "_train_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            resume(tmp_path / "run")
+        monkeypatch.undo()
+    shown = []
+    assert resume(tmp_path / "run", on_rows=shown.extend).validation_loss == whole.validation_loss
+    assert without_times(tmp_path / "run") == without_times(tmp_path / "whole")
+    assert shown == read_metrics(tmp_path / "run" / "metrics.jsonl")
+
+
+def test_rows_that_the_disk_takes_at_the_next_write_end_nothing(config, tmp_path, monkeypatch):
+    train(config, tmp_path / "whole")
+    write, failed = MetricsLog.write, []
+
+    def full(self, rows):
+        if rows[-1]["step"] == 4 and not failed:
+            failed.append(rows)
+            raise OSError(28, "No space left on device")
+        write(self, rows)
+
+    monkeypatch.setattr(MetricsLog, "write", full)
+    assert train(config, tmp_path / "run").status == "done"
+    assert without_times(tmp_path / "run") == without_times(tmp_path / "whole")
+
+
+def test_a_checkpoint_without_rows_is_resumed(config, tmp_path):
+    train(config.replace(steps=2), tmp_path / "run")
+    path = find_checkpoint(tmp_path / "run")
+    state = load_checkpoint(path)
+    del state["rows"]
+    torch.save(state, path)
+    assert resume(tmp_path / "run", steps=4).step == 4
 
 
 def test_a_finished_run_is_resumed_as_it_is(config, tmp_path):

@@ -1,7 +1,9 @@
 """What only shows progress ends no run, costs no checkpoint and changes no exit code."""
 
+import asyncio
 import io
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -114,8 +116,28 @@ def test_characters_that_stdout_lacks_are_escaped(monkeypatch):
 # listeners
 
 
+ENDING = (KeyboardInterrupt, GeneratorExit, asyncio.CancelledError)
+
+
 def failing(_rows):
     raise RuntimeError("no network")
+
+
+def raising(kind):
+    def on_rows(_rows):
+        raise kind
+
+    return on_rows
+
+
+class Mute(Exception):
+    def __str__(self):
+        raise ValueError("no words")
+
+
+def test_a_listener_whose_error_has_no_words_ends_nothing(config, tmp_path):
+    with pytest.warns(RuntimeWarning, match=r"got Mute \(without a message\); the run goes on"):
+        assert train(config, tmp_path / "run", on_rows=raising(Mute)).status == "done"
 
 
 def test_a_listener_that_raises_ends_nothing(config, tmp_path):
@@ -127,13 +149,13 @@ def test_a_listener_that_raises_ends_nothing(config, tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("ends", [failing, lambda rows: sys.exit(3)])
+@pytest.mark.parametrize("ends", [failing, lambda rows: sys.exit(3), *map(raising, ENDING)])
 def test_a_listener_that_does_end_the_run_costs_no_step(config, tmp_path, ends):
     def on_rows(rows):
         if rows[-1]["step"] == 2:
             ends(rows)
 
-    with pytest.raises((RuntimeWarning, SystemExit)):
+    with pytest.raises((RuntimeWarning, SystemExit, *ENDING)):
         train(config, tmp_path / "run", on_rows=on_rows)
     assert saved_step(tmp_path / "run") == 2
     assert resume(tmp_path / "run").status == "done"
@@ -163,18 +185,59 @@ def test_records_that_fail_do_not_cost_the_steps(config, tmp_path, monkeypatch, 
     assert resume(tmp_path / "run").status == "done"
 
 
+def test_a_run_directory_that_is_gone_does_not_cost_the_steps(config, tmp_path):
+    def remove(rows):
+        if rows[-1]["step"] == 2:
+            shutil.rmtree(tmp_path / "run")
+
+    with pytest.raises(OSError, match=r"metrics\.jsonl"):
+        train(config, tmp_path / "run", on_rows=remove)
+    assert saved_step(tmp_path / "run") == 3
+    assert resume(tmp_path / "run").status == "done"
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["kind"] == "step"] == [3, 4]
+
+
 @pytest.mark.parametrize("fails", ["add_scalar", "close"])
 def test_tensorboard_may_fail(config, tmp_path, monkeypatch, fails):
     writer = pytest.importorskip("torch.utils.tensorboard").SummaryWriter
 
-    def fail(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(writer, fails, fail)
+    monkeypatch.setattr(writer, fails, unwritable)
     with pytest.warns(RuntimeWarning, match="TensorBoard's events end here"):
         result = train(config.replace(tensorboard=True), tmp_path / "run")
     assert (result.status, saved_step(tmp_path / "run")) == ("done", 4)
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 6
+
+
+@pytest.mark.parametrize("fails", ["full", "file", "bytes"])
+def test_tensorboard_may_not_even_open(config, tmp_path, monkeypatch, fails):
+    module = pytest.importorskip("torch.utils.tensorboard")
+    run = tmp_path / ("run\udce4" if fails == "bytes" else "run")
+    train(config, run)
+    if fails == "file":
+        (run / "tensorboard").touch()
+    elif fails == "full":
+        monkeypatch.setattr(module, "SummaryWriter", unwritable)
+    change = find_checkpoint(run)
+    state = load_checkpoint(change)
+    state["config"]["tensorboard"] = True
+    torch.save(state, change)
+    with pytest.warns(RuntimeWarning, match="TensorBoard's events end here") as warned:
+        assert resume(run, steps=8).step == 8
+    assert len(warned) == 1
+    assert saved_step(run) == 8
+
+
+@pytest.mark.parametrize("package", ["numpy", "tensorboard"])
+def test_the_package_that_tensorboard_misses_is_named(config, tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(RuntimeError, match=f"TensorBoard metrics: the package '{package}' must"):
+        train(config.replace(tensorboard=True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def unwritable(*_, **__):
+    raise OSError(28, "No space left on device")
 
 
 def test_figures_may_fail(text, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mhc_tile.__main__ import main
-from mhc_tile.training import TrainConfig, cli, read_metrics, resume, train
+from mhc_tile.training import TrainConfig, cli, loop, read_metrics, resume, train
 from mhc_tile.training.checkpoint import find_checkpoint
 from mhc_tile.training.device import pick_device
 from mhc_tile.training.schedule import learning_rate
@@ -143,6 +143,20 @@ def test_a_run_that_goes_on_is_resumed_exactly(config, tmp_path):
         row.pop("ms_per_step", None)
     assert rows[0] == rows[1]
     assert [row["config"]["steps"] for row in rows[0] if row["kind"] == "run"] == [2, 10]
+
+
+def test_a_new_length_survives_a_kill_before_the_first_save(run, monkeypatch):
+    def killed(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop._Run, "_train_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        resume(run, steps=6)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="steps must be at least the run's 6, got 5"):
+        resume(run, steps=5)
+    resumed = resume(run)
+    assert (resumed.status, resumed.step) == ("done", 6)
 
 
 def test_the_command_goes_on_to_more_steps(run, capsys):

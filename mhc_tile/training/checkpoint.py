@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import TrainConfig
+from .folder import full_path
 
 FORMAT = "mhc_tile.training/1"
 FOLDER = "checkpoints"
@@ -42,12 +43,18 @@ class Checkpoints:
     Args:
         run_dir: of the run.
         resumed: the checkpoint that the run continues from, if any. Newer ones belong to a course
-            that is not taken again and go with the next save.
+            that is not taken again: `drop_newer` deletes them.
     """
 
     def __init__(self, run_dir: Path, resumed: Path | None = None):
         self.run_dir = run_dir
         self.last = resumed
+
+    def drop_newer(self, step: int) -> None:
+        """Delete the checkpoints of later steps than the one that the run continues from."""
+        for path in list_checkpoints(self.run_dir):
+            if _step_of(path) > step and path != self.last:
+                path.unlink()
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Write a checkpoint; it is complete or absent, whenever the process ends.
@@ -63,7 +70,7 @@ class Checkpoints:
             OSError: It cannot be written whole; the checkpoints before are kept.
         """
         path = checkpoint_path(self.run_dir, step)
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         try:
             with partial.open("wb") as file:
@@ -168,13 +175,15 @@ def find_checkpoint(path: Path) -> Path:
         path: a checkpoint, or a run directory, which stands for its newest checkpoint.
 
     Returns:
-        The path of a file.
+        The path of a file; for a link, that which it leads to, folders on the way left as they are.
 
     Raises:
         ValueError: There is none, or it stands outside of a run directory.
     """
     if path.is_file():
-        if path.resolve().parent.name != FOLDER:
+        while path.is_symlink():  # not `resolve`: the run's folder may link to another disk
+            path = full_path(path.parent / path.readlink(), "resume: path")
+        if path.parent.name != FOLDER:
             raise ValueError(
                 f"resume: checkpoint must stand in the folder {FOLDER!r} of its run directory, "
                 f"got {str(path)!r}"

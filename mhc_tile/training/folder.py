@@ -25,7 +25,7 @@ def full_path(path: str | Path, argument: str) -> Path:
         argument: what it is, for the message, such as "train: run_dir".
 
     Returns:
-        The path; links stay in it, unless it goes up by "..".
+        The path; links stay in it, but for those before a "..".
 
     Raises:
         ValueError: It is empty, which as a path would be the working directory.
@@ -33,7 +33,9 @@ def full_path(path: str | Path, argument: str) -> Path:
     if not os.fspath(path).strip():
         raise ValueError(f"{argument} must not be empty, got {str(path)!r}")
     full = Path(os.path.expanduser(path)).absolute()  # pathlib raises for an unknown user
-    return full.resolve() if ".." in full.parts else full
+    parts = full.parts
+    end = max((index + 1 for index, part in enumerate(parts) if part == ".."), default=0)
+    return Path(*parts[:end]).resolve().joinpath(*parts[end:]) if end else full
 
 
 def require_unused(folder: Path, argument: str) -> None:

@@ -4,6 +4,7 @@ A run directory holds metrics.jsonl, checkpoints/ and, on request, tensorboard/.
 the device where it writes metrics, validates or saves, and in no other step.
 """
 
+import json
 import math
 import time
 import warnings
@@ -22,9 +23,16 @@ from .checkpoint import Checkpoints, find_checkpoint, load_checkpoint, restore, 
 from .config import TrainConfig, resumed_config
 from .corpus import Corpus, load_corpus
 from .device import pick_device
-from .extras import require
 from .folder import full_path, owned, require_unused
-from .metrics import MetricsLog, Row, same_config
+from .metrics import (
+    MetricsLog,
+    Row,
+    kept_rows,
+    last_config,
+    require_tensorboard,
+    same_config,
+    to_json_line,
+)
 from .monitor import GainMonitor, GainRule, gain_row, measure_gains, warning_row
 from .optimizer import build_optimizer
 from .schedule import learning_rate
@@ -74,7 +82,9 @@ def train(
         config: of the run.
         run_dir: where it is recorded; must not exist, or be empty. `~` is expanded.
         on_rows: called with each batch of metrics rows when they are written and, where a
-            checkpoint is due, saved. What it raises becomes a warning: it may not end the run.
+            checkpoint is due, saved. An exception becomes a warning: it may not end the run. What
+            ends a program (KeyboardInterrupt, SystemExit, a warning made an error) does, behind a
+            checkpoint of the current step.
 
     Returns:
         The result. Ctrl-C, SIGTERM and SIGHUP end the run behind the current step, with a
@@ -124,10 +134,13 @@ def resume(
 ) -> TrainResult:
     """Continue a run from a checkpoint, exactly as if it had never stopped.
 
-    Metrics of later steps than the checkpoint's are dropped. A finished run is returned as it is.
+    Going back to an older checkpoint drops, at once, what is of later steps: the newer checkpoints,
+    then their metrics, so that both always belong to one course. A finished run is returned as it
+    is.
     With more steps than before, a run goes on to that step: from the checkpoint on, its learning
     rate is that of a run of the new length (`schedule.learning_rate`), so the rate of a finished
-    run goes up again. From then on the new length is the run's.
+    run goes up again. From then on the new length is the run's; until the next checkpoint has it,
+    the last row of kind "run" in the metrics does.
 
     Args:
         path: a run directory (its newest checkpoint) or one checkpoint file of it.
@@ -146,15 +159,25 @@ def resume(
         OSError: As `train`.
     """
     path = full_path(path, "resume: path")
-    find_checkpoint(path)  # refuses a folder of somebody else before a lock is left there
-    if path.is_file():
-        path = path.resolve()
-    run_dir = path.parent.parent if path.is_file() else path
+    found = find_checkpoint(path)  # refuses a folder of somebody else before a lock is left there
+    run_dir = found.parent.parent if path.is_file() else path
     with owned(run_dir, "resume: path"):
         checkpoint = find_checkpoint(path)  # again: there may be a newer one by now
         state = load_checkpoint(checkpoint)
-        config = resumed_config(stored_config(checkpoint, state), corpus, steps)
-        return _Run(config, run_dir, on_rows, (checkpoint, state)).train()
+        stored = stored_config(checkpoint, state)
+        rows = kept_rows(run_dir, state["step"])
+        length = last_config(rows).get("steps")  # more than the checkpoint's until the first save
+        if isinstance(length, int) and length > stored.steps:
+            stored = stored.replace(steps=length)
+        config = resumed_config(stored, corpus, steps)
+        return _Run(config, run_dir, on_rows, (checkpoint, state, rows)).train()
+
+
+def _text_of(error: Exception) -> str:
+    try:
+        return str(error)
+    except Exception:  # a fault of a fault
+        return "without a message"
 
 
 class _Run:
@@ -165,7 +188,7 @@ class _Run:
         config: TrainConfig,
         run_dir: Path,
         on_rows: OnRows | None,
-        resumed: tuple[Path, dict[str, Any]] | None,
+        resumed: tuple[Path, dict[str, Any], list[Row]] | None,
     ):
         self.config = config
         self.run_dir = run_dir
@@ -176,7 +199,7 @@ class _Run:
         )
         self.device = pick_device(config.device)
         if config.tensorboard:  # before anything is written
-            require("torch.utils.tensorboard", "TensorBoard metrics")
+            require_tensorboard()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = Decoder(config.model, config.residual, config.connection).to(self.device)
@@ -189,6 +212,7 @@ class _Run:
         self.validation_loss: float | None = None
         self.pending: list[tuple[int, float, Tensor, Tensor, dict[str, Tensor] | None]] = []
         self.unshown: list[list[Row]] = []
+        self.unwritten: list[Row] = []  # what metrics.jsonl did not take
         if resumed is not None:
             self._restore(*resumed)
         self.saved = self.step
@@ -239,16 +263,25 @@ class _Run:
             self._write(rows)
             if finite and evaluating:
                 self._evaluate()
+            if self.unwritten:
+                raise self.refused
             if finite and saving:
                 self._save()
-            self._show()
         except (Exception, SystemExit):
-            # The steps are worth more than their records: keep them, whatever failed.
-            if finite and self.saved != self.step:
-                with suppress(Exception):
-                    self._save()
+            self._rescue(finite)
+            raise
+        try:
+            self._show()
+        except BaseException:  # a listener may end the program, but costs no step
+            self._rescue(finite)
             raise
         return finite
+
+    def _rescue(self, finite: bool) -> None:
+        """Keep the steps, whatever failed, with the rows that were not written."""
+        if finite and self.saved != self.step:
+            with suppress(Exception):
+                self._save()
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -306,10 +339,14 @@ class _Run:
 
     def _open(self) -> None:
         """Open the records; say in them what the run is, where they do not."""
+        self.checkpoints.drop_newer(self.step)  # before their rows, which are none without them
         self.log = MetricsLog(
             self.run_dir, resumed_step=self.step, tensorboard=self.config.tensorboard
         )
-        self._replay(self.log.kept)
+        if self.unwritten:
+            self.log.write(self.unwritten)
+            self.log.kept += self.unwritten
+            self.unwritten = []
         row = {"kind": "run", "step": self.step, "config": self.config.to_dict()}
         row["corpus"] = self.corpus.describe()
         if not same_config(self.log.kept, row):
@@ -341,8 +378,15 @@ class _Run:
         return [warning_row(warning) for warning in self.rule.update(gains, loss)]
 
     def _write(self, rows: list[Row]) -> None:
-        self.log.write(rows)
+        """Write rows, behind those that a write before has left; a failure is kept for later."""
+        self.unwritten += rows
         self.unshown.append(rows)
+        try:
+            self.log.write(self.unwritten)
+        except OSError as error:
+            self.refused = error
+        else:
+            self.unwritten = []
 
     def _show(self) -> None:
         """Give the listener what it has not seen; its failure may not end the run."""
@@ -353,8 +397,8 @@ class _Run:
                 listener(rows)
             except Exception as error:
                 warnings.warn(
-                    f"train: on_rows must not raise, got {type(error).__name__} ({error}); "
-                    "the run goes on",
+                    f"train: on_rows must not raise, got {type(error).__name__} "
+                    f"({_text_of(error)}); the run goes on",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -371,7 +415,7 @@ class _Run:
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(
                 f"metrics: every row must have the values of its kind, got one without "
-                f"({type(error).__name__}: {error}) in {str(self.log.path)!r}"
+                f"({type(error).__name__}: {error}) in {str(self.run_dir / 'metrics.jsonl')!r}"
             ) from error
 
     # checkpoints
@@ -384,12 +428,13 @@ class _Run:
                 "corpus": self.corpus.fingerprint,
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
+                "rows": [json.loads(to_json_line(row)) for row in self.unwritten],
             },
         )
         self.saved = self.step
         self._start_clock()
 
-    def _restore(self, path: Path, state: dict[str, Any]) -> None:
+    def _restore(self, path: Path, state: dict[str, Any], rows: list[Row]) -> None:
         if state["corpus"] != self.corpus.fingerprint:
             raise ValueError(
                 f"resume: corpus must be the one that {str(path)!r} was trained on, "
@@ -397,3 +442,7 @@ class _Run:
             )
         restore(path, state, self.model, self.optimizer)
         self.step = state["step"]
+        owed = state.get("rows", [])  # checkpoints of older versions have none
+        late = [row for row in rows if owed and row["step"] >= owed[0]["step"]]
+        self.unwritten = [row for row in owed if row not in late]  # a killed resume wrote them
+        self._replay(rows + self.unwritten)

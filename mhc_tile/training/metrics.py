@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from .extras import require
@@ -83,10 +84,30 @@ def replace_metrics(path: Path, rows: list[Row]) -> None:
     write_whole(path, "".join(map(to_json_line, rows)))
 
 
+def last_config(rows: list[Row]) -> dict[str, Any]:
+    """The configuration in the last row of kind "run"; empty if there is none."""
+    last = next((row for row in reversed(rows) if row["kind"] == "run"), {})
+    config = last.get("config")
+    return config if isinstance(config, dict) else {}
+
+
 def same_config(rows: list[Row], run: Row) -> bool:
     """Whether the last row of kind "run" among the rows has the configuration of this one."""
-    last = next((row for row in reversed(rows) if row["kind"] == "run"), {})
-    return last.get("config") == json.loads(to_json_line(run))["config"]
+    return last_config(rows) == json.loads(to_json_line(run))["config"]
+
+
+def kept_rows(run_dir: Path, step: int) -> list[Row]:
+    """The rows of a run up to a step, as `read_metrics`; none where there is no file."""
+    path = run_dir / "metrics.jsonl"
+    rows = read_metrics(path) if path.exists() else []
+    return [row for row in rows if row["step"] <= step]
+
+
+def require_tensorboard() -> ModuleType:
+    """Import torch's TensorBoard writer, or name the package that it misses."""
+    for module in ("numpy", "tensorboard"):
+        require(module, "TensorBoard metrics")
+    return require("torch.utils.tensorboard", "TensorBoard metrics")
 
 
 class MetricsLog:
@@ -103,15 +124,16 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, *, resumed_step: int = 0, tensorboard: bool = False):
         self.path = run_dir / "metrics.jsonl"
-        self.kept: list[Row] = []
+        self.kept = kept_rows(run_dir, resumed_step)
         if self.path.exists():
-            self.kept = [row for row in read_metrics(self.path) if row["step"] <= resumed_step]
             replace_metrics(self.path, self.kept)
+        self.torn: int | None = None
         self.writer = None
         if tensorboard:
-            module = require("torch.utils.tensorboard", "TensorBoard metrics")
-            folder = str(run_dir / "tensorboard")
-            self.writer = module.SummaryWriter(folder, purge_step=resumed_step + 1)
+            module = require_tensorboard()
+            with self._tensorboard():
+                folder = str(run_dir / "tensorboard")
+                self.writer = module.SummaryWriter(folder, purge_step=resumed_step + 1)
         # Unbuffered: rows are in the file when `write` returns.
         self.file = self.path.open("ab", buffering=0)
 
@@ -121,14 +143,19 @@ class MetricsLog:
         Raises:
             OSError: The file does not take them all; then it has none of them.
         """
+        if self.torn is not None:  # half a line, which could not be taken back
+            self.file.truncate(self.torn)
+            self.torn = None
         rest = "".join(map(to_json_line, rows)).encode()
         before = self.path.stat().st_size
         try:
             while rest:  # an unbuffered write may take a part
                 rest = rest[self.file.write(rest) :]
         except OSError as error:
+            self.torn = before
             with suppress(OSError):
                 self.file.truncate(before)
+                self.torn = None
             raise OSError(error.errno, error.strerror, str(self.path)) from error
         if self.writer is not None:
             with self._tensorboard():
