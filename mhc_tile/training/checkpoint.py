@@ -53,7 +53,7 @@ class Checkpoints:
     def drop_newer(self, step: int) -> None:
         """Delete the checkpoints of later steps than the one that the run continues from."""
         for path in list_checkpoints(self.run_dir):
-            if _step_of(path) > step and path != self.last:
+            if (_step_of(path) or 0) > step and path != self.last:
                 path.unlink()
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
