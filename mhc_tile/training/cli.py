@@ -60,7 +60,8 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         metavar="PATH",
         help="run directory or checkpoint to continue; of the other options it takes --steps, "
-        "more than before, and --corpus, if that has moved; an older checkpoint drops the newer ones",
+        "more than before, and --corpus, if that has moved; an older checkpoint drops the newer "
+        "ones",
     )
     add("--out", metavar="DIR", help="run directory, must not exist (default: runs/<time>)")
     add("--model", help=f"one of {', '.join(CONFIGS)} (default: 1m)")
