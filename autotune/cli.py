@@ -11,8 +11,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..kernels import _static, _toolchain
-from ..kernels.architectures import CHECKED, architecture_of
+from ..kernels.common import static as _static
+from ..kernels.common import toolchain as _toolchain
+from ..kernels.common.architectures import CHECKED, architecture_of
 from . import _arguments as given
 from . import compiling, journal, report, table, tuner
 from ._extras import require

@@ -15,11 +15,12 @@ import importlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any
 
-from ..kernels import _toolchain
-from ..kernels._static import Resources
+from ..kernels.common import toolchain as _toolchain
+from ..kernels.common.static import Resources
 from . import cubin, worker
 from .table import write
 
@@ -27,7 +28,8 @@ SECONDS = 300.0  # for one program; the slowest take 10 on one core
 _LIBRARY = "executable.so"  # of a kernel in TileLang's cache, with its cubin
 _FORMAT = "2"  # of what records say; older ones are not read
 _HANDLER = f"{__name__}:handler"
-_KERNELS = Path(_toolchain.__file__).parent
+_PACKAGE = f"{__package__.rpartition('.')[0]}.kernels."
+_KERNELS = Path(_toolchain.__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Job:
 @functools.cache
 def fingerprint() -> str:
     """A digest of TileLang's version and the kernels' sources: when it changes, so may the code."""
-    return _digest(sorted(_KERNELS.glob("*.py")))
+    return _digest(sorted(_KERNELS.rglob("*.py")))
 
 
 @functools.cache
@@ -78,24 +80,27 @@ def program_fingerprint(module: str) -> str:
         module: dotted name of a module of `mhc_tile.kernels`, or of any other, which then stands
             for itself.
     """
-    name = module.rpartition(".")[2]
-    if not (_KERNELS / f"{name}.py").is_file():
-        return _digest([])
-    found, left = set(), {name}
+    found: set[str] = set()
+    left = {module} if _source(module).is_file() else set()
     while left:
-        one = left.pop()
-        found.add(one)
-        left |= _imported(_KERNELS / f"{one}.py") - found
-    return _digest([_KERNELS / f"{one}.py" for one in sorted(found)])
+        found.add(one := left.pop())
+        left |= _imported(one) - found
+    return _digest(map(_source, sorted(found)))
 
 
-def _imported(path: Path) -> set[str]:
-    """The modules beside a file that it imports, by name."""
+def _source(module: str) -> Path:
+    """The file of a module of kernels; one that is not there for any other module."""
+    return _KERNELS.joinpath(*module.removeprefix(_PACKAGE).split(".")).with_suffix(".py")
+
+
+def _imported(module: str) -> set[str]:
+    """The modules of kernels that one of them imports, by dotted name."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_bytes())):
+    for node in ast.walk(ast.parse(_source(module).read_bytes())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            names |= {node.module} if node.module else {alias.name for alias in node.names}
-    return {name for name in names if (path.parent / f"{name}.py").is_file()}
+            base = resolve_name("." * node.level + (node.module or ""), module.rpartition(".")[0])
+            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return {name for name in names if _source(name).is_file()}
 
 
 def _digest(paths: Iterable[Path]) -> str:
@@ -169,7 +174,7 @@ def build(job: Job) -> tuple[Resources, ...]:
     Raises:
         RuntimeError: It does not compile.
     """
-    from ..kernels import _lowering
+    from ..kernels.common import lowering as _lowering
 
     program = getattr(importlib.import_module(job.module), job.name)
     kernel = program(job.arch, *job.constants)

@@ -5,11 +5,20 @@ import importlib
 import re
 from typing import Any
 
+# Types by the names they had before version 0.4, which tables of that time hold.
+_FORMER = {
+    "mapping.Config": "mapping.launch.Config",
+    "_mapping_columns.Config": "mapping.grad_x_pass.Config",
+    "pre.Config": "pre.launch.Config",
+    "pre_team.Config": "pre.persistent.Config",
+    "pre_backward_team.Config": "pre_backward.persistent.Config",
+}
+
 
 def type_name(config: Any) -> str:
     """Module and class of a configuration, such as "merge.BackwardConfig"."""
     kind = type(config)
-    return f"{kind.__module__.rpartition('.')[2]}.{kind.__qualname__}"
+    return f"{kind.__module__.partition('.kernels.')[2]}.{kind.__qualname__}"
 
 
 def encode(config: Any) -> dict[str, Any]:
@@ -23,9 +32,9 @@ def decode(values: Any) -> Any:
     Raises:
         ValueError: The type is gone, its fields are others, or it rejects their values.
     """
-    if not isinstance(values, dict) or not re.fullmatch(r"\w+\.\w+", str(values.get("type"))):
+    if not isinstance(values, dict) or not re.fullmatch(r"\w+(\.\w+)+", str(values.get("type"))):
         raise ValueError(f"decode: values must name a type such as 'merge.Config', got {values}")
-    module, _, name = values["type"].partition(".")
+    module, _, name = _FORMER.get(values["type"], values["type"]).rpartition(".")
     try:
         kind = getattr(importlib.import_module(f"..kernels.{module}", __package__), name)
     except (ImportError, AttributeError):

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ..kernels import _toolchain
+from ..kernels.common import toolchain as _toolchain
 from . import table
 from .configs import decode
 from .device import Device, describe

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..kernels.problem import Problem
+from ..kernels.common.problem import Problem
 
 DTYPES = ("bfloat16", "float16", "float32")
 TOKENS = tuple(4**power for power in range(9))  # 1 to 65536

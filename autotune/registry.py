@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.problem import Target
-from ..kernels.quantities import Samples
+from ..kernels.common.problem import Target
+from ..kernels.common.quantities import Samples
 from .configs import type_name
 from .problems import Problem
 
@@ -194,21 +194,21 @@ KERNELS: dict[str, Kernel] = {
         of_channels=False,
     ),
     "mapping": Kernel(
-        "mapping", _PROJECTED, _mapped, _MAPPING,
+        "mapping.launch", _PROJECTED, _mapped, _MAPPING,
         sums=True, tensor_cores=True, divides_channels=True,
     ),
     "mapping_backward": Kernel(
-        "mapping_backward",
+        "mapping.backward",
         ("grad_h_pre", "grad_h_post", "grad_h_res_logits", *_PROJECTED, *_SAVED),
         _mapped_backward, _MAPPING,
         sums=True, parameter_grads=3,
     ),
     "pre": Kernel(
-        "pre", _PROJECTED, _mapped, _PRE,
+        "pre.launch", _PROJECTED, _mapped, _PRE,
         sums=True, tensor_cores=True, divides_channels=True,
     ),
     "pre_backward": Kernel(
-        "pre_backward",
+        "pre_backward.launch",
         (
             "grad_layer_input", "grad_h_post", "grad_h_res", *_PROJECTED, *_SAVED,
             "grad_x_part", "h_res",
@@ -274,7 +274,7 @@ def programs(problem: Problem, config: Any, target: Target) -> list[tuple[Any, t
     Raises:
         ValueError: The launcher refuses the configuration, as does RuntimeError.
     """
-    from ..kernels._programs import catalogue
+    from ..kernels.common.programs import catalogue
 
     kernel = KERNELS[problem.kernel]
     tensors = kernel.samples(problem, "meta")

@@ -1,6 +1,6 @@
 """How many blocks of a kernel a multiprocessor holds."""
 
-from ..kernels._static import Resources
+from ..kernels.common.static import Resources
 
 # Per multiprocessor: threads, blocks, bytes of shared memory (CUDA C++ programming guide, technical
 # specifications per compute capability). One KiB of shared memory a block is the system's.

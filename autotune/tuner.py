@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..kernels import _toolchain
-from ..kernels._static import Resources
+from ..kernels.common import toolchain as _toolchain
+from ..kernels.common.static import Resources
 from . import compiling, registry, table
 from .compiling import Job
 from .configs import encode

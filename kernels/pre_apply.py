@@ -21,7 +21,8 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
-from ._programs import (
+from .common.problem import Problem, Target
+from .common.programs import (
     F32,
     ITEM_BYTES,
     PASS_CONFIGS,
@@ -33,8 +34,7 @@ from ._programs import (
     program,
     target_of,
 )
-from ._rows import block_threads, is_block, vector_width
-from .problem import Problem, Target
+from .common.rows import block_threads, is_block, vector_width
 
 # The forward guards its tails itself; a guard added to an index would split 16-byte accesses.
 UNGUARDED = {**PASS_CONFIGS, "tl.disable_safe_memory_legalize": True}

@@ -21,11 +21,11 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
-from ._programs import F32, PASS_CONFIGS, architecture, program
-from ._projection import sinkhorn_registers
-from ._sinkhorn_walk import sinkhorn_replay, sinkhorn_walk_back, softmax_out_back
-from .architectures import LEAST_SHARED_BYTES, shared_limit
-from .problem import Problem, Target
+from .common.architectures import LEAST_SHARED_BYTES, shared_limit
+from .common.problem import Problem, Target
+from .common.programs import F32, PASS_CONFIGS, architecture, program
+from .common.projection import sinkhorn_registers
+from .common.sinkhorn_on_chip import sinkhorn_replay, sinkhorn_walk_back, softmax_out_back
 
 UNGUARDED = {**PASS_CONFIGS, "tl.disable_safe_memory_legalize": True}
 

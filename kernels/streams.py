@@ -16,9 +16,9 @@ from typing import Any
 import tilelang.language as T
 from torch import Tensor
 
-from ._programs import F32, ITEM_BYTES, PASS_CONFIGS, architecture, dtype_name, program
-from ._rows import is_block, vector_width
-from .problem import Problem, Target
+from .common.problem import Problem, Target
+from .common.programs import F32, ITEM_BYTES, PASS_CONFIGS, architecture, dtype_name, program
+from .common.rows import is_block, vector_width
 
 # The programs guard their tails themselves; a guard added to an index would split 16-byte accesses.
 UNGUARDED = {**PASS_CONFIGS, "tl.disable_safe_memory_legalize": True}

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ._version import __version__
-from .kernels import _toolchain
+from .kernels.common import toolchain as _toolchain
 
 TRAIN_PACKAGES = ("matplotlib", "tabulate", "tensorboard", "tqdm")
 

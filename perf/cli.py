@@ -233,8 +233,9 @@ def _gate_static(args: argparse.Namespace) -> int:
             what = name if name == "result" else f"--{name}"
             value = getattr(args, name)
             raise ValueError(f"perf gate: --static must come without {what}, got {value}")
-    from mhc_tile.kernels import _static, _toolchain
-    from mhc_tile.kernels.architectures import CHECKED
+    from mhc_tile.kernels.common import static as _static
+    from mhc_tile.kernels.common import toolchain as _toolchain
+    from mhc_tile.kernels.common.architectures import CHECKED
 
     if args.arch and args.arch not in CHECKED:
         known = ", ".join(CHECKED)

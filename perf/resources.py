@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from mhc_tile.kernels import _gate, _static
-from mhc_tile.kernels.architectures import CHECKED
+from mhc_tile.kernels.common import static as _static
+from mhc_tile.kernels.common.architectures import CHECKED
+from mhc_tile.perf import program_gate as _gate
 
 from .environment import ROOT, is_checkout
 

@@ -27,12 +27,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mhc_tile import MHCConfig
 from mhc_tile.autotune.problems import Problem
 from mhc_tile.autotune.registry import KERNELS
-from mhc_tile.kernels import _gate, boundary
-from mhc_tile.kernels._programs import catalogue
-from mhc_tile.kernels.architectures import multiprocessors_of
-from mhc_tile.kernels.quantities import Samples
+from mhc_tile.kernels.boundary import launch as boundary
+from mhc_tile.kernels.common.architectures import multiprocessors_of
+from mhc_tile.kernels.common.programs import catalogue
+from mhc_tile.kernels.common.quantities import Samples
 from mhc_tile.ops import _dispatch
 from mhc_tile.ops._definition import DEFINITIONS
+from mhc_tile.perf import program_gate as _gate
 
 from . import resources
 

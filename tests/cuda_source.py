@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from emulator import emulate_source
-from mhc_tile.kernels._lowering import DeviceFunction, Lowered
+from mhc_tile.kernels.common.lowering import DeviceFunction, Lowered
 
 
 def cuda(

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from emulator_build import EmulationError, available
 from emulator_launch import SCHEDULES, Library
-from mhc_tile.kernels._lowering import Lowered, evaluate, lower
-from mhc_tile.kernels._static import FLAGS
+from mhc_tile.kernels.common.lowering import Lowered, evaluate, lower
+from mhc_tile.kernels.common.static import FLAGS
 
 __all__ = ["EmulationError", "available", "emulate", "emulate_source", "poisoned"]
 

@@ -15,8 +15,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mhc_tile.kernels import _toolchain
-from mhc_tile.kernels._lowering import DeviceFunction, Lowered
+from mhc_tile.kernels.common import toolchain as _toolchain
+from mhc_tile.kernels.common.lowering import DeviceFunction, Lowered
 
 SIMT = Path(__file__).resolve().parent / "simt"
 COMMON_FLAGS = ("-std=c++20", "-fPIC", "-fno-exceptions", "-U_FORTIFY_SOURCE")

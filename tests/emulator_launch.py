@@ -12,8 +12,8 @@ from torch import Tensor
 
 import emulator_build
 from emulator_build import EmulationError
-from mhc_tile.kernels._lowering import DeviceFunction, Lowered, evaluate
-from mhc_tile.kernels.architectures import shared_limit
+from mhc_tile.kernels.common.architectures import shared_limit
+from mhc_tile.kernels.common.lowering import DeviceFunction, Lowered, evaluate
 
 SCHEDULES = ("forward", "reverse", "shuffled", "blockwise")  # `Schedule` of simt/state.h
 _SEED = 0x9E3779B9

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mhc_tile.kernels import architectures
-from mhc_tile.kernels.architectures import (
+from mhc_tile.kernels.common import architectures
+from mhc_tile.kernels.common.architectures import (
     CHECKED,
     LEAST_SHARED_BYTES,
     architecture_of,

@@ -21,8 +21,10 @@ from mhc_tile.autotune import _extras, cli, compiling, cubin, journal, measuring
 from mhc_tile.autotune.problems import PRESETS, TOKENS, Problem, Shape, problems
 from mhc_tile.autotune.registry import KERNELS, Target
 from mhc_tile.autotune.resources import occupancy
-from mhc_tile.kernels import _static, _toolchain, sinkhorn, streams
-from mhc_tile.kernels._static import Resources
+from mhc_tile.kernels import sinkhorn, streams
+from mhc_tile.kernels.common import static as _static
+from mhc_tile.kernels.common import toolchain as _toolchain
+from mhc_tile.kernels.common.static import Resources
 from test_table import DEVICE
 
 needs_compiler = pytest.mark.skipif(

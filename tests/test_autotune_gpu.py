@@ -17,7 +17,7 @@ from mhc_tile.autotune.device import describe
 from mhc_tile.autotune.measuring import Candidate, Measurer
 from mhc_tile.autotune.problems import Problem
 from mhc_tile.autotune.registry import KERNELS, Target
-from mhc_tile.kernels._toolchain import target
+from mhc_tile.kernels.common.toolchain import target
 from mhc_tile.kernels.merge import ForwardConfig
 
 pytestmark = pytest.mark.gpu

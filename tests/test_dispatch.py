@@ -127,7 +127,7 @@ def test_no_forward_adds_in_an_order_that_depends_on_the_number_of_tokens(name):
 
 def test_pre_is_one_launch_for_many_tokens_and_two_for_few():
     pytest.importorskip("tilelang")
-    pre = importlib.import_module("mhc_tile.kernels.pre")
+    pre = importlib.import_module("mhc_tile.kernels.pre.launch")
     problem = Problem("pre", 4, 2560, "bfloat16", 8192)
     forms = [type(pre.default_config(problem.at(t), H200)) for t in (1, 311, 312, 8192)]
     assert forms == [pre.Config, pre.Config, pre.pre_team.Config, pre.pre_team.Config]
@@ -138,8 +138,8 @@ def test_pre_is_one_launch_for_many_tokens_and_two_for_few():
 
 def test_boundary_is_one_launch_where_pre_is_and_adds_like_it():
     pytest.importorskip("tilelang")
-    pre = importlib.import_module("mhc_tile.kernels.pre")
-    boundary = importlib.import_module("mhc_tile.kernels.boundary")
+    pre = importlib.import_module("mhc_tile.kernels.pre.launch")
+    boundary = importlib.import_module("mhc_tile.kernels.boundary.launch")
 
     def form(tokens, channels=2560, n=4, arch="sm_90a", **others):
         problem = Problem("pre", n, channels, "bfloat16", tokens)
@@ -191,7 +191,7 @@ import tilelang.language as T
 import mhc_tile
 def refuse(function): raise AssertionError(function)
 T.macro = refuse
-for name in ("pre", "pre_backward", "mapping_backward", "merge", "pre_apply", "streams"):
+for name in ("pre.launch", "pre_backward.launch", "mapping.backward", "merge", "streams"):
     importlib.import_module(f"mhc_tile.kernels.{name}")
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
@@ -199,7 +199,7 @@ for name in ("pre", "pre_backward", "mapping_backward", "merge", "pre_apply", "s
 
 def test_the_backward_of_pre_is_one_pass_for_many_tokens_and_two_for_few():
     pytest.importorskip("tilelang")
-    kernel = importlib.import_module("mhc_tile.kernels.pre_backward")
+    kernel = importlib.import_module("mhc_tile.kernels.pre_backward.launch")
     team = kernel.pre_backward_team.Config
 
     def form(tokens, channels=2560, n=4, dtype="bfloat16", arch="sm_90a", **others):
@@ -279,7 +279,7 @@ class Launched(TorchDispatchMode):
 def test_kernels_return_what_the_op_returns(name, tokens):
     """Shapes and dtypes, contiguous, forward and backward, whatever the leading dims are."""
     pytest.importorskip("tilelang")
-    programs = importlib.import_module("mhc_tile.kernels._programs")
+    programs = importlib.import_module("mhc_tile.kernels.common.programs")
     made = call(name, Shape("leading", tokens=tokens), torch.bfloat16).to(grad=True)
     with Launched(programs.catalogue) as seen:
         results = made.run()
@@ -291,7 +291,7 @@ def test_kernels_return_what_the_op_returns(name, tokens):
 
 def test_a_team_s_warps_cover_its_channels():
     """The warps that apply take 8 channels a lane and do not loop."""
-    from mhc_tile.kernels import pre_team
+    from mhc_tile.kernels.pre import persistent as pre_team
 
     narrow = pre_team.Config(2, 1, group=8, lag=2, apply_warps=1, owners=1)
     assert not narrow.launches(2, 1024, "sm_90a")
@@ -329,7 +329,7 @@ def test_a_table_s_threads_do_not_limit_the_iterations(monkeypatch):
 def test_a_boundary_that_fails_costs_pre_nothing(monkeypatch):
     """The table's entry is that of `pre`: what fails with it here is run as two launches."""
     pytest.importorskip("tilelang")
-    kernel = importlib.import_module("mhc_tile.kernels.boundary")
+    kernel = importlib.import_module("mhc_tile.kernels.boundary.launch")
     op = importlib.import_module("mhc_tile.ops.boundary")
     given, entry = [], object()
 

@@ -11,7 +11,7 @@ import torch
 from mhc_tile import doctor
 from mhc_tile.autotune import table
 from mhc_tile.autotune.device import Device, describe
-from mhc_tile.kernels import _toolchain
+from mhc_tile.kernels.common import toolchain as _toolchain
 
 
 def by_item() -> dict[str, doctor.Finding]:

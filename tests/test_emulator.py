@@ -15,7 +15,7 @@ if reason := available():
 from tilelang.language import GemmWarpPolicy
 
 import emulator_programs as programs
-from mhc_tile.kernels._lowering import lower
+from mhc_tile.kernels.common.lowering import lower
 
 BASELINE = {"tl.reducer_force_baseline": True}
 TOKENS = 37

@@ -21,9 +21,12 @@ from mhc_tile.ops._definition import DEFINITIONS
 pytestmark = pytest.mark.skipif(
     emulator.available() is not None, reason=str(emulator.available() or "")
 )
-KERNELS = ("merge", "pre_apply", "sinkhorn", "streams", "mapping", "pre", "mapping_backward")
-KERNELS += ("_mapping_columns", "_mapping_records", "_projection_any", "pre_backward", "pre_team")
-KERNELS += ("pre_backward_team", "boundary")
+KERNELS = ("merge", "pre_apply", "sinkhorn", "streams", "mapping.launch", "mapping.backward")
+KERNELS += ("mapping.grad_x_pass", "mapping.token_state", "common.projection_simt")
+KERNELS += ("pre.launch", "pre.persistent", "pre_backward.launch", "pre_backward.persistent")
+KERNELS += ("boundary.launch",)
+LAUNCHERS = {name: f"{name}.launch" for name in ("mapping", "pre", "pre_backward", "boundary")}
+LAUNCHERS["mapping_backward"] = "mapping.backward"
 
 SHAPES = [
     Shape("ragged tokens", tokens=(37,), width=72),
@@ -55,7 +58,7 @@ class Emulated:
 
 @pytest.fixture(autouse=True)
 def _emulated(monkeypatch):
-    for name in (*KERNELS, "_programs"):
+    for name in (*KERNELS, "common.programs"):
         module = importlib.import_module(f"mhc_tile.kernels.{name}")
         for attribute in list(vars(module)):
             if hasattr(getattr(module, attribute), "factory"):
@@ -67,7 +70,7 @@ def _emulated(monkeypatch):
 
 
 def kernel(name: str) -> Any:
-    return importlib.import_module(f"mhc_tile.kernels.{name}")
+    return importlib.import_module(f"mhc_tile.kernels.{LAUNCHERS.get(name, name)}")
 
 
 def check(op: str, actual: Any, truth: Any, scale: float, k: float) -> None:
@@ -138,7 +141,7 @@ CONSTANTS = {"pre_eps": 1e-3, "post_scale": 1.5, "iters": 20, "sinkhorn_eps": 0.
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_pre(shape):
     inputs = call("pre", shape, torch.bfloat16).inputs
-    results = kernel("pre").forward(*inputs, norm_eps=1e-6, **CONSTANTS)
+    results = kernel("pre.launch").forward(*inputs, norm_eps=1e-6, **CONSTANTS)
     x, phi, alpha, bias = wide(*inputs)
     saved = reference.normalised_projection(x, phi, 1e-6)
     truth = (*reference.pre_from_projection(x, saved[0], alpha, bias, **CONSTANTS), *saved)
@@ -147,7 +150,7 @@ def test_pre(shape):
     part = cotangents((inputs[0],), seed=2)[0]
     truth = gradients.pre_backward(*wide(*grads), x, phi, alpha, bias, *saved, **CONSTANTS)
     for h_res in (None, results[2]):
-        actual = kernel("pre_backward").backward(
+        actual = kernel("pre_backward.launch").backward(
             *grads, *inputs, *results[3:], part, h_res, **CONSTANTS
         )
         added = part.double() if h_res is None else h_res.double().mT @ part.double()
@@ -174,21 +177,21 @@ def test_mapping_and_pre_of_any_dtype_and_width(shape, dtype):
     inputs = call("pre", shape, dtype).inputs
     x, phi, alpha, bias = wide(*inputs)
     saved = reference.normalised_projection(x, phi, 1e-6)
-    results = kernel("pre").forward(*inputs, norm_eps=1e-6, **CONSTANTS)
+    results = kernel("pre.launch").forward(*inputs, norm_eps=1e-6, **CONSTANTS)
     truth = (*reference.pre_from_projection(x, saved[0], alpha, bias, **CONSTANTS), *saved)
     check("pre", results, truth, shape.scale, K["pre"])
     constants = {"pre_eps": 1e-3, "post_scale": 1.5}
-    maps = kernel("mapping").forward(*inputs, norm_eps=1e-6, **constants)
+    maps = kernel("mapping.launch").forward(*inputs, norm_eps=1e-6, **constants)
     truth = (*reference.maps(saved[0], alpha, bias, shape.n, **constants), *saved)
     check("mapping", maps, truth, shape.scale, K["mapping"])
-    last = kernel("mapping").forward(inputs[0][-1:], *inputs[1:], norm_eps=1e-6, **constants)
+    last = kernel("mapping.launch").forward(inputs[0][-1:], *inputs[1:], norm_eps=1e-6, **constants)
     assert all(torch.equal(alone[0], value[-1]) for alone, value in zip(last, maps, strict=True))
 
 
 def test_one_block_walks_over_tokens_for_each_segment_of_any_width():
     x, phi, *_ = call("mapping", Shape("walk", tokens=(45,), width=75), torch.bfloat16).inputs
-    config = kernel("_projection_any").Config(members=3, blocks=1, warps=2, group=4)
-    parts = kernel("_projection_any").project(x, phi, config)
+    config = kernel("common.projection_simt").Config(members=3, blocks=1, warps=2, group=4)
+    parts = kernel("common.projection_simt").project(x, phi, config)
     flat, width = x.double().flatten(1), 128  # of the segments of 300 elements
     for member, segment in enumerate(range(0, 300, width)):
         own, phi_own = (v.double()[:, segment : segment + width] for v in (flat, phi))
@@ -209,7 +212,7 @@ BACKWARD_CASES = [
 
 @pytest.mark.parametrize(("shape", "dtype", "arch"), BACKWARD_CASES, ids=str)
 def test_backward_of_pre_and_mapping(shape, dtype, arch, monkeypatch):
-    for name in ("mapping_backward", "pre_backward", "_mapping_records", "_programs"):
+    for name in ("mapping_backward", "pre_backward", "mapping.token_state", "common.programs"):
         monkeypatch.setattr(kernel(name), "architecture", lambda _device: arch)
     inputs = call("pre", shape, dtype).inputs
     x, *parameters = wide(*inputs)
@@ -219,7 +222,7 @@ def test_backward_of_pre_and_mapping(shape, dtype, arch, monkeypatch):
 
     grads = cotangents((layer_input, *maps[1:]))
     truth = gradients.pre_backward(*wide(*grads), x, *parameters, *wide(*saved), **CONSTANTS)
-    actual = kernel("pre_backward").backward(*grads, *inputs, *saved, **CONSTANTS)
+    actual = kernel("pre_backward.launch").backward(*grads, *inputs, *saved, **CONSTANTS)
     check("pre backward", actual, truth, 1, k)
 
     grads = cotangents(tuple(maps))
@@ -227,7 +230,7 @@ def test_backward_of_pre_and_mapping(shape, dtype, arch, monkeypatch):
         *wide(*grads), x, *parameters, *wide(*saved), post_scale=CONSTANTS["post_scale"]
     )
     constants = {name: CONSTANTS[name] for name in ("pre_eps", "post_scale")}
-    actual = kernel("mapping_backward").backward(*grads, *inputs, *saved, **constants)
+    actual = kernel("mapping.backward").backward(*grads, *inputs, *saved, **constants)
     check("mapping backward", actual, truth, 1, k)
 
 
@@ -237,8 +240,8 @@ def test_backward_of_pre_and_mapping(shape, dtype, arch, monkeypatch):
 def test_pre_in_one_launch(tokens, members, teams, owners):
     shape = Shape("team", tokens=(tokens,), width=64)
     inputs = call("pre", shape, torch.bfloat16).inputs
-    config = kernel("pre_team").Config(members, teams, steps=1, group=8, owners=owners)
-    results = kernel("pre").forward(*inputs, norm_eps=1e-6, **CONSTANTS, config=config)
+    config = kernel("pre.persistent").Config(members, teams, steps=1, group=8, owners=owners)
+    results = kernel("pre.launch").forward(*inputs, norm_eps=1e-6, **CONSTANTS, config=config)
     x, phi, alpha, bias = wide(*inputs)
     saved = reference.normalised_projection(x, phi, 1e-6)
     truth = (*reference.pre_from_projection(x, saved[0], alpha, bias, **CONSTANTS), *saved)
@@ -255,7 +258,7 @@ def test_pre_in_one_launch(tokens, members, teams, owners):
     ],
 )
 def test_boundary_in_one_launch(tokens, width, members, teams, steps, dtype, monkeypatch):
-    boundary, team = kernel("boundary"), kernel("pre_team")
+    boundary, team = kernel("boundary.launch"), kernel("pre.persistent")
     monkeypatch.setattr(team, "_launches", lambda *_: True)  # sm_80 hands over no registers
     shape = Shape("team", tokens=(tokens,), width=width)
     inputs = call("boundary", shape, dtype).inputs
@@ -264,12 +267,14 @@ def test_boundary_in_one_launch(tokens, width, members, teams, steps, dtype, mon
     x_next = kernel("merge").forward(*inputs[:4])
     assert torch.equal(results[0], x_next)
     alone = team.Config(members, teams, steps=steps, group=8)
-    same = kernel("pre").forward(x_next, *inputs[4:], norm_eps=1e-6, **CONSTANTS, config=alone)
+    same = kernel("pre.launch").forward(
+        x_next, *inputs[4:], norm_eps=1e-6, **CONSTANTS, config=alone
+    )
     assert all(torch.equal(one, other) for one, other in zip(results[1:], same, strict=True))
 
 
 def test_the_slots_of_the_exchange_keep_owners_apart_from_old_words():
-    team = kernel("pre_team")
+    team = kernel("pre.persistent")
     for members, owners in ((1, 1), (5, 7), (10, 3), (10, 7), (28, 3), (33, 5)):
         config = team.Config(members, 4, owners=owners)
         assert config.slots >= max(config.lag, config.longest_skip())
@@ -282,7 +287,7 @@ def test_a_token_of_zeros_and_one_of_nan():
     x[2] = 0
     x[5, 1, 7] = float("nan")
     constants = {"pre_eps": 0.0, "post_scale": 2.0}
-    *maps, projection, inv_rms = kernel("mapping").forward(
+    *maps, projection, inv_rms = kernel("mapping.launch").forward(
         x, *parameters, norm_eps=1e-20, **constants
     )
     assert inv_rms[2] == 0
@@ -290,10 +295,10 @@ def test_a_token_of_zeros_and_one_of_nan():
     assert torch.isnan(projection[5]).all()
     assert torch.isfinite(projection[[0, 1, 2, 3, 4, 6, 7, 8]]).all()
     x[5] = 1
-    *maps, projection, inv_rms = kernel("mapping").forward(
+    *maps, projection, inv_rms = kernel("mapping.launch").forward(
         x, *parameters, norm_eps=1e-20, **constants
     )
-    grads = kernel("mapping_backward").backward(
+    grads = kernel("mapping.backward").backward(
         *cotangents(tuple(maps)), x, *parameters, projection, inv_rms, **constants
     )
     assert not grads[0][2].any()
@@ -329,7 +334,7 @@ def test_a_token_without_leading_dims_through_the_implementation_of_the_op(dtype
     ],
 )
 def test_backward_of_pre_in_one_pass(tokens, width, members, teams, lag, part_is, monkeypatch):
-    team = kernel("pre_backward_team")
+    team = kernel("pre_backward.persistent")
     monkeypatch.setattr(team.Config, "launches", lambda *_: True)  # sm_80 hands over no registers
     limit = emulator_launch.shared_limit("sm_90a")  # the kernel is for that and later
     monkeypatch.setattr(emulator_launch, "shared_limit", lambda _: limit)
@@ -346,7 +351,7 @@ def test_backward_of_pre_in_one_pass(tokens, width, members, teams, lag, part_is
     added = {"": 0, "added": part.double(), "mixed": h_res.double().mT @ part.double()}[part_is]
     truth = (truth[0] + added, *truth[1:])
     config = team.Config(members, teams, lag)
-    actual = kernel("pre_backward").backward(
+    actual = kernel("pre_backward.launch").backward(
         *grads, *inputs, *saved, *given, **CONSTANTS, config=config
     )
     check("pre backward", actual, truth, 1, K["pre"] * BACKWARD)

@@ -49,7 +49,9 @@ LAYERS = [
 
 
 def folder_of(package: str) -> Path:
-    return ROOT / MAPPED.get(package, package.replace(".", "/"))
+    parts = package.split(".")
+    beside = MAPPED.get(".".join(parts[:2]), "/".join(parts[:2]))
+    return ROOT.joinpath(beside, *parts[2:])
 
 
 def modules() -> dict[str, Path]:
@@ -113,7 +115,11 @@ def test_the_listed_packages_are_those_on_disk():
     inside = {
         ".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "mhc_tile").rglob("*.py")
     }
-    beside = {name for name in MAPPED if any(folder_of(name).glob("*.py"))}
+    beside = {
+        ".".join((name, *path.parent.relative_to(folder_of(name)).parts))
+        for name in MAPPED.keys() - {"mhc_tile"}
+        for path in folder_of(name).rglob("*.py")
+    }
     assert set(PACKAGES) == inside | beside
     for name in ("kernels", "autotune", "perf"):
         assert not (ROOT / name / "__init__.py").exists(), "it would shadow unrelated packages"
@@ -179,14 +185,14 @@ def venv(tmp_path) -> Path:
 
 
 WHERE = """
-import mhc_tile, mhc_tile.kernels._toolchain as k, mhc_tile.autotune.device as a
+import mhc_tile, mhc_tile.kernels.common.toolchain as k, mhc_tile.autotune.device as a
 print(*(m.__file__ for m in (mhc_tile, k, a)), sep="\\n")
 """
 
 
 def test_from_an_uninstalled_checkout(checkout, venv, tmp_path):
     files = python_in(venv, WHERE, checkout, cwd=tmp_path).split()
-    expected = ("mhc_tile/__init__.py", "kernels/_toolchain.py", "autotune/device.py")
+    expected = ("mhc_tile/__init__.py", "kernels/common/toolchain.py", "autotune/device.py")
     assert files == [str(checkout / name) for name in expected]
 
 
@@ -195,7 +201,7 @@ def test_from_an_editable_install(checkout, venv, tmp_path):
     for cwd in (tmp_path, checkout):
         files = python_in(venv, WHERE, cwd=cwd).split()
         assert files[1:] == [
-            str(checkout / n) for n in ("kernels/_toolchain.py", "autotune/device.py")
+            str(checkout / n) for n in ("kernels/common/toolchain.py", "autotune/device.py")
         ]
 
 
@@ -217,8 +223,8 @@ RECORDS = """
 from pathlib import Path
 from mhc_tile.__main__ import main
 from mhc_tile.autotune import table
-from mhc_tile.kernels import _gate
-from mhc_tile.kernels.architectures import CHECKED
+from mhc_tile.perf import program_gate as _gate
+from mhc_tile.kernels.common.architectures import CHECKED
 from mhc_tile.perf import cli, records, resources
 read = [_gate.Record.read(resources.RECORDS / f"{arch}.json") for arch in CHECKED]
 assert all(record.kernels for record in read)

@@ -13,7 +13,7 @@ from mhc_tile.autotune.device import Device
 from mhc_tile.autotune.lookup import Tables, decide
 from mhc_tile.autotune.problems import Problem
 from mhc_tile.autotune.registry import KERNELS, Target
-from mhc_tile.kernels.quantities import Samples, quantity
+from mhc_tile.kernels.common.quantities import Samples, quantity
 from mhc_tile.ops import _definition, _dispatch
 from mhc_tile.ops._definition import DEFINITIONS
 

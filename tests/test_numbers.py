@@ -34,7 +34,7 @@ def projected(form: str, inputs: list[Tensor], norm_eps: float = 1e-6) -> tuple[
     x, *parameters = inputs
     constants = {**(MAPS if form == "mapping" else CONSTANTS), "norm_eps": norm_eps}
     if form in ("team", "boundary"):
-        module = kernel("pre_team" if form == "team" else "boundary")
+        module = kernel("pre.persistent" if form == "team" else "boundary")
         constants["config"] = module.Config(2, 1, steps=1, group=8, owners=2)
     if form == "boundary":  # x_next is x
         tokens, n, _ = x.shape
@@ -50,7 +50,9 @@ def saved_of(x: Tensor, phi: Tensor, norm_eps: float = 1e-6) -> tuple[Tensor, Te
 
 @pytest.fixture
 def _any_team(monkeypatch):
-    monkeypatch.setattr(kernel("pre_team"), "_launches", lambda *_: True)  # sm_80 has no handover
+    monkeypatch.setattr(
+        kernel("pre.persistent"), "_launches", lambda *_: True
+    )  # sm_80 has no handover
 
 
 def both_backwards(name: str, inputs: list[Tensor], saved: Any, spoil: Any = None) -> Any:
@@ -73,7 +75,7 @@ def both_backwards(name: str, inputs: list[Tensor], saved: Any, spoil: Any = Non
 def test_rounding_to_tf32_keeps_what_is_not_finite():
     import tilelang.language as T
 
-    round_tf32 = kernel("_split").round_tf32
+    round_tf32 = kernel("common.split").round_tf32
     mantissas = torch.tensor([0, 1, 0xFFF, 0x1000, 0x1001, 0x3000, 0x7FEFFF, 0x7FF000, 0x7FFFFF])
     bits = (torch.arange(512)[:, None] << 23 | mantissas).flatten()
     values = bits.to(torch.int32).view(F32)

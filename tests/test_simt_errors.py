@@ -8,7 +8,7 @@ import torch
 import emulator_build
 from cuda_source import cuda
 from emulator import EmulationError, available, emulate_source, poisoned
-from mhc_tile.kernels._lowering import DeviceFunction, Lowered
+from mhc_tile.kernels.common.lowering import DeviceFunction, Lowered
 
 pytestmark = pytest.mark.skipif(available() is not None, reason=str(available()))
 SHARED = "  float* s = (float*)pool;\n"  # line 4, after the declaration of the pool

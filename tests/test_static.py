@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from mhc_tile.kernels import _lowering, _static, _toolchain
-from mhc_tile.kernels._static import Resources, parse, regressions, resources
-from mhc_tile.kernels.architectures import CHECKED, architecture_of
+from mhc_tile.kernels.common import lowering as _lowering
+from mhc_tile.kernels.common import static as _static
+from mhc_tile.kernels.common import toolchain as _toolchain
+from mhc_tile.kernels.common.architectures import CHECKED, architecture_of
+from mhc_tile.kernels.common.static import Resources, parse, regressions, resources
 
 if reason := _static.available():
     pytest.skip(reason, allow_module_level=True)
@@ -124,7 +126,7 @@ def test_digests_are_the_same_in_every_process_and_on_every_line(tmp_path):
         "import sys\n"
         "sys.path.insert(0, sys.argv[1])\n"
         "import emulator_programs as programs\n"
-        "from mhc_tile.kernels import _lowering, _static\n"
+        "from mhc_tile.kernels.common import lowering as _lowering, static as _static\n"
         "program = programs.mirror(256)\n"
         "print(_static.program_digest(program, 'sm_80'))\n"
         "print(_static.source_digest(_lowering.lower(program, 'sm_80'), 'sm_80'))\n"

@@ -14,11 +14,13 @@ pytest.importorskip("tilelang")
 import emulator_programs as programs
 from mhc_tile import _library
 from mhc_tile._library import OPS
-from mhc_tile.kernels import _gate, _static, _toolchain
 from mhc_tile.kernels import merge as merge_kernel
-from mhc_tile.kernels._programs import catalogue
+from mhc_tile.kernels.common import static as _static
+from mhc_tile.kernels.common import toolchain as _toolchain
+from mhc_tile.kernels.common.programs import catalogue
 from mhc_tile.ops import _dispatch
 from mhc_tile.perf import cli, resources, static_gate
+from mhc_tile.perf import program_gate as _gate
 from mhc_tile.perf.__main__ import main
 
 

@@ -20,7 +20,7 @@ from mhc_tile.autotune.measuring import Candidate, Measurer, Outcome
 from mhc_tile.autotune.problems import Problem, Shape, problems
 from mhc_tile.autotune.registry import Target
 from mhc_tile.autotune.timing import Sample
-from mhc_tile.kernels._static import Resources
+from mhc_tile.kernels.common.static import Resources
 from mhc_tile.kernels.merge import BackwardConfig, ForwardConfig
 
 TARGET = Target("sm_90a", 132)

@@ -46,7 +46,7 @@ class Launching(TorchDispatchMode):
 def test_a_warm_model_compiles_nothing(tokens):
     """On meta tensors: programs that a stack asks for on an H200 are among a warmup's."""
     pytest.importorskip("tilelang")
-    from mhc_tile.kernels._programs import catalogue
+    from mhc_tile.kernels.common.programs import catalogue
 
     def programs(run: Callable[[], Any]) -> set[Any]:
         with catalogue("sm_90a", 132) as asked, Launching():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import _library
 from ..autotune.registry import KERNELS
-from ..kernels.quantities import Quantity, quantity, shape_of, sizes_of
+from ..kernels.common.quantities import Quantity, quantity, shape_of, sizes_of
 from ._dispatch import flat, leading, on_cuda, tuned
 from ._saved import given, keep_shapes
 

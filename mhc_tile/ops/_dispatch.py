@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import _checks
 from ..autotune import lookup
 from ..autotune._switches import switch
-from ..kernels import _toolchain
+from ..kernels.common import toolchain as _toolchain
 
 REFERENCE_ONLY = switch("MHC_TILE_REFERENCE")
 BATCH_INVARIANT = switch("MHC_TILE_BATCH_INVARIANT")

@@ -13,7 +13,7 @@ from ..autotune import lookup
 from ..autotune.problems import Problem
 from ..autotune.registry import KERNELS
 from ..config import MHCConfig
-from ..kernels.quantities import Samples
+from ..kernels.common.quantities import Samples
 from . import _dispatch
 from ._definition import Op
 from .boundary import BOUNDARY

@@ -88,7 +88,7 @@ def _gradient(*tensors: Tensor, norm_eps: float, **constants: Any) -> tuple[Tens
 
 
 def _kernel(*tensors: Tensor, **constants: Any) -> tuple[Tensor, ...]:
-    from ..kernels import boundary as kernel
+    from ..kernels.boundary import launch as kernel
 
     x, tokens = tensors[0], tensors[0].shape[:-2]
     merged = (flat(x, 2), flat(tensors[1], 1), flat(tensors[2], 1), flat(tensors[3], 2))

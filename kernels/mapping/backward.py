@@ -23,16 +23,9 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
-from ._mapping_columns import (
-    ADDED,
-    MIXED,
-    Config,
-    candidates,
-    columns_program,
-    default_config,
-)
-from ._mapping_records import sums_width, token_records
-from ._programs import (
+from ..common.architectures import overlaps
+from ..common.problem import Problem
+from ..common.programs import (
     F32,
     ITEM_BYTES,
     architecture,
@@ -43,8 +36,15 @@ from ._programs import (
     program,
     target_of,
 )
-from .architectures import overlaps
-from .problem import Problem
+from .grad_x_pass import (
+    ADDED,
+    MIXED,
+    Config,
+    candidates,
+    columns_program,
+    default_config,
+)
+from .token_state import sums_width, token_records
 
 __all__ = ["Config", "backward", "candidates", "default_config", "traffic"]
 

@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import tilelang.language as T
 
-from ._pairs import WORD
-from ._programs import F32
-from ._projection import SCALED, STEP, TILE_ROWS, WARP, Segment
-from ._split import exponent_of, scale_of, unscale_of
+from .pairs import WORD
+from .programs import F32
+from .projection import SCALED, STEP, TILE_ROWS, WARP, Segment
+from .split import exponent_of, scale_of, unscale_of
 
 
 def load_macro(

@@ -12,10 +12,10 @@ from typing import Any
 
 import tilelang.language as T
 
-from ._mapping_records import record_width, sums_width
-from ._pairs import WORD
-from ._programs import F32, ceil_div, logits_per_token
-from ._split import exponent_of, rest, scale_of, unscale_of
+from ..common.pairs import WORD
+from ..common.programs import F32, ceil_div, logits_per_token
+from ..common.split import exponent_of, rest, scale_of, unscale_of
+from ..mapping.token_state import record_width, sums_width
 
 WARP = 32
 GROUP = 16  # tokens that travel together: K of the products for grad_phi

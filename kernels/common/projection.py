@@ -16,8 +16,8 @@ from typing import Any
 
 import tilelang.language as T
 
-from ._programs import F32, PASS_CONFIGS, ceil_div, macro
-from ._split import LARGEST
+from .programs import F32, PASS_CONFIGS, ceil_div, macro
+from .split import LARGEST
 
 WARP = 32
 STEP = 32  # elements of a token that a warp consumes with one 16-byte read a lane: two k16 steps

@@ -8,7 +8,7 @@ from typing import Any
 
 import tilelang.language as T
 
-from ._programs import F32
+from .programs import F32
 
 _HALF, _TF32 = T.uint32(0x1000), T.uint32(0xFFFFE000)  # of tf32's last place, tf32's bits
 LARGEST = 2.0**128 - 2.0**104  # of float32

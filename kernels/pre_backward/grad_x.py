@@ -26,11 +26,11 @@ from typing import Any
 import tilelang.language as T
 from tilelang import tvm
 
-from ._mapping_columns import ADDED, MIXED
-from ._pairs import WORD, lower, upper
-from ._programs import F32
-from ._split import exponent_of, scale_of, unscale_of
-from ._team_backward_roles import (
+from ..common.pairs import WORD, lower, upper
+from ..common.programs import F32
+from ..common.split import exponent_of, scale_of, unscale_of
+from ..mapping.grad_x_pass import ADDED, MIXED
+from .mailbox import (
     BF16,
     CHUNK,
     F16,

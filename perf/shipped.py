@@ -3,19 +3,14 @@
 import torch
 from torch import Tensor
 
-from . import (
-    boundary,
-    mapping,
-    mapping_backward,
-    merge,
-    pre,
-    pre_apply,
-    pre_backward,
-    sinkhorn,
-    streams,
-)
-from ._programs import Catalogue, catalogue, logits_per_token
-from .architectures import multiprocessors_of
+from mhc_tile.kernels import merge, pre_apply, sinkhorn, streams
+from mhc_tile.kernels.boundary import launch as boundary
+from mhc_tile.kernels.common.architectures import multiprocessors_of
+from mhc_tile.kernels.common.programs import Catalogue, catalogue, logits_per_token
+from mhc_tile.kernels.mapping import backward as mapping_backward
+from mhc_tile.kernels.mapping import launch as mapping
+from mhc_tile.kernels.pre import launch as pre
+from mhc_tile.kernels.pre_backward import launch as pre_backward
 
 
 def launch_all(tokens: int, n: int, channels: int, dtype: torch.dtype, device: str) -> None:

@@ -28,10 +28,9 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
-from . import _mapping_columns, pre_backward_team
-from ._mapping_columns import Config, is_aligned
-from ._mapping_records import PENDING, record_width, sums_width, token_records
-from ._programs import (
+from ..common.architectures import overlaps
+from ..common.problem import Problem, Target
+from ..common.programs import (
     F32,
     ITEM_BYTES,
     PASS_CONFIGS,
@@ -44,10 +43,12 @@ from ._programs import (
     program,
     target_of,
 )
-from ._rows import WARP, vector_width
-from .architectures import overlaps
-from .mapping_backward import add_parts, gradients_from_records
-from .problem import Problem, Target
+from ..common.rows import WARP, vector_width
+from ..mapping import grad_x_pass as _mapping_columns
+from ..mapping.backward import add_parts, gradients_from_records
+from ..mapping.grad_x_pass import Config, is_aligned
+from ..mapping.token_state import PENDING, record_width, sums_width, token_records
+from . import persistent as pre_backward_team
 
 __all__ = ["Config", "backward", "candidates", "default_config", "traffic"]
 

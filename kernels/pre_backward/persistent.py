@@ -44,14 +44,17 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
-from ._mapping_columns import ADDED, MIXED
-from ._mapping_records import record_width, sums_width
-from ._pairs import WORD
-from ._programs import F32, architecture, ceil_div, logits_per_token, program
-from ._programs import multiprocessors as count_multiprocessors
-from ._projection import WARP_ROLE_CONFIGS
-from ._team_backward_columns import TILES, columns_macros
-from ._team_backward_roles import (
+from ..common.architectures import overlaps, shared_limit
+from ..common.pairs import WORD
+from ..common.problem import Problem, Target
+from ..common.programs import F32, architecture, ceil_div, logits_per_token, program
+from ..common.programs import multiprocessors as count_multiprocessors
+from ..common.projection import WARP_ROLE_CONFIGS
+from ..mapping.grad_x_pass import ADDED, MIXED
+from ..mapping.token_state import record_width, sums_width
+from .grad_phi import sums_macros
+from .grad_x import TILES, columns_macros
+from .mailbox import (
     BF16,
     CHUNK,
     F16,
@@ -68,9 +71,6 @@ from ._team_backward_roles import (
     receive_macros,
     unknown,
 )
-from ._team_backward_sums import sums_macros
-from .architectures import overlaps, shared_limit
-from .problem import Problem, Target
 
 WARPGROUP = 4 * WARP
 WIDEST = 256  # channels of a member: a lane of the helpers has 8

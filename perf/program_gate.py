@@ -14,7 +14,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from . import _lowering, _shipped, _static
+from mhc_tile.kernels.common import lowering as _lowering
+from mhc_tile.kernels.common import static as _static
+from mhc_tile.perf import shipped as _shipped
 
 # The architecture whose programs are compiled even if recorded: the one that kernels are tuned on.
 COMPILED = "sm_90a"

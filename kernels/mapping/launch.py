@@ -24,9 +24,11 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
-from . import _projection_any
-from ._phi import load_macro, scale_macro
-from ._programs import (
+from ..common import projection_simt as _projection_any
+from ..common.architectures import shared_limit
+from ..common.phi import load_macro, scale_macro
+from ..common.problem import Problem, Target
+from ..common.programs import (
     F32,
     ITEM_BYTES,
     architecture,
@@ -38,7 +40,7 @@ from ._programs import (
     program,
     target_of,
 )
-from ._projection import (
+from ..common.projection import (
     WARP,
     WARP_ROLE_CONFIGS,
     Segment,
@@ -47,8 +49,6 @@ from ._projection import (
     segment_width,
     sigmoid,
 )
-from .architectures import shared_limit
-from .problem import Problem, Target
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ C that is no multiple of 8; elsewhere it computes the same, slower.
 
 from torch import Tensor
 
-from . import mapping, pre_apply, sinkhorn
+from .. import pre_apply, sinkhorn
+from ..mapping import launch as mapping
 
 
 def forward(

@@ -38,18 +38,18 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
-from ._phi import load_macro, scale_macro
-from ._programs import F32, architecture, ceil_div, dtype_name, logits_per_token, program
-from ._programs import multiprocessors as count_multiprocessors
-from ._projection import WARP, WARP_ROLE_CONFIGS, Segment, segment_width
-from ._team_roles import (
+from ..common.architectures import overlaps, shared_limit
+from ..common.phi import load_macro, scale_macro
+from ..common.problem import Problem, Target
+from ..common.programs import F32, architecture, ceil_div, dtype_name, logits_per_token, program
+from ..common.programs import multiprocessors as count_multiprocessors
+from ..common.projection import WARP, WARP_ROLE_CONFIGS, Segment, segment_width
+from .roles import (
     apply_macro,
     help_macro,
     send_macros,
     word_columns,
 )
-from .architectures import overlaps, shared_limit
-from .problem import Problem, Target
 
 WARPGROUP = 4  # warps that hand registers over together
 MINIMUM_MEMBERS = 4  # of fewer, each owns so many tokens that two launches do better

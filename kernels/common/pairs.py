@@ -9,7 +9,7 @@ from typing import Any
 
 import tilelang.language as T
 
-from ._programs import F32
+from .programs import F32
 
 WORD = "uint32"
 _UPPER = 0xFFFF0000

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from mhc_tile.kernels import _static
+from mhc_tile.kernels.common import static as _static
 
 if reason := _static.available():
     pytest.skip(reason, allow_module_level=True)
 
 import emulator_programs as emulated
-from mhc_tile.kernels import _gate
-from mhc_tile.kernels._gate import Program, Record
-from mhc_tile.kernels.architectures import CHECKED
+from mhc_tile.kernels.common.architectures import CHECKED
+from mhc_tile.perf import program_gate as _gate
+from mhc_tile.perf.program_gate import Program, Record
 
 RECORDS = Path(__file__).parents[1] / "perf" / "static"
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import tilelang.language as T
 
-from ._pairs import WORD, lower, upper
-from ._programs import F32, ceil_div, logits_per_token
-from ._projection import WARP, Segment, add, inverse_rms, sigmoid, sinkhorn_registers
+from ..common.pairs import WORD, lower, upper
+from ..common.programs import F32, ceil_div, logits_per_token
+from ..common.projection import WARP, Segment, add, inverse_rms, sigmoid, sinkhorn_registers
 
 
 def word_columns(n: int) -> int:

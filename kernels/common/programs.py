@@ -15,7 +15,7 @@ import tilelang
 import tilelang.language as T
 import torch
 
-from . import _toolchain
+from . import toolchain as _toolchain
 from .problem import Problem, Target
 
 F32 = "float32"

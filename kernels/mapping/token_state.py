@@ -13,7 +13,8 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
-from ._programs import (
+from ..common.architectures import overlaps, shared_limit
+from ..common.programs import (
     F32,
     PASS_CONFIGS,
     architecture,
@@ -22,8 +23,7 @@ from ._programs import (
     macro,
     program,
 )
-from ._sinkhorn_walk import sigmoid, sinkhorn_replay, sinkhorn_walk_back, softmax_out_back
-from .architectures import overlaps, shared_limit
+from ..common.sinkhorn_on_chip import sigmoid, sinkhorn_replay, sinkhorn_walk_back, softmax_out_back
 
 TOKENS_PER_BLOCK = 32
 # A word of a record that is still to come: a NaN that no arithmetic makes.

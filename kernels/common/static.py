@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import _toolchain
-from ._lowering import Lowered, lower
+from . import toolchain as _toolchain
 from .architectures import architecture_of
+from .lowering import Lowered, lower
 
 FLAGS = "tl.device_compile_flags"  # the pass configuration that holds a program's nvcc options
 

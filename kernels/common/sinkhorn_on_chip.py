@@ -23,7 +23,7 @@ from typing import Any
 
 import tilelang.language as T
 
-from ._programs import F32, macro
+from .programs import F32, macro
 
 
 def reciprocal(value: Any) -> Any:

@@ -32,11 +32,11 @@ from typing import Any
 import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
-from ._mapping_records import PENDING, record_width
-from ._programs import F32, ITEM_BYTES, PASS_CONFIGS, ceil_div, logits_per_token, program
-from ._split import rest, round_rest, round_tf32
-from .architectures import shared_limit
-from .problem import Problem, Target
+from ..common.architectures import shared_limit
+from ..common.problem import Problem, Target
+from ..common.programs import F32, ITEM_BYTES, PASS_CONFIGS, ceil_div, logits_per_token, program
+from ..common.split import rest, round_rest, round_tf32
+from .token_state import PENDING, record_width
 
 # What `part` says of grad_x_part; "" leaves it out.
 ADDED, MIXED = "added", "mixed"

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import tilelang.language as T
 
-from ._pairs import WORD, lower, upper
-from ._programs import F32, ceil_div
-from ._projection import WARP, Segment
+from ..common.pairs import WORD, lower, upper
+from ..common.programs import F32, ceil_div
+from ..common.projection import WARP, Segment
 
 STREAMS = 4  # 16 bytes of h_post, a row of h_res
 CHUNK = 8  # channels of 16 bytes

@@ -24,10 +24,12 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
-from . import _projection_any, mapping, merge, pre, pre_team
-from ._boundary_streams import CHUNK, MAPS, STREAMS, stream_macros
-from ._phi import load_macro, scale_macro
-from ._programs import (
+from .. import merge
+from ..common import projection_simt as _projection_any
+from ..common.architectures import overlaps
+from ..common.phi import load_macro, scale_macro
+from ..common.problem import Problem
+from ..common.programs import (
     F32,
     ITEM_BYTES,
     architecture,
@@ -39,10 +41,12 @@ from ._programs import (
     program,
     target_of,
 )
-from ._projection import WARP, WARP_ROLE_CONFIGS
-from ._team_roles import apply_macro, help_macro, send_macros
-from .architectures import overlaps
-from .problem import Problem
+from ..common.projection import WARP, WARP_ROLE_CONFIGS
+from ..mapping import launch as mapping
+from ..pre import launch as pre
+from ..pre import persistent as pre_team
+from ..pre.roles import apply_macro, help_macro, send_macros
+from .roles import CHUNK, MAPS, STREAMS, stream_macros
 
 MEASURED = ("sm_90a",)  # on sm_100a two words of a round spill
 MOST_MEMBERS = 28  # measured; more of them spill more

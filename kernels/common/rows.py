@@ -1,6 +1,6 @@
 """How the channels of a row are spread over the threads of a block."""
 
-from ._programs import ITEM_BYTES, ceil_div
+from .programs import ITEM_BYTES, ceil_div
 
 WARP = 32
 MAX_THREADS = 1024

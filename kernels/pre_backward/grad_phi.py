@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 import tilelang.language as T
 
-from ._mapping_columns import MIXED
-from ._pairs import WORD, lower, upper
-from ._programs import F32, logits_per_token
-from ._split import rest
-from ._team_backward_roles import (
+from ..common.pairs import WORD, lower, upper
+from ..common.programs import F32, logits_per_token
+from ..common.split import rest
+from ..mapping.grad_x_pass import MIXED
+from .mailbox import (
     BF16,
     CHUNK,
     GROUP,

@@ -18,8 +18,9 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
-from . import _projection_any, mapping, pre_any, pre_team
-from ._programs import (
+from ..common import projection_simt as _projection_any
+from ..common.problem import Problem, Target
+from ..common.programs import (
     F32,
     ITEM_BYTES,
     architecture,
@@ -30,8 +31,10 @@ from ._programs import (
     program,
     target_of,
 )
-from ._projection import WARP, WARP_ROLE_CONFIGS, sigmoid, sinkhorn_registers
-from .problem import Problem, Target
+from ..common.projection import WARP, WARP_ROLE_CONFIGS, sigmoid, sinkhorn_registers
+from ..mapping import launch as mapping
+from . import persistent as pre_team
+from . import simt as pre_any
 
 PIECE = WARP * 8  # channels that a warp reads at once
 # Groups a team from which on one launch is faster than two, 1 to 2 at widths from 1280 to 7168

@@ -18,7 +18,8 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
-from ._programs import (
+from .problem import Problem, Target
+from .programs import (
     F32,
     PASS_CONFIGS,
     architecture,
@@ -30,7 +31,6 @@ from ._programs import (
     program,
     target_of,
 )
-from .problem import Problem, Target
 
 WARP = 32
 MOST_ROWS = 24  # of phi in one warp
