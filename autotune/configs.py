@@ -17,7 +17,7 @@ _FORMER = {
 
 def type_name(config: Any) -> str:
     """Module and class of a configuration, such as "merge.BackwardConfig"."""
-    kind = type(config)
+    kind: type = type(config)
     return f"{kind.__module__.partition('.kernels.')[2]}.{kind.__qualname__}"
 
 
