@@ -34,7 +34,8 @@ def decode(values: Any) -> Any:
     """
     if not isinstance(values, dict) or not re.fullmatch(r"\w+(\.\w+)+", str(values.get("type"))):
         raise ValueError(f"decode: values must name a type such as 'merge.Config', got {values}")
-    module, _, name = _FORMER.get(values["type"], values["type"]).rpartition(".")
+    name = str(values["type"])
+    module, _, name = _FORMER.get(name, name).rpartition(".")
     try:
         kind = getattr(importlib.import_module(f"..kernels.{module}", __package__), name)
     except (ImportError, AttributeError):
