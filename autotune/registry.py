@@ -81,7 +81,7 @@ class Kernel:
         Args:
             tensors: in the order of `tensors`, with one dim for the tokens.
             others: the other arguments by name.
-            config: launch knobs; None for the launcher's default.
+            config: launch knobs.
         """
         return self.launch(self.load(), tensors, others, config)
 
@@ -102,7 +102,7 @@ class Kernel:
 
     def untunable(self, problem: Problem) -> str | None:
         """Why a problem has nothing to tune; None if it has."""
-        if self.tensor_cores and (problem.dtype == "float32" or problem.channels % 8):
+        if self.tensor_cores and not problem.fits_tensor_cores:
             return "x in float32, or C no multiple of 8, takes a kernel of one configuration"
         return None
 

@@ -13,6 +13,7 @@ from mhc_tile.autotune.device import Device
 from mhc_tile.autotune.lookup import Tables, decide
 from mhc_tile.autotune.problems import Problem
 from mhc_tile.autotune.registry import KERNELS, Target
+from mhc_tile.kernels.common.programs import catalogue
 from mhc_tile.kernels.common.quantities import Samples, quantity
 from mhc_tile.ops import _definition, _dispatch
 from mhc_tile.ops._definition import DEFINITIONS
@@ -308,8 +309,10 @@ def test_an_op_launches_with_the_tables_configuration(fake_gpu):
     launched = []
     _dispatch.tuned("merge", OnGPU(), (64, 4, 2560), launched.append)
     _dispatch.tuned("merge", OnGPU(), (0, 4, 2560), launched.append)
-    _dispatch.tuned("merge", torch.empty(1), (64, 4, 2560), launched.append)
-    assert launched == [merge_config(96), None, None]
+    with catalogue("sm_90a", 132):
+        _dispatch.tuned("merge", torch.empty(1).bfloat16(), (64, 4, 2560), launched.append)
+    own = registry.default(problem("merge", 0), TARGET)
+    assert launched == [merge_config(96), own, own]
 
 
 def test_a_configuration_that_does_not_launch_gives_way_to_the_default(fake_gpu):
