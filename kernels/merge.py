@@ -24,6 +24,7 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
+from .common.knobs import knob, knobs_of
 from .common.problem import Problem, Target
 from .common.programs import (
     F32,
@@ -32,7 +33,6 @@ from .common.programs import (
     architecture,
     ceil_div,
     dtype_name,
-    knobs_of,
     program,
 )
 from .common.rows import block_threads, is_block, vector_width
@@ -75,8 +75,8 @@ class BackwardConfig:
         min_blocks: blocks a multiprocessor that the registers must allow.
     """
 
-    threads: int = 32
-    vector: int = 8
+    threads: int = knob(32, reduction_order=True)
+    vector: int = knob(8, reduction_order=True)
     min_blocks: int = 1
 
     def __post_init__(self):

@@ -21,6 +21,7 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
+from .common.knobs import knob, knobs_of
 from .common.problem import Problem, Target
 from .common.programs import (
     F32,
@@ -29,7 +30,6 @@ from .common.programs import (
     architecture,
     ceil_div,
     dtype_name,
-    knobs_of,
     program,
 )
 from .common.rows import block_threads, is_block, vector_width
@@ -68,8 +68,8 @@ class BackwardConfig:
         vector: neighbouring channels that a thread handles in one step.
     """
 
-    threads: int = 32
-    vector: int = 8
+    threads: int = knob(32, reduction_order=True)
+    vector: int = knob(8, reduction_order=True)
 
     def __post_init__(self):
         if self.threads not in (32, 64, 128, 256, 512):

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from ..common.architectures import overlaps
+from ..common.knobs import knobs_of
 from ..common.problem import Problem
 from ..common.programs import (
     F32,
     ITEM_BYTES,
     architecture,
     dtype_name,
-    knobs_of,
     logits_per_token,
     program,
 )

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..common.architectures import shared_limit
+from ..common.knobs import knob
 from ..common.phi import load_macro, scale_macro
 from ..common.problem import Problem, Target
 from ..common.programs import (
@@ -63,10 +64,10 @@ class Config:
         warps: warps of a block of `finish`.
     """
 
-    members: int
+    members: int = knob(reduction_order=True)
     blocks: int
-    steps: int = 4
-    group: int = 16
+    steps: int = knob(4, reduction_order=True)
+    group: int = knob(16, reduction_order=True)
     ahead: int = 3
     warps: int = 4
 

@@ -18,6 +18,7 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
+from ..common.knobs import knob
 from ..common.problem import Problem, Target
 from ..common.programs import (
     F32,
@@ -49,10 +50,10 @@ class Config:
         finish_warps: warps of a block of `finish`.
     """
 
-    members: int
+    members: int = knob(reduction_order=True)
     blocks: int
     warps: int
-    group: int
+    group: int = knob(reduction_order=True)
     finish_warps: int = 4
 
 

@@ -14,8 +14,8 @@ from functools import lru_cache
 from torch import Tensor
 
 from .. import pre_apply, sinkhorn
+from ..common.knobs import knobs_of
 from ..common.problem import Problem, Target
-from ..common.programs import knobs_of
 from ..mapping import launch as mapping
 from ..mapping import simt as mapping_simt
 
