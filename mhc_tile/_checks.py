@@ -7,6 +7,8 @@ The checks of numbers accept those of NumPy and torch, return Python's, and refu
 import dataclasses
 import math
 import operator
+import textwrap
+import traceback
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, get_args, get_origin
 
@@ -233,3 +235,9 @@ def as_number(value: Any) -> Any:
 def _is_bool(value: Any) -> bool:
     """Whether a NumPy value or a tensor is of bools."""
     return str(getattr(value, "dtype", None)) in ("bool", "torch.bool")
+
+
+def reason(error: BaseException) -> str:
+    """An exception's class and the first lines of its text, in one line for a message."""
+    lines = "".join(traceback.format_exception_only(error)).split("\n")
+    return textwrap.shorten(" ".join(lines[:2]), 200, placeholder=" ...")

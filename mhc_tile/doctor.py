@@ -14,7 +14,7 @@ import torch
 from ._version import __version__
 from .kernels.common import toolchain as _toolchain
 
-TRAIN_PACKAGES = ("matplotlib", "tabulate", "tensorboard", "tqdm")
+TRAIN_PACKAGES = ("jinja2", "matplotlib", "tabulate", "tensorboard", "tqdm", "tyro")
 
 
 @dataclass(frozen=True)
