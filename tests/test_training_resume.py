@@ -118,7 +118,7 @@ def test_a_finished_run_goes_on_to_more_steps(config, run, tmp_path):
     for few in (2, 19):
         with pytest.raises(ValueError, match=f"steps must be at least the run's 20, got {few}"):
             resume(run, steps=few)
-    with pytest.raises(ValueError, match="steps must be an int of at least 1, got 20.5"):
+    with pytest.raises(ValueError, match=r"steps must be an int of at least 1, got 20\.5"):
         resume(run, steps=20.5)
 
 
