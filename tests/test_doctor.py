@@ -192,7 +192,7 @@ def test_a_gpu_that_does_not_answer_is_a_finding(monkeypatch):
     monkeypatch.setattr("mhc_tile.autotune.device.describe", lost)
     finding = by_item()["GPU 0"]
     assert finding.status == "missing"
-    assert finding.found.startswith("does not answer: CUDA error: unknown error CUDA kernel")
+    assert finding.found.startswith("does not answer: RuntimeError: CUDA error: unknown error CUDA")
     assert "nvidia-smi" in finding.remedy
     assert "tuning 0" not in by_item()
 
