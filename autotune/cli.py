@@ -1,13 +1,14 @@
 """The command `mhc-tile autotune`: its options, and the phases they ask for."""
 
 import contextlib
+import itertools
 import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal, TypedDict
 
 from filelock import FileLock, Timeout
 
@@ -18,7 +19,7 @@ from . import _arguments, compiling, journal, report, table, tuner
 from ._extras import require
 from .device import Device, describe, driver_version, identity
 from .measuring import Measurer
-from .problems import PRESETS, TOKENS, Problem, Shape, problems
+from .problems import DTYPES, PRESETS, TOKENS, Problem, Shape, problems
 from .registry import KERNELS, Target
 from .worker import WorkerDied, WorkerHung
 
@@ -26,123 +27,33 @@ from .worker import WorkerDied, WorkerHung
 MOST: dict[str, float] = {"hidden": 1 << 20, "tokens": _toolchain.MOST_TOKENS}
 MOST |= {"multiprocessors": 1 << 16, "jobs": 1 << 12, "budget": 1e6, "timeout": 86400}
 _BANDWIDTH = f"{__package__}.bench:copy_bandwidth"
-_EXCLUSIVE = [("preset", "hidden"), ("dry_run", "compile_only", "measure_only", "write_only")]
-_EXCLUSIVE += [("resume", "force")]
-_NEEDED = ("preset", "hidden")
-_PARTNERS = {"streams": "hidden", "dtype": "hidden", "multiprocessors": "arch"}
-
-
-@dataclass(frozen=True)
-class Options:
-    """Fit the kernels to this GPU, once. Give --preset or --hidden.
-
-    Attributes:
-        preset: Shapes of models, or all of them.
-        hidden: Hidden sizes instead.
-        streams: With --hidden. By default 4.
-        dtype: With --hidden. By default bfloat16.
-        tokens: By default 1, 4, .. 65536.
-        kernel: Only these kernels.
-        dry_run: Compile and list the candidates.
-        compile_only: Fill the cache of kernels. Needs no GPU.
-        measure_only: Measure what is compiled, write no table.
-        write_only: Write a table of what is measured.
-        arch: Without a GPU, such as sm_90a.
-        multiprocessors: With --arch, of a GPU that has fewer than the largest.
-        budget: Minutes after which no measurement begins.
-        jobs: Processes that compile.
-        timeout: Seconds for a candidate: its inputs, its launches, its graph. At most a day.
-        resume: Go on where an earlier run ended, the default.
-        force: Measure again what is measured.
-        output: The table. By default in the user's data folder.
-    """
-
-    preset: Literal["paper", "deepseek-v4", "all"] | None = None
-    hidden: tuple[int, ...] = ()
-    streams: tuple[int, ...] = ()
-    dtype: tuple[Literal["bfloat16", "float16", "float32"], ...] = ()
-    tokens: tuple[int, ...] = ()
-    kernel: tuple[str, ...] = ()
-    dry_run: bool = False
-    compile_only: bool = False
-    measure_only: bool = False
-    write_only: bool = False
-    arch: str | None = None
-    multiprocessors: int | None = None
-    budget: float | None = None
-    jobs: int = os.cpu_count() or 1
-    timeout: float = 60.0
-    resume: bool = False
-    force: bool = False
-    output: str | None = None
-
-    def check(self) -> None:
-        """Refuse options that do not fit together, and values that nobody can mean.
-
-        Raises:
-            ValueError: The option, the rule and the value.
-        """
-        for names in _EXCLUSIVE:
-            given = [name for name in names if getattr(self, name)]
-            if len(given) > 1 or not (given or names != _NEEDED):
-                flags = ", ".join(map(_flag, names))
-                amount = "one" if names == _NEEDED else "at most one"
-                raise ValueError(
-                    f"autotune: {amount} of {flags} must be given, got {len(given) or 'none'}"
-                )
-        for name, partner in _PARTNERS.items():
-            if getattr(self, name) and not getattr(self, partner):
-                raise ValueError(
-                    f"autotune: {_flag(name)} must come with {_flag(partner)}, got none"
-                )
-        for name in ("arch", "output"):
-            if (text := getattr(self, name)) is not None and not text.strip():
-                raise ValueError(f"autotune: {_flag(name)} must not be empty, got {text!r}")
-        for name, most in MOST.items():
-            values = getattr(self, name)
-            for value in values if isinstance(values, tuple) else (values,):
-                if value is not None and not 0 < value <= most:
-                    raise ValueError(
-                        f"autotune: {_flag(name)} must be above 0 and at most {most}, got {value}"
-                    )
-        for name, rule, wrong in (
-            ("kernel", f"in {', '.join(KERNELS)}", set(self.kernel) - KERNELS.keys()),
-            ("streams", f"in {_toolchain.STREAMS}", set(self.streams) - {*_toolchain.STREAMS}),
-            ("tokens", "powers of two", [count for count in self.tokens if count & (count - 1)]),
-        ):
-            if wrong:
-                raise ValueError(f"autotune: {_flag(name)} must be {rule}, got {sorted(wrong)}")
-        if self.arch and not (self.compile_only or self.dry_run):
-            raise ValueError("autotune: --arch must come with --compile-only or --dry-run")
-
-    def shapes(self) -> list[Shape]:
-        """What is tuned."""
-        tokens = self.tokens or TOKENS
-        if self.preset:
-            return [Shape(s.channels, s.n, s.dtype, tokens) for s in PRESETS[self.preset]]
-        return [
-            Shape(channels, n, dtype, tokens)
-            for channels in self.hidden
-            for n in self.streams or (4,)
-            for dtype in self.dtype or ("bfloat16",)
-        ]
-
-    def path(self, device: Device) -> Path:
-        """Where the table is.
-
-        Raises:
-            ValueError: --output names the home folder of nobody.
-        """
-        if self.output is None:
-            return table.user_path(device)
-        path = os.path.expanduser(self.output)
-        if path.startswith("~"):
-            raise ValueError(f"autotune: --output must name a home folder, got {self.output!r}")
-        return Path(path)
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+_KERNEL: Any = Literal.__getitem__(tuple(KERNELS))
+_OPTIONS: dict[str, tuple[Any, str]] = {  # name -> type, help
+    "preset": (Literal["paper", "deepseek-v4", "all"], "shapes of models, or all of them"),
+    "hidden": (tuple[int, ...], "hidden sizes, instead of a preset"),
+    "streams": (tuple[int, ...], "with --hidden (default: 4)"),
+    "dtype": (
+        tuple[Literal["bfloat16", "float16", "float32"], ...],
+        "with --hidden (default: bfloat16)",
+    ),
+    "tokens": (tuple[int, ...], "powers of two (default: 1, 4, .. 65536)"),
+    "kernel": (tuple[_KERNEL, ...], "only these (default: all)"),
+    "dry_run": (bool, "compile and list the candidates"),
+    "compile_only": (bool, "fill the cache of kernels; needs no GPU"),
+    "measure_only": (bool, "measure what is compiled; write no table"),
+    "write_only": (bool, "write a table of what is measured"),
+    "arch": (str, "without a GPU: such as sm_90a"),
+    "multiprocessors": (int, "with --arch, of a GPU that has fewer than the largest"),
+    "budget": (float, "minutes after which no measurement begins"),
+    "jobs": (int, "processes that compile (default: one a core)"),
+    "timeout": (float, "seconds for a candidate, at most a day (default: 60)"),
+    "resume": (bool, "go on where an earlier run ended, the default"),
+    "force": (bool, "measure again what is measured"),
+    "output": (str, "the table's file (default: in the user's data folder)"),
+}
+_DEFAULTS = {"jobs": os.cpu_count() or 1, "timeout": 60.0}
+_PHASES = ("dry_run", "compile_only", "measure_only", "write_only")
+_NEEDS = {"streams": "hidden", "dtype": "hidden", "multiprocessors": "arch"}
 
 
 def main(argv: Sequence[str], prog: str = "mhc-tile autotune") -> int:
@@ -161,21 +72,18 @@ def main(argv: Sequence[str], prog: str = "mhc-tile autotune") -> int:
         OSError: Something cannot be written.
         MissingExtraError: A package of the tune extra is missing.
     """
-    tyro = require("tyro", "autotune")
-    flags = (tyro.conf.FlagCreatePairsOff,)
-    options = tyro.cli(Options, args=list(argv), prog=prog, config=flags)
+    options = _options(argv, prog)
     for module in ("tqdm", "tabulate", "matplotlib.figure", "elftools"):
         require(module, "autotune")
-    options.check()
+    shapes = _shapes(options)
     if _toolchain.tilelang_version() is None:
         needed = f"pip install tilelang=={_toolchain.REQUIRED_TILELANG}"
         raise ValueError(f"autotune: TileLang must be installed, got none; {needed}")
     device, target = _target(options)
-    wanted = problems(options.shapes(), options.kernel or KERNELS)
+    if device and not (options.dry_run or options.compile_only or options.measure_only):
+        table.check(_path(options, device), device)
+    wanted = problems(shapes, options.kernel or KERNELS)
     folder, cache = journal.folder(), _toolchain.kernel_cache()
-    measures = not (options.dry_run or options.compile_only)
-    if device and measures and not options.measure_only:
-        table.check(options.path(device), device)
     _arguments.check_folder("autotune", folder, "the user's cache", "XDG_CACHE_HOME")
     _arguments.check_folder("autotune", cache, "TileLang's cache", "TILELANG_CACHE_DIR")
     if options.write_only:
@@ -204,9 +112,70 @@ def main(argv: Sequence[str], prog: str = "mhc-tile autotune") -> int:
     return _Run(options, device, target).measure(plans, log)
 
 
-def _target(options: Options) -> tuple[Device | None, Target]:
+def _options(argv: Sequence[str], prog: str) -> SimpleNamespace:
+    """The options by name; None or False where one is not given and has no default."""
+    tyro = require("tyro", "autotune")
+    types: dict[str, Any] = {
+        name: Annotated[kind, tyro.conf.arg(help=text, help_behavior_hint="")]
+        for name, (kind, text) in _OPTIONS.items()
+    }
+    optional = TypedDict("optional", types, total=False)  # type: ignore[misc]
+    about = "Fit the kernels to this GPU, once."
+    given = tyro.cli(optional, prog=prog, description=about, args=list(argv))
+    return SimpleNamespace(**(dict.fromkeys(_OPTIONS) | _DEFAULTS | given))
+
+
+def _shapes(options: SimpleNamespace) -> Sequence[Shape]:
+    """What is tuned.
+
+    Raises:
+        ValueError: Options do not fit together, or have values that nobody can mean.
+    """
+    if bool(options.preset) == bool(options.hidden):
+        raise ValueError(f"autotune: one of --preset {sorted(PRESETS)} and --hidden must be given")
+    for names in (_PHASES, ("resume", "force")):
+        if len(given := [_flag(name) for name in names if getattr(options, name)]) > 1:
+            raise ValueError(f"autotune: one phase must be given, got {' and '.join(given)}")
+    for name, value in vars(options).items():
+        flag, partner = _flag(name), _NEEDS.get(name)
+        if partner and value and not getattr(options, partner):
+            raise ValueError(f"autotune: {flag} must come with {_flag(partner)}, got none")
+        if isinstance(value, str) and not value.strip():
+            raise ValueError(f"autotune: {flag} must not be empty, got {value!r}")
+        for number in value if isinstance(value, tuple) else (value,):
+            if name in MOST and number is not None and not 0 < number <= MOST[name]:
+                most = MOST[name]
+                raise ValueError(
+                    f"autotune: {flag} must be above 0 and at most {most}, got {number}"
+                )
+    if wrong := [n for n in options.streams or () if n not in _toolchain.STREAMS]:
+        raise ValueError(f"autotune: --streams must be in {_toolchain.STREAMS}, got {wrong}")
+    tokens = options.tokens or TOKENS
+    if wrong := [count for count in tokens if count & (count - 1)]:
+        raise ValueError(f"autotune: --tokens must be powers of two, got {wrong}")
+    if options.preset:
+        return [Shape(s.channels, s.n, s.dtype, tokens) for s in PRESETS[options.preset]]
+    sizes = itertools.product(options.hidden, options.streams or (4,), options.dtype or DTYPES[:1])
+    return [Shape(*size, tokens) for size in sizes]
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _path(options: SimpleNamespace, device: Device) -> Path:
+    """Where the table is."""
+    if options.output is None:
+        return table.user_path(device)
+    path = os.path.expanduser(options.output)
+    if path.startswith("~"):
+        raise ValueError(f"autotune: --output must name a home folder, got {options.output!r}")
+    return Path(path)
+
+
+def _target(options: SimpleNamespace) -> tuple[Device | None, Target]:
     """The GPU that is here, or the architecture that is asked for."""
-    if not options.arch:
+    if options.arch is None:
         try:
             device = describe()
             arch = _toolchain.target(device.capability)["arch"]
@@ -215,6 +184,8 @@ def _target(options: Options) -> tuple[Device | None, Target]:
                 f"autotune: {error}; --compile-only --arch sm_90a works without a GPU"
             ) from error
         return device, Target(arch, device.multiprocessors)
+    if not (options.compile_only or options.dry_run):
+        raise ValueError("autotune: --arch must come with --compile-only or --dry-run")
     if not re.fullmatch(r"sm_\d+[a-z]?", options.arch):
         raise ValueError(f"autotune: --arch must be such as sm_90a, got {options.arch}")
     try:
@@ -232,9 +203,9 @@ def _target(options: Options) -> tuple[Device | None, Target]:
 class _Run:
     """Measuring and writing on the GPU that is here."""
 
-    def __init__(self, options: Options, device: Device, target: Target) -> None:
+    def __init__(self, options: SimpleNamespace, device: Device, target: Target) -> None:
         self._options, self._device, self._target = options, device, target
-        self._path = options.path(device)
+        self._path = _path(options, device)
         self._journal = journal.Journal(journal.path_of(device), compiling.fingerprint())
 
     def measure(self, plans: list[tuner.Plan], log: Path) -> int:
@@ -300,7 +271,7 @@ class _Run:
         report.draw(found, picture, title)
         _say(f"\ntable: {path}\npicture: {picture}\njournal: {kept.path}")
         if path.resolve() not in [source.resolve() for source in table.sources(self._device)]:
-            _say(f"ops do not read this table by themselves: {table.VARIABLE}={path} has them do so")
+            _say(f"ops do not read this table by themselves: set {table.VARIABLE}={path}")
 
 
 @contextlib.contextmanager
