@@ -10,7 +10,6 @@ from . import table
 from ._extras import require
 from .problems import Problem
 from .registry import KERNELS
-from .resources import occupancy
 from .tuner import Option, Plan
 
 
@@ -48,12 +47,11 @@ def _row(plan: Plan, option: Option, arch: str) -> tuple[str, ...]:
         verdict = f"{verdict} pruned: {option.pruned}".strip()
     if not option.takes:
         return short(option.config), "", "", "", verdict
-    shares = [share for t in option.takes if (share := occupancy(t, arch)) is not None]
     return (
         short(option.config),
         str(max(t.registers for t in option.takes)),
         str(max(t.dynamic_smem + t.static_smem for t in option.takes)),
-        f"{min(shares):.0%}" if shares else "",
+        f"{min(t.occupancy(arch) for t in option.takes):.0%}",
         verdict,
     )
 

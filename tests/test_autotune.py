@@ -20,7 +20,6 @@ from mhc_tile.autotune import __main__ as module
 from mhc_tile.autotune import _extras, cli, compiling, cubin, journal, measuring, registry, table
 from mhc_tile.autotune.problems import PRESETS, TOKENS, Problem, Shape, problems
 from mhc_tile.autotune.registry import KERNELS, Target
-from mhc_tile.autotune.resources import occupancy
 from mhc_tile.kernels import sinkhorn, streams
 from mhc_tile.kernels.common import static as _static
 from mhc_tile.kernels.common import toolchain as _toolchain
@@ -150,15 +149,16 @@ def test_a_program_that_does_not_compile_is_an_answer(monkeypatch):
 
 
 def test_occupancy_is_limited_by_threads_blocks_registers_or_shared_memory():
-    def share(registers: int, shared: int, threads: int, arch: str = "sm_90a") -> float | None:
-        return occupancy(Resources("k", registers, 0, 0, 0, 0, shared, threads), arch)
+    def share(registers: int, shared: int, threads: int, arch: str = "sm_90a") -> float:
+        return Resources("k", registers, 0, 0, 0, 0, shared, threads).occupancy(arch)
 
     assert share(32, 0, 1024) == 1.0
     assert share(32, 0, 32) == 32 * 32 / 2048  # 32 blocks
     assert share(255, 0, 256) == 256 / 2048
     assert share(32, 200_000, 256) == 256 / 2048
     assert share(32, 0, 1024, "sm_89") == 1024 / 1536
-    assert share(32, 0, 1024, "sm_999") is None
+    with pytest.raises(ValueError, match=r"arch must be one of sm_80, .* got sm_999"):
+        share(32, 0, 1024, "sm_999")
 
 
 def test_the_presets():

@@ -2,8 +2,7 @@
 
 nvcc compiles the program's CUDA source to a cubin for the named architecture and ptxas says what it
 took. Dynamic shared memory is no part of a cubin: it comes from the program's launch. Results are
-kept in $MHC_TILE_STATIC_CACHE, if that is set, under a hash of the source and the compiler. The
-digests of `_gate.py`'s records say which programs need no compiler, because it has seen them.
+kept in $MHC_TILE_STATIC_CACHE, if that is set, under a hash of the source and the compiler.
 """
 
 import functools
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import toolchain as _toolchain
-from .architectures import architecture_of
+from .architectures import REGISTERS, SYSTEM_SHARED_BYTES, architecture_of
 from .files import write
 from .lowering import Lowered, lower
 
@@ -50,12 +49,34 @@ class Resources:
         if self.threads > 1024:
             found.append(f"has {self.threads} threads a block, of at most 1024")
         granted = -(-self.registers // 8) * 8 * (-(-self.threads // 32) * 32)
-        if granted > 65536:
-            found.append(f"needs {granted} registers a block, of 65536")
+        if granted > REGISTERS:
+            found.append(f"needs {granted} registers a block, of {REGISTERS}")
         limit = architecture_of(arch).shared_bytes
         if (shared := self.dynamic_smem + self.static_smem) > limit:
             found.append(f"needs {shared} bytes of shared memory, of {limit} on {arch}")
         return found
+
+    def occupancy(self, arch: str) -> float:
+        """Share of a multiprocessor's threads that run at once, from 0 to 1.
+
+        Raises:
+            ValueError: The architecture has no record.
+
+        Example:
+            >>> Resources("merge", 96, 0, 0, 0, 0, 0, 160).occupancy("sm_90a")
+            0.3125
+        """
+        limits = architecture_of(arch)
+        warps = -(-self.threads // 32)
+        registers = -(-self.registers * 32 // 256) * 256 * warps  # a warp's are granted by 256
+        shared = self.dynamic_smem + self.static_smem + SYSTEM_SHARED_BYTES
+        resident = min(
+            limits.threads // (warps * 32),
+            limits.blocks,
+            (limits.shared_bytes + SYSTEM_SHARED_BYTES) // shared,
+            REGISTERS // max(registers, 1),
+        )
+        return resident * warps * 32 / limits.threads
 
 
 def available() -> str | None:
