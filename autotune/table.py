@@ -22,6 +22,7 @@ import msgspec
 from ..kernels.common.files import write
 from ._switches import NO
 from .device import Device
+from .problems import Problem
 
 SCHEMA = 1
 SHIPPED = Path(__file__).parent / "tables"
@@ -45,6 +46,10 @@ class Key(NamedTuple):
     channels: int
     dtype: str
     regime: str
+
+    def problem(self, tokens: int) -> Problem:
+        """The kernel and the shape at a number of tokens."""
+        return Problem(self.kernel, self.n, self.channels, self.dtype, tokens)
 
     def __str__(self) -> str:
         """One line for a person."""

@@ -1,9 +1,9 @@
 """The three phases: compile the candidates, measure them, write the table.
 
 Each can run alone and begins where an earlier run ended: compiled programs are in TileLang's cache,
-outcomes in the journal, and a table is made from the journal. TileLang's own AutoTuner tunes again
-in every process where sizes are dynamic, knows no GPU's name and does not check results that are
-written in place, so selection, checking and persistence are here.
+outcomes in the journal, and a table is made from the journal. TileLang's own AutoTuner is not used:
+where sizes are dynamic it tunes again in every process, and it does not check results that are
+written in place.
 """
 
 import itertools
@@ -266,8 +266,7 @@ def families(journal: Journal, shapes: Iterable[Problem], target: Target) -> lis
         if choices := select(by_tokens):
             order = repr(next(iter(choices.values())).order)
             entries = {tokens: _entry(choice) for tokens, choice in choices.items()}
-            whole = Problem(key.kernel, key.n, key.channels, key.dtype, 1)
-            date, driver = max(journal.measured(whole.at(tokens)) for tokens in choices)
+            date, driver = max(journal.measured(key.problem(tokens)) for tokens in choices)
             found.append(table.Family(key, order, version, driver, date, entries))
     return found
 
