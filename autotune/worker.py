@@ -50,7 +50,7 @@ class Worker:
         self, handler: str, arguments: tuple[Any, ...] = (), log: Path | None = None
     ) -> None:
         forks = "forkserver" in multiprocessing.get_all_start_methods()
-        context = multiprocessing.get_context("forkserver" if forks else "spawn")
+        context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
         if forks:
             context.set_forkserver_preload(PRELOAD)
         self._connection, theirs = context.Pipe()
@@ -195,7 +195,8 @@ def _serve(
     threading.Thread(target=_die_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     target = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for stream in (sys.stdout, sys.stderr):
+    streams: tuple[Any, ...] = (sys.stdout, sys.stderr)
+    for stream in streams:
         os.dup2(target, stream.fileno())
         stream.reconfigure(line_buffering=True)  # what is printed is there when it is killed
     os.environ.clear()  # a forked process has the environment with which the server began

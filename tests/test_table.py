@@ -114,7 +114,7 @@ def test_a_file_that_cannot_be_used_is_reported_by_name_and_bypassed(
     assert set(tables.families) == {family().key}
     (fault,) = tables.faults
     assert fault.startswith(f"{bad}: {why}")
-    assert fault.endswith("it is bypassed")
+    assert fault.endswith("it is not used")
 
 
 def test_a_writer_keeps_a_broken_file_aside_and_leaves_anothers_alone(tmp_path):
