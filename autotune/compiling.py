@@ -1,11 +1,10 @@
 """The first phase: every program of every candidate, compiled by several processes.
 
-TileLang's disk cache keeps the kernels, under a key that names the architecture, so the phase runs
-on a machine without a GPU as well and the cache can be copied. What each kernel takes is kept
-beside them, in `mhc_tile/` of the cache: candidates are pruned by it, and a program with such a
-record is not compiled again. Processes, not `tilelang.par_compile`'s threads: tracing and lowering,
-half of the time, hold the interpreter's lock, and a compiler that crashes takes one program with
-it.
+TileLang's disk cache keeps the kernels, under a key that names the architecture: the phase needs no
+GPU, and the cache can be copied. A record in `mhc_tile/` of the cache says what each kernel takes.
+Candidates are pruned by it, and a program with a record is not compiled again. Processes are used,
+not the threads of `tilelang.par_compile`: tracing and lowering, half of the time, hold the
+interpreter's lock, and a compiler that crashes then ends one program.
 """
 
 import ast
@@ -86,8 +85,7 @@ def program_fingerprint(module: str) -> str:
     """The same of what one module of kernels is made of: itself and all that it imports there.
 
     Args:
-        module: dotted name of a module of `mhc_tile.kernels`, or of any other, which then stands
-            for itself.
+        module: dotted name of a module of `mhc_tile.kernels`; any other counts as made of nothing.
     """
     found: set[str] = set()
     left = {module} if _source(module).is_file() else set()
@@ -193,23 +191,18 @@ def build(job: Job) -> tuple[Resources, ...]:
         functions = _lowering.lower(prim_func, job.arch, program.pass_configs).functions
     folder = Path(kernel._tilelang_cache_path)
     usage = cubin.usage((folder / _LIBRARY).read_bytes())
-    taken = tuple(
-        Resources(
-            kernel=function.name,
-            registers=usage[function.name].registers,
-            spill_stores=0,  # a cubin does not tell; what spills has a stack
-            spill_loads=0,
-            stack=usage[function.name].stack,
-            static_smem=usage[function.name].static_smem,
-            dynamic_smem=function.dynamic_shared,
-            threads=function.threads,
+    taken = []
+    for function in functions:
+        used = usage[function.name]
+        spills = 0, 0  # a cubin does not tell; what spills has a stack
+        shared = used.static_smem, function.dynamic_shared
+        taken.append(
+            Resources(function.name, used.registers, *spills, used.stack, *shared, function.threads)
         )
-        for function in functions
-    )
     place = folder.relative_to(_toolchain.kernel_cache())
     job.path.parent.mkdir(parents=True, exist_ok=True)
-    write(job.path, msgspec.json.encode(_Record(str(job), str(place), taken)))
-    return taken
+    write(job.path, msgspec.json.encode(_Record(str(job), str(place), tuple(taken))))
+    return tuple(taken)
 
 
 def faults(taken: Iterable[Resources], arch: str) -> list[str]:

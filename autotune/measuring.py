@@ -18,7 +18,7 @@ from .timing import HOPELESS, Sample, Timer, impression, interleaved
 from .worker import Worker, WorkerDied, WorkerHung
 
 CUDA = f"{__package__}.bench:CudaBench"
-FINALISTS = 4  # of the default's order of sums, and the best of every other order
+FINALISTS = 4  # of the default's reduction order, and the best of every other order
 RESTARTS = 2  # of a worker that failed without a candidate to blame
 _HANDLER = f"{__name__}:handler"
 
@@ -42,7 +42,7 @@ class Candidate:
 
     Attributes:
         config: launch knobs.
-        order: its reduction order; where it is the default's, the bits must be as well.
+        order: the reduction order; where it is the default's, the bits must be as well.
     """
 
     config: Any
@@ -210,7 +210,7 @@ def _fastest(outcomes: dict[int, Outcome]) -> float:
 
 
 def _finalists(candidates: tuple[Candidate, ...], outcomes: dict[int, Outcome]) -> list[int]:
-    """The default, the best few of its order of sums, and the best of every other order."""
+    """The default, the best few of its reduction order, and the best of every other order."""
     limit = HOPELESS * _fastest(outcomes)
     ranked = sorted(
         (o.ratio, index) for index, o in outcomes.items() if index and 0 < o.ratio <= limit

@@ -80,7 +80,7 @@ class Resources:
 
 
 def available() -> str | None:
-    """None, or why nothing can be compiled here and how to mend it."""
+    """None, or why nothing can be compiled here, and the remedy."""
     if _toolchain.tilelang_version() is None:
         return f"TileLang is not installed; pip install tilelang=={_toolchain.REQUIRED_TILELANG}"
     if _toolchain.nvcc() is None:
@@ -91,15 +91,12 @@ def available() -> str | None:
 def resources(
     prim_func: Any, arch: str, pass_configs: dict[str, Any] | None = None
 ) -> tuple[Resources, ...]:
-    """Compile a program for an architecture and read what each of its kernels takes.
+    """Compile a program and read what its kernels take, in the order of their launches.
 
     Args:
         prim_func: what a `@T.prim_func` factory returns.
         arch: such as "sm_80" or "sm_90a"; no such GPU is needed.
         pass_configs: as for `tilelang.compile`.
-
-    Returns:
-        One entry per kernel, in the order of their launches; most programs have one.
 
     Raises:
         RuntimeError: There is no nvcc, or it rejects the source.
