@@ -184,11 +184,8 @@ def measure_plans(
     report, begin = Report(), time.monotonic()
     active = [plan for plan in plans if not plan.idle]
 
-    def shape(plan: Plan) -> Problem:
-        return plan.problem.at(1)
-
     steps = progress(active, len(active), "measure")
-    for _, group in itertools.groupby(steps, key=shape):
+    for _, group in itertools.groupby(steps, key=lambda plan: plan.problem.at(1)):
         members = []
         for plan in group:
             problem = plan.problem
@@ -223,11 +220,8 @@ def _measure(plan: Plan, journal: Journal, measurer: Measurer) -> None:
     options = plan.candidates
     encoded = [encode(option.config) for option in options]
     earlier = journal.outcomes(plan.problem)
-    known = {
-        index: earlier[name_of(config)]
-        for index, config in enumerate(encoded)
-        if index and name_of(config) in earlier
-    }
+    names = enumerate(map(name_of, encoded))
+    known = {index: earlier[name] for index, name in names if index and name in earlier}
 
     def keep(index: int, outcome: Outcome) -> None:
         journal.add(plan.problem, encoded[index], outcome)
