@@ -40,7 +40,7 @@ def test_a_worker_that_fails_is_gone(does, error, how):
     worker = Worker(ECHO)
     assert answers(worker, "a")
     with pytest.raises(error, match=how):
-        answers(worker, does, 1.0)
+        answers(worker, does, 1.0 if does == "hangs" else 30.0)
     assert not worker._process.is_alive()
     with pytest.raises(WorkerDied):
         worker.send("a")
