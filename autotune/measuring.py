@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from .bench import difference
 from .problems import Problem
@@ -36,14 +36,8 @@ class Bench(Protocol):
         """Whether it can go on after an error."""
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One configuration to measure.
-
-    Attributes:
-        config: launch knobs.
-        order: the reduction order; where it is the default's, the bits must be as well.
-    """
+class Candidate(NamedTuple):
+    """Launch knobs, and their reduction order: of the default's order, they have its bits."""
 
     config: Any
     order: Any
@@ -66,8 +60,7 @@ class Outcome:
     sample: Sample | None = None
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """A problem for a worker.
 
     Attributes:
