@@ -25,7 +25,7 @@ from .common.architectures import LEAST_SHARED_BYTES, shared_limit
 from .common.problem import Problem, Target
 from .common.programs import F32, PASS_CONFIGS, architecture, program
 from .common.projection import sinkhorn_registers
-from .common.sinkhorn_on_chip import sinkhorn_replay, sinkhorn_walk_back, softmax_out_back
+from .common.sinkhorn_on_chip import sinkhorn_replay, sinkhorn_reverse, softmax_out_back
 
 UNGUARDED = {**PASS_CONFIGS, "tl.disable_safe_memory_legalize": True}
 
@@ -114,7 +114,7 @@ def backward_program(n: int, iters: int, eps: float, threads: int) -> Any:
                         grad[o, i] = grad_h_res[token, o, i]
                 # h_res = sinkhorn(logits), then back along its steps
                 sinkhorn_replay(matrix, sums, lane, n, iters, eps)
-                sinkhorn_walk_back(matrix, grad, sums, lane, n, iters, eps)
+                sinkhorn_reverse(matrix, grad, sums, lane, n, iters, eps)
                 if eps > 0:
                     for o in T.unroll(n):
                         for i in T.vectorized(n):

@@ -133,7 +133,7 @@ def sinkhorn_replay(matrix, sums, lane, n, iters, eps):
 
 
 @macro
-def sinkhorn_walk_back(matrix, grad, sums, lane, n, iters, eps):
+def sinkhorn_reverse(matrix, grad, sums, lane, n, iters, eps):
     """Undo `sinkhorn_replay`'s steps: all of them where eps is 0, else all but the first softmax.
 
     Args:

@@ -15,7 +15,7 @@ import tilelang.language as T
 from ..common.pairs import WORD
 from ..common.programs import F32, ceil_div, logits_per_token
 from ..common.split import exponent_of, rest, scale_of, unscale_of
-from ..mapping.token_state import record_width, sums_width
+from ..mapping.token_state import state_size, sums_width
 
 WARP = 32
 GROUP = 16  # tokens that travel together: K of the products for grad_phi
@@ -244,7 +244,7 @@ def receive_macros(share: Share, members: int, slots: int) -> tuple[Callable[...
     """
     half = ceil_div(members, 2)
     logits = logits_per_token(STREAMS)
-    assert record_width(STREAMS) >= logits + STREAMS + 1
+    assert state_size(STREAMS) >= logits + STREAMS + 1
 
     @T.macro
     def ask(words, exchange, team, group, tx):

@@ -52,7 +52,7 @@ from ..common.programs import F32, architecture, ceil_div, logits_per_token, pro
 from ..common.programs import multiprocessors as count_multiprocessors
 from ..common.projection import WARP_ROLE_CONFIGS
 from ..mapping.grad_x_pass import ADDED, MIXED
-from ..mapping.token_state import record_width, sums_width
+from ..mapping.token_state import state_size, sums_width
 from .grad_phi import sums_macros
 from .grad_x import TILES, columns_macros
 from .mailbox import (
@@ -198,7 +198,7 @@ def team_program(channels: int, part_is: str, config: Config, handover: bool) ->
     column_threads = share.warps * WARP
     registers, mixing_registers, sums_registers, helping_registers = config.handed(C, part_is)
     sums_size = share.width // 16 * ROW_TILES * 4
-    logits, width, sums_row = logits_per_token(n), record_width(n), sums_width(n)
+    logits, width, sums_row = logits_per_token(n), state_size(n), sums_width(n)
     tokens = T.dynamic("tokens")
     fetch = fetch_macro(share, tokens)
     send_dots = dots_macro(share, slots)
@@ -371,10 +371,10 @@ def launch(
         projection: [T, n*n + 2n], fp32.
         inv_rms: [T], fp32.
         alpha: [3], fp32.
-        unfinished: [T, record_width(n)], fp32, of `token_records` without grad_h_pre.
+        unfinished: [T, state_size(n)], fp32, of `token_states` without grad_h_pre.
         grad_x_part: [T, n, C], bf16, or None.
         h_res: [T, n, n], fp32, with which grad_x_part is mixed, or None.
-        exchange: config.exchange_shape, int32, emptied by `token_records`.
+        exchange: config.exchange_shape, int32, emptied by `token_states`.
         block_sums: [config.teams * HELPERS, sums_width(n)], fp32; written.
 
     Returns:
