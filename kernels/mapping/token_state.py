@@ -91,7 +91,16 @@ def _maps_back(
 
 @macro
 def _add_block(
-    block_sums, value: T.Ref, grad_pre, grad_post, grad_res, gate_sums, present, block, lane, n
+    block_sums,
+    value: T.Ref,
+    present: T.Ref,
+    grad_pre,
+    grad_post,
+    grad_res,
+    gate_sums,
+    block,
+    lane,
+    n,
 ):
     """The sums over a block's tokens, `present` of them: grad_bias and grad_alpha."""
     logits = logits_per_token(n)
@@ -215,9 +224,8 @@ def token_state_program(
                     for v in T.vectorized(4):
                         states[token, k * 4 + v] = state[k * 4 + v]
             _add_block(
-                block_sums, value, grad_pre, grad_post, grad_res, gate_sums, present, block,
-                lane, n,
-            )  # fmt: skip
+                block_sums, value, present, grad_pre, grad_post, grad_res, gate_sums, block, lane, n
+            )
 
     return mapping_backward_token_state
 
