@@ -20,7 +20,7 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
-from .common.knobs import knob, knobs_of
+from .common.knobs import check, knob, knobs_of
 from .common.problem import Problem, Target
 from .common.programs import (
     F32,
@@ -31,32 +31,17 @@ from .common.programs import (
     dtype_name,
     program,
 )
-from .common.rows import candidate_rows, default_row, is_block, vector_width
+from .common.rows import RowConfig, candidate_rows, default_row, vector_width
 
 # The backward of few tokens has fewer than 128 threads a token where a lane then takes at most so
 # many steps along the row.
 FEW_STEPS = 3
 
 
-@dataclasses.dataclass(frozen=True)
-class ForwardConfig:
-    """Launch knobs of the forward.
+class ForwardConfig(RowConfig):
+    """Launch knobs of the forward."""
 
-    Attributes:
-        threads: of a block.
-        vectors: of channels, at most 16 bytes each, that a thread handles.
-    """
-
-    threads: int
-    vectors: int = 1
-
-    def __post_init__(self):
-        if not is_block(self.threads):
-            raise ValueError(
-                f"merge: config.threads must be a multiple of 32 up to 1024, got {self.threads}"
-            )
-        if self.vectors < 1:
-            raise ValueError(f"merge: config.vectors must be at least 1, got {self.vectors}")
+    op = "merge"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,17 +59,15 @@ class BackwardConfig:
     min_blocks: int = 1
 
     def __post_init__(self):
-        if self.threads not in (32, 64, 128, 256, 512):
-            raise ValueError(
-                f"merge: config.threads must be 32, 64, 128, 256 or 512, got {self.threads}"
-            )
-        if self.vector not in (1, 2, 4, 8):
-            raise ValueError(f"merge: config.vector must be 1, 2, 4 or 8, got {self.vector}")
-        if not 1 <= self.min_blocks * self.threads <= 2048:
-            raise ValueError(
-                "merge: config.min_blocks must be at least 1 and at most 2048 / threads, "
-                f"got {self.min_blocks}"
-            )
+        threads = (32, 64, 128, 256, 512)
+        fits = 1 <= self.min_blocks * self.threads <= 2048
+        check(
+            "merge",
+            self,
+            threads=(self.threads in threads, "32, 64, 128, 256 or 512"),
+            vector=(self.vector in (1, 2, 4, 8), "1, 2, 4 or 8"),
+            min_blocks=(fits, "at least 1 and at most 2048 / threads"),
+        )
 
 
 @functools.lru_cache(maxsize=1024)

@@ -18,7 +18,7 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
-from .common.knobs import knob, knobs_of
+from .common.knobs import check, knob, knobs_of
 from .common.problem import Problem, Target
 from .common.programs import (
     F32,
@@ -29,28 +29,13 @@ from .common.programs import (
     dtype_name,
     program,
 )
-from .common.rows import candidate_rows, default_row, is_block, vector_width
+from .common.rows import RowConfig, candidate_rows, default_row, vector_width
 
 
-@dataclasses.dataclass(frozen=True)
-class ForwardConfig:
-    """Launch knobs of the forward.
+class ForwardConfig(RowConfig):
+    """Launch knobs of the forward."""
 
-    Attributes:
-        threads: of a block.
-        vectors: of channels, at most 16 bytes each, that a thread handles.
-    """
-
-    threads: int
-    vectors: int = 1
-
-    def __post_init__(self):
-        if not is_block(self.threads):
-            raise ValueError(
-                f"pre_apply: config.threads must be a multiple of 32 up to 1024, got {self.threads}"
-            )
-        if self.vectors < 1:
-            raise ValueError(f"pre_apply: config.vectors must be at least 1, got {self.vectors}")
+    op = "pre_apply"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +51,13 @@ class BackwardConfig:
     vector: int = knob(8, reduction_order=True)
 
     def __post_init__(self):
-        if self.threads not in (32, 64, 128, 256, 512):
-            raise ValueError(
-                f"pre_apply: config.threads must be 32, 64, 128, 256 or 512, got {self.threads}"
-            )
-        if self.vector not in (1, 2, 4, 8, 16):
-            raise ValueError(
-                f"pre_apply: config.vector must be 1, 2, 4, 8 or 16, got {self.vector}"
-            )
+        threads = (32, 64, 128, 256, 512)
+        check(
+            "pre_apply",
+            self,
+            threads=(self.threads in threads, "32, 64, 128, 256 or 512"),
+            vector=(self.vector in (1, 2, 4, 8, 16), "1, 2, 4, 8 or 16"),
+        )
 
 
 @functools.lru_cache(maxsize=1024)

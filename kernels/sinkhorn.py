@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .common.architectures import LEAST_SHARED_BYTES, shared_limit
+from .common.knobs import check
 from .common.problem import Problem, Target
 from .common.programs import F32, UNGUARDED, architecture, program
 from .common.projection import sinkhorn_registers
@@ -36,8 +37,7 @@ class Config:
     threads: int = 32
 
     def __post_init__(self):
-        if self.threads not in (32, 64, 128):
-            raise ValueError(f"sinkhorn: config.threads must be 32, 64 or 128, got {self.threads}")
+        check("sinkhorn", self, threads=(self.threads in (32, 64, 128), "32, 64 or 128"))
 
 
 ITERS = 20  # that candidates have to fit

@@ -14,6 +14,7 @@ from typing import Any
 import tilelang.language as T
 from torch import Tensor
 
+from .common.knobs import check
 from .common.problem import Problem, Target
 from .common.programs import F32, ITEM_BYTES, UNGUARDED, architecture, dtype_name, program
 from .common.rows import is_block, vector_width
@@ -30,10 +31,7 @@ class Config:
     threads: int = 256
 
     def __post_init__(self):
-        if not is_block(self.threads):
-            raise ValueError(
-                f"streams: config.threads must be a multiple of 32 up to 1024, got {self.threads}"
-            )
+        check("streams", self, threads=(is_block(self.threads), "a multiple of 32 up to 1024"))
 
 
 def default_config(problem: Problem, target: Target, *, batch_invariant: bool = False) -> Config:

@@ -1,4 +1,4 @@
-"""phi in registers, as the A operand of `_projection`: pairs high + low of x's dtype.
+"""phi in registers, as the A operand of `projection.py`: pairs high + low of x's dtype.
 
 bf16 has fp32's range and keeps 16 mantissa bits of every element. fp16 keeps 22 bits, but has a
 small range: each warp scales its elements of a row by a power of two that brings the largest to

@@ -4,7 +4,7 @@ The projection keeps phi in registers and lets tokens stream past. In one warp's
 (lane = 4 * g + t) phi is the A operand and eight tokens are the B operand:
 
 * A holds eight rows of phi twice: rows 0-7 are their high parts, rows 8-15 what rounding left over
-  (phi = high + low, see `_phi`), so a thread adds the two products with one instruction.
+  (phi = high + low, see `phi.py`), so a thread adds the two products with one instruction.
 * The order of the K axis is free as long as A and B agree. One 16-byte read gives a lane eight
   neighbouring elements of a token; elements 0-3 feed one instruction, 4-7 the next. Neither operand
   needs `ldmatrix` or a shuffle.

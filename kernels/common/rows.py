@@ -1,7 +1,10 @@
 """How the channels of a row are spread over the threads of a block."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
 
+from .knobs import check
 from .problem import Problem
 from .programs import ITEM_BYTES, ceil_div
 
@@ -31,6 +34,28 @@ def block_threads(C: int, dtype: str, vectors: int, blocks: int) -> int:
 def is_block(threads: int) -> bool:
     """Whether a block can have this many threads: whole warps, at most 1024 threads."""
     return WARP <= threads <= MAX_THREADS and threads % WARP == 0
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """Launch knobs of a forward that moves rows.
+
+    Attributes:
+        threads: of a block.
+        vectors: of channels, at most 16 bytes each, that a thread handles.
+    """
+
+    threads: int
+    vectors: int = 1
+    op: ClassVar[str]
+
+    def __post_init__(self):
+        check(
+            self.op,
+            self,
+            threads=(is_block(self.threads), "a multiple of 32 up to 1024"),
+            vectors=(self.vectors >= 1, "at least 1"),
+        )
 
 
 def default_row(problem: Problem) -> tuple[int, int]:

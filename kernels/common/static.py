@@ -2,8 +2,7 @@
 
 nvcc compiles the program's CUDA source to a cubin for the named architecture and ptxas says what it
 took. Dynamic shared memory is no part of a cubin: it comes from the program's launch. Results are
-kept in $MHC_TILE_STATIC_CACHE, if that is set, under a hash of the source and the compiler. The
-digests of `_gate.py`'s records say which programs need no compiler, because it has seen them.
+kept in $MHC_TILE_STATIC_CACHE, if that is set, under a hash of the source and the compiler.
 """
 
 import functools

@@ -22,7 +22,7 @@ import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
 from ..common.architectures import shared_limit
-from ..common.knobs import knob
+from ..common.knobs import check, knob
 from ..common.problem import Problem, Target
 from ..common.programs import F32, ITEM_BYTES, PASS_CONFIGS, ceil_div, logits_per_token, program
 from ..common.split import rest, round_rest, round_tf32
@@ -57,25 +57,18 @@ class Config:
 
     def __post_init__(self):
         """Reject what cannot launch."""
-        warps = self.threads // 32
-        rules = {
-            "threads": ("a multiple of 32 and at least that", self.threads == warps * 32 > 0),
-            "groups": ("positive", self.groups >= 1),
-            "min_blocks": ("positive", self.min_blocks >= 1),
-            "tile": ("16 or 32", self.tile in (16, 32)),
-            "stages": ("2 to 4", self.stages in (2, 3, 4)),
-            "columns": (
-                f"a power of two and a multiple of {warps * 16}, 16 a warp",
-                self.columns >= 1
-                and not self.columns & (self.columns - 1)
-                and not self.columns % max(1, warps * 16),
-            ),
-        }
-        for name, (rule, kept) in rules.items():
-            if not kept:
-                raise ValueError(
-                    f"mapping_backward: config.{name} must be {rule}, got {getattr(self, name)}"
-                )
+        warps, columns = self.threads // 32, self.columns
+        power = columns >= 1 and not columns & (columns - 1) and not columns % max(1, 16 * warps)
+        check(
+            "mapping_backward",
+            self,
+            threads=(self.threads == 32 * warps > 0, "a multiple of 32 and at least that"),
+            columns=(power, f"a power of two and a multiple of {16 * warps}, 16 a warp"),
+            tile=(self.tile in (16, 32), "16 or 32"),
+            stages=(self.stages in (2, 3, 4), "2 to 4"),
+            groups=(self.groups >= 1, "positive"),
+            min_blocks=(self.min_blocks >= 1, "positive"),
+        )
 
 
 def default_config(problem: Problem, target: Target, *, batch_invariant: bool = False) -> Config:
