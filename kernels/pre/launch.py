@@ -1,12 +1,13 @@
-"""Mapping, Sinkhorn and pre-apply: everything before the layer, in one launch or two.
+"""Mapping, Sinkhorn and pre-apply: everything before the layer.
 
-    inv_rms, projection, logits, h_pre, h_post: as in mapping.py
+    inv_rms, projection, logits, h_pre, h_post: as in mapping/launch.py
     h_res          = sinkhorn(logits_res as [out, in])
     layer_input[c] = sum_i h_pre[i] * x[i, c]
 
-Many tokens go through `pre_team`, which reads x once, in one cooperative launch. Few, and those of
-GPUs that cannot run it, take two: `mapping.project` reads n * C elements a token and `finish` reads
-them again (last token first, so that some come from L2) and writes C: 2n + 1 where n + 1 must move.
+Many tokens take one persistent launch, persistent.py, which reads x once: (n + 1) * C elements
+move. Few tokens, and GPUs that cannot run it, take two launches, (2n + 1) * C elements:
+`mapping.project`, then `finish`, which reads x again, the last tokens first: they are in L2. fp32,
+and a C that is no multiple of 8, take a launch for each stage.
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
-from ..common import projection_simt as _projection_any
+from .. import pre_apply, sinkhorn
+from ..common import projection_simt
 from ..common.problem import Problem, Target
 from ..common.programs import (
     F32,
@@ -33,13 +35,12 @@ from ..common.programs import (
 )
 from ..common.projection import WARP, WARP_ROLE_CONFIGS, sigmoid, sinkhorn_registers
 from ..mapping import launch as mapping
-from . import persistent as pre_team
-from . import simt as pre_any
+from . import persistent
 
 PIECE = WARP * 8  # channels that a warp reads at once
-# Groups a team from which on one launch is faster than two, 1 to 2 at widths from 1280 to 7168
-# (H100, 2026-11-27).
-MANY_ROUNDS = 1.5
+# Iterations of the persistent loop from which on one launch is faster than two: 1 to 2 at widths
+# from 1280 to 7168 (H100, 2026-11-27).
+MANY_ITERATIONS = 1.5
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,10 @@ class Config(mapping.Config):
 @lru_cache(maxsize=1024)
 def default_config(
     problem: Problem, target: Target, *, batch_invariant: bool = False
-) -> "Config | pre_team.Config":
-    """One launch by teams for many tokens where the GPU can run it, else two launches.
+) -> "Config | persistent.Config":
+    """One persistent launch for many tokens where the GPU can run it, else two launches.
 
-    H200, 2026-11-24, us, team / two launches: 8192x1280 46 / 56, 8192x2560 77 / 104, 8192x4096
+    H200, 2026-11-24, us, one / two launches: 8192x1280 46 / 56, 8192x2560 77 / 104, 8192x4096
     120 / 162, 4096x7168 118 / 149; 64x7168 13 / 10. The two differ in the last bits of the maps.
 
     Args:
@@ -73,9 +74,9 @@ def default_config(
         target: the GPU.
         batch_invariant: the same form for every number of tokens, that of many.
     """
-    team = pre_team.default_config(problem, target)
-    if team and (batch_invariant or problem.tokens >= MANY_ROUNDS * team.group * team.teams):
-        return team
+    one = persistent.default_config(problem, target)
+    if one and (batch_invariant or problem.tokens >= MANY_ITERATIONS * one.group * one.teams):
+        return one
     # few tokens are split over warps until about 14 warps a multiprocessor run
     base = mapping.default_config(problem, target)
     pieces = ceil_div(problem.channels, PIECE)
@@ -91,21 +92,21 @@ def _with_splits(base: mapping.Config, splits: int) -> Config:
     )
 
 
-def candidates(problem: Problem, target: Target) -> Iterator["Config | pre_team.Config"]:
+def candidates(problem: Problem, target: Target) -> Iterator["Config | persistent.Config"]:
     """Every configuration worth timing that can launch."""
     default = default_config(problem, target)
     yield default
     ahead = mapping.default_config(problem, target).ahead
-    teams = pre_team.default_config(problem, target) is not None
+    one_launch = persistent.default_config(problem, target) is not None
     splits = {1, 4, getattr(default, "splits", 1), ceil_div(problem.channels, PIECE)}
     for base in mapping.candidates(problem, target):
-        if teams and base.ahead not in (1, ahead):
-            continue  # many tokens are the team's, and 64 change by 1% (H100, 2026-11-24)
+        if one_launch and base.ahead not in (1, ahead):
+            continue  # only few tokens take two launches: 64 change by 1% (H100, 2026-11-24)
         for split in sorted(splits):
             config = _with_splits(base, split)
             if config != default:
                 yield config
-    for config in pre_team.candidates(problem, target):
+    for config in persistent.candidates(problem, target):
         if config != default:
             yield config
 
@@ -124,7 +125,7 @@ def finish_program(
     iters: int,
     sinkhorn_eps: float,
 ) -> Any:
-    """From the members' parts to the maps, h_res and layer_input, `splits` warps a token."""
+    """From the split-K partials to the maps, h_res and layer_input, `splits` warps a token."""
     C = channels
     rows = logits_per_token(n)
     lanes = ceil_div(rows + 1, WARP)
@@ -223,13 +224,13 @@ def forward(
     post_scale: float,
     iters: int,
     sinkhorn_eps: float,
-    config: "Config | pre_team.Config | None" = None,
+    config: "Config | persistent.Config | None" = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Everything before the layer (eqs. 8, 9 and 14-19).
 
     Args:
         x: [T, n, C], bf16, fp16 or fp32. Residual streams; fp32, or C that is no multiple of 8, is
-            for `pre_any`, where config has no effect.
+            takes a launch for each stage, where config has no effect.
         phi: [n*n + 2n, n*C], fp32.
         alpha: [3], fp32.
         bias: [n*n + 2n], fp32.
@@ -238,17 +239,17 @@ def forward(
         post_scale: factor of h_post.
         iters: Sinkhorn iterations, at least 1.
         sinkhorn_eps: as in `reference.sinkhorn`.
-        config: of the launch, `default_config` if None; a `pre_team.Config` asks for one launch.
+        config: of the launch, `default_config` if None; a `persistent.Config` asks for one launch.
 
     Returns:
         layer_input [T, C] in x's dtype; h_post [T, n], h_res [T, n, n], projection [T, n*n + 2n],
         inv_rms [T], fp32.
     """
-    if _projection_any.takes(x):
-        return pre_any.forward(
-            x, phi, alpha, bias, norm_eps=norm_eps, pre_eps=pre_eps, post_scale=post_scale,
-            iters=iters, sinkhorn_eps=sinkhorn_eps,
-        )  # fmt: skip
+    if projection_simt.takes(x):
+        scales = {"norm_eps": norm_eps, "pre_eps": pre_eps, "post_scale": post_scale}
+        h_pre, h_post, logits, projection, inv_rms = mapping.forward(x, phi, alpha, bias, **scales)
+        h_res = sinkhorn.forward(logits, iters=iters, eps=sinkhorn_eps)
+        return pre_apply.forward(x, h_pre), h_post, h_res, projection, inv_rms
     tokens, n, channels = x.shape
     rows = logits_per_token(n)
     layer_input = x.new_empty(tokens, channels)
@@ -262,8 +263,8 @@ def forward(
         arch = architecture(x.device)
         config = config or default_config(problem_of("pre", x), target_of(x.device))
         x, phi = mapping.aligned(x), mapping.aligned(phi)
-        if isinstance(config, pre_team.Config):
-            pre_team.launch(config, x, phi, alpha, bias, outputs, constants)
+        if isinstance(config, persistent.Config):
+            persistent.launch(config, x, phi, alpha, bias, outputs, constants)
         else:
             parts = mapping.project(x, phi, config)
             knobs = config.members, config.warps, config.splits
