@@ -10,7 +10,7 @@ it is merge's own cotangent, grad_x_next, and `sum_o h_res[o, i] * grad_x_part[o
 merge's backward then writes 4 C less. grad_x needs grad_h_pre, a sum over the whole token, so x is
 needed twice. One thread a token leaves the token's record, without what grad_h_pre decides.
 
-Many tokens go through `pre_backward_team`, which reads x once: 13 C elements a token at n = 4, the
+Many tokens go through `persistent`, which reads x once: 13 C elements a token at n = 4, the
 floor. Few tokens, and what has no teams (other n than 4, fp16, fp32, before sm_90), take two
 launches: dot products ((n + 1) C elements a token read), which complete the records, and columns
 ((2n + 1) C read, n C written), 18 C. The ordered sum of grad_phi's parts is the last launch.
@@ -46,7 +46,7 @@ from ..mapping import grad_x_pass as _mapping_columns
 from ..mapping.backward import add_partials, gradients_from_states
 from ..mapping.grad_x_pass import Config, is_aligned
 from ..mapping.token_state import NOT_READY, state_size, sums_width, token_states
-from . import persistent as pre_backward_team
+from . import persistent
 
 __all__ = ["Config", "backward", "candidates", "default_config", "traffic"]
 
@@ -63,7 +63,7 @@ RING_BYTES = 51200  # of a multiprocessor: what two blocks of the columns leave 
 
 def default_config(
     problem: Problem, target: Target, *, batch_invariant: bool = False
-) -> Config | pre_backward_team.Config:
+) -> Config | persistent.Config:
     """One pass by teams for many tokens where the GPU can run it, else two passes over x.
 
     H200, 2026-11-24, us, team / two passes: 8192x1280 104 / 105, 8192x2560 182 / 201, 8192x4096
@@ -75,17 +75,17 @@ def default_config(
         batch_invariant: the same form for every number of tokens, that of many.
     """
     if problem.dtype == "bfloat16":
-        team = pre_backward_team.default_config(problem.at(1), target)
+        team = persistent.default_config(problem.at(1), target)
         if team and (batch_invariant or problem.tokens >= MANY_ROUNDS * team.group * team.teams):
             return team
     return _mapping_columns.default_config(problem, target)
 
 
-def candidates(problem: Problem, target: Target) -> Iterator[Config | pre_backward_team.Config]:
+def candidates(problem: Problem, target: Target) -> Iterator[Config | persistent.Config]:
     """Configurations worth measuring."""
     yield from _mapping_columns.candidates(problem, target)
     if problem.dtype == "bfloat16":
-        yield from pre_backward_team.candidates(problem, target)
+        yield from persistent.candidates(problem, target)
 
 
 def dots_shape(channels: int, n: int, dtype: str, overlap: bool) -> tuple[int, int, int]:
@@ -313,7 +313,7 @@ def backward(
     post_scale: float,
     iters: int,
     sinkhorn_eps: float,
-    config: Config | pre_backward_team.Config,
+    config: Config | persistent.Config,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradient of `reference.pre`; see the module's docstring for the equations.
 
@@ -345,8 +345,8 @@ def backward(
         return torch.empty_like(x), *(torch.zeros_like(value) for value in (phi, alpha, bias))
     tokens, n, channels = x.shape
     arch, available = architecture(x.device), multiprocessors(x.device)
-    if isinstance(config, pre_backward_team.Config):
-        more_sums, exchange = config.sums, config.exchange(x.device)
+    if isinstance(config, persistent.Config):
+        more_sums, exchange = config.sums, config.mailbox(x.device)
     else:
         *_, resident = dots_shape(channels, n, dtype_name(x), overlaps(arch))
         more_sums, exchange = min(tokens, available * resident), None
@@ -356,8 +356,8 @@ def backward(
         iters=iters, sinkhorn_eps=sinkhorn_eps, extra_sums=more_sums, mailbox=exchange,
     )  # fmt: skip
     own_sums = block_sums[-more_sums:]
-    if isinstance(config, pre_backward_team.Config):
-        grad_x, parts = pre_backward_team.launch(
+    if isinstance(config, persistent.Config):
+        grad_x, parts = persistent.launch(
             config, grad_layer_input, x, phi, projection, inv_rms, alpha, unfinished,
             grad_x_part, h_res, exchange, own_sums,
         )  # fmt: skip
