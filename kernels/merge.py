@@ -287,7 +287,7 @@ def backward(
         x: [T, n, C], bf16, fp16 or fp32. What `forward` read, as are the next three.
         layer_output: [T, C], dtype of x.
         h_post: [T, n], fp32.
-        h_res: [T, n, n], fp32, [out, in]. None leaves grad_x out: `pre_backward` forms it, too.
+        h_res: [T, n, n], fp32, [out, in]. None: grad_x is left to `pre_backward`.
         config: launch knobs.
 
     Returns:
@@ -302,7 +302,7 @@ def backward(
         dtype = dtype_name(x)
         constants = (n, C, dtype, grad_x is not None, *knobs_of(config))
         kernel = backward_program(architecture(x.device), *constants)
-        # what a program leaves alone still has its shape
+        # what a program does not read or write still has its shape
         unread, unwritten = (h_res, grad_x) if grad_x is not None else (grad_h_res, x)
         kernel(grad_x_next, x, layer_output, h_post, unread, unwritten, *grads)
     return grad_x, *grads

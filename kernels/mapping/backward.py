@@ -127,8 +127,8 @@ def gradients_from_states(
         block_sums: [blocks of tokens, sums_width(n)], fp32, of the same.
         x: [T, n, C], T at least 1.
         phi: [n*n + 2n, n*C], fp32.
-        grad_layer_input: [T, C] in x's dtype. None leaves its term out.
-        grad_x_part: [T, n, C] in x's dtype. None leaves its term out.
+        grad_layer_input: [T, C] in x's dtype. None: without its term.
+        grad_x_part: [T, n, C] in x's dtype. None: without its term.
         h_res: [T, n, n], fp32: `sum_o h_res[o, i] * grad_x_part[o, c]` is added instead.
         config: launch knobs.
 
@@ -141,7 +141,7 @@ def gradients_from_states(
     partials = phi.new_empty(config.groups, logits, n, C)
     part = "" if grad_x_part is None else ADDED if h_res is None else MIXED
     terms = (grad_layer_input is not None, part)
-    # what a program leaves unread still has its shape
+    # what a program does not read still has its shape
     if grad_layer_input is None:
         grad_layer_input = x.view(-1)[: tokens * C].view(tokens, C)
     if h_res is None:

@@ -57,7 +57,7 @@ class Config:
         blocks: blocks that share the tokens, at most (a launch has no more than it has groups).
         steps: pieces of 32 elements of nC that a warp holds; phi takes 8 * steps * ceil(rows / 8)
             of its registers.
-        group: tokens that travel together.
+        group: tokens of a tile.
         ahead: groups in flight from memory.
         warps: warps of a block of `finish`.
     """
@@ -111,7 +111,7 @@ def default_config(
     blocks = max(1, target.multiprocessors // members)
     steps = 4 if n <= 4 else 1
     for group in (16, 8):
-        # one group a block: nothing to keep in flight behind it
+        # one group a block: none comes after it
         for ahead in (3, 2, 1) if problem.tokens > group * blocks else (1,):
             config = Config(members, blocks, steps, group, ahead)
             if config.launches(n, C, target.arch):
@@ -174,7 +174,7 @@ def project_program(
             fragments = T.alloc_local(*segment.fragments(dtype))
             unscales = T.alloc_local((segment.phi_tiles,), F32)
             total = T.alloc_var(F32, 0.0)
-            rounds = T.alloc_var(
+            iterations = T.alloc_var(
                 "int32", (T.ceildiv(tokens, G) + most_blocks - 1 - block) // most_blocks
             )
 
@@ -184,14 +184,14 @@ def project_program(
             load_phi(fragments, phi, member, tx)
             scale_phi(fragments, unscales)
 
-            for j in T.serial(rounds + 1):
+            for j in T.serial(iterations + 1):
                 T.ptx_wait_group(ahead - 1)
                 T.sync_threads()
-                if j + ahead < rounds:
+                if j + ahead < iterations:
                     first = T.cast((j + ahead) * most_blocks + block, "int64") * G
                     fetch(x_tile, (j + ahead) % (ahead + 1), x, first, member, tx)
                 T.ptx_commit_group()
-                if j < rounds:
+                if j < iterations:
                     project(sums, j % 2, fragments, unscales, x_tile, j % (ahead + 1), tx)
                 # partials[member, token] = sum over the warps of group j - 1
                 if j >= 1:

@@ -107,13 +107,13 @@ def project_program(
             phi_vector = T.alloc_local((width,), F32)
             sums = T.alloc_local((group, rows + 1), F32)
             column = T.alloc_local((WARP,), F32)
-            rounds = T.alloc_var(
+            iterations = T.alloc_var(
                 "int32",
                 (T.ceildiv(T.ceildiv(tokens, group) * shares, warps) + most_blocks - 1 - block)
                 // most_blocks,
             )
 
-            for j in T.serial(rounds):
+            for j in T.serial(iterations):
                 task = T.cast(j * most_blocks + block, "int64") * warps + tx // WARP
                 token = task // shares * group
                 first_row = T.cast(task % shares, "int32") * rows

@@ -285,7 +285,7 @@ def token_states(
     constants = (C, n, iters, float(sinkhorn_eps), float(pre_eps), float(post_scale))
     terms = (grad_h_pre is not None, mailbox is not None)
     kernel = token_state_program(arch, *constants, *terms, overlaps(arch))
-    # what a program leaves unread still has its shape
+    # what a program does not read still has its shape
     grad_h_pre = grad_h_post if grad_h_pre is None else grad_h_pre
     words = inv_rms.view(torch.int32) if mailbox is None else mailbox.view(-1)
     maps = (grad_h_pre, grad_h_post, grad_h_res, projection, inv_rms, alpha, bias)
