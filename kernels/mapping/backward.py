@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from ..common.architectures import overlaps
-from ..common.knobs import knobs_of
 from ..common.problem import Problem
 from ..common.programs import (
     F32,
@@ -147,8 +146,7 @@ def gradients_from_states(
     if h_res is None:
         h_res = states.view(-1)[: tokens * n * n].view(tokens, n, n)
     arch = architecture(x.device)
-    constants = (C, n, dtype_name(x), *terms, overlaps(arch), *knobs_of(config))
-    kernel = grad_x_program(arch, *constants)
+    kernel = grad_x_program(arch, C, n, dtype_name(x), *terms, overlaps(arch), config)
     part_of_x = x if grad_x_part is None else grad_x_part
     inputs = (x, grad_layer_input, part_of_x, h_res, states, phi.view(logits, n, C))
     kernel(*inputs, grad_x, partials)

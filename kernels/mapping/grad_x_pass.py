@@ -22,7 +22,7 @@ import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
 from ..common.architectures import shared_limit
-from ..common.knobs import check, knob
+from ..common.knobs import check, knob, knobs_of
 from ..common.problem import Problem, Target
 from ..common.programs import F32, ITEM_BYTES, PASS_CONFIGS, ceil_div, logits_per_token, program
 from ..common.split import rest, round_rest, round_tf32
@@ -98,20 +98,15 @@ def candidates(problem: Problem, target: Target) -> Iterator[Config]:
 
 @functools.lru_cache(maxsize=1024)
 def _config(
-    problem: Problem,
-    target: Target,
-    columns: int,
-    tile: int,
-    threads: int,
-    stages: int,
-    resident: int,
+    problem: Problem, target: Target, columns: int, tile: int, threads: int, stages: int, ctas: int
 ) -> Config:
+    """With so many blocks a multiprocessor in one wave."""
     slices = ceil_div(problem.channels, columns // problem.n)
-    groups = max(1, resident * target.multiprocessors // slices)
+    groups = max(1, ctas * target.multiprocessors // slices)
     tiles = max(1, ceil_div(problem.tokens, tile))
     if tiles < groups:  # a power of two: every number of groups is a compilation
         groups = 1 << (tiles.bit_length() - 1)
-    return Config(columns, tile, threads, stages, groups, resident)
+    return Config(columns, tile, threads, stages, groups, ctas)
 
 
 def is_aligned(C: int, dtype: str) -> bool:
@@ -263,23 +258,13 @@ def _grad_x_macro(C: int, n: int, dtype: str, with_pre: bool, part: str, tokens:
 
 @program(TENSOR_CORE_PASS_CONFIGS)
 def grad_x_program(
-    C: int,
-    n: int,
-    dtype: str,
-    with_pre: bool,
-    part: str,
-    overlap: bool,
-    columns: int,
-    tile: int,
-    threads: int,
-    stages: int,
-    groups: int,
-    min_blocks: int,
+    C: int, n: int, dtype: str, with_pre: bool, part: str, overlap: bool, config: Config
 ) -> Any:
     """A block a slice of phi's columns and a group of tokens; see the module's docstring.
 
     Where launches overlap, `pre`'s states are still being written when this one begins.
     """
+    columns, tile, threads, stages, groups, min_blocks = knobs_of(config)
     tokens = T.dynamic("tokens")
     logits, width = logits_per_token(n), columns // n
     slices = ceil_div(C, width)

@@ -91,17 +91,9 @@ def _maps_back(
 
 @macro
 def _add_block(
-    block_sums,
-    value: T.Ref,
-    present: T.Ref,
-    grad_pre,
-    grad_post,
-    grad_res,
-    gate_sums,
-    block,
-    lane,
-    n,
-):
+    block_sums, value: T.Ref, present: T.Ref, grad_pre, grad_post, grad_res, gate_sums,
+    block, lane, n,
+):  # fmt: skip
     """The sums over a block's tokens, `present` of them: grad_bias and grad_alpha."""
     logits = logits_per_token(n)
     # grad_bias[k] = sum_t grad_logits[t, k]
