@@ -261,11 +261,11 @@ def programs(problem: Problem, config: Any, target: Target) -> list[tuple[Any, t
     Raises:
         ValueError: The launcher refuses the configuration, as does RuntimeError.
     """
-    from ..kernels.common.programs import catalogue
+    from ..kernels.common.programs import dry_run
 
     kernel = KERNELS[problem.kernel]
     tensors = kernel.samples(problem, "meta")
-    with catalogue(target.arch, target.multiprocessors) as asked:
+    with dry_run(target.arch, target.multiprocessors) as asked:
         kernel.call(tensors, kernel.others(problem), config)
     return [
         (getattr(importlib.import_module(factory.__module__), factory.__name__), constants)

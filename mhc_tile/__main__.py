@@ -18,8 +18,9 @@ _OWN = {
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the other subcommands; each sets `run`, a function of the parsed arguments."""
+    from mhc_tile.perf import cli as perf
+
     from . import doctor
-    from .perf import cli as perf
 
     parser = argparse.ArgumentParser(
         prog="mhc-tile",
@@ -66,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(sys, name) is None:  # closed before the process began, as by `>&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
     try:
-        from .autotune._extras import MissingExtraError
+        from mhc_tile.autotune._extras import MissingExtraError
+
         from .training.progress import settle, write_line
 
         try:

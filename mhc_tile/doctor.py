@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
+from mhc_tile.kernels.common import toolchain as _toolchain
+
 from . import _checks
 from ._version import __version__
-from .kernels.common import toolchain as _toolchain
 
 TRAIN_PACKAGES = ("jinja2", "matplotlib", "tabulate", "tensorboard", "tqdm", "tyro")
 
@@ -50,7 +51,7 @@ def _software() -> Iterator[Finding]:
 
 
 def _gpu() -> Iterator[Finding]:
-    from .autotune.device import describe
+    from mhc_tile.autotune.device import describe
 
     if not torch.cuda.is_available():
         why = "this torch is a CPU build" if torch.version.cuda is None else "no device or driver"
@@ -75,8 +76,8 @@ def _gpu() -> Iterator[Finding]:
 
 def _tables() -> Iterator[Finding]:
     """Which tuned configurations count; files are read, nothing is cached."""
-    from .autotune import lookup, table
-    from .autotune.device import describe
+    from mhc_tile.autotune import lookup, table
+    from mhc_tile.autotune.device import describe
 
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         item = f"tuning {index}"

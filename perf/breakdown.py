@@ -15,7 +15,7 @@ PRODUCTS, ATTENTION = "matrix products", "attention"
 # layers' own: it is what those are more than with plain residuals.
 KERNELS = {
     "merge and pre, forward": r"mhc_boundary",
-    "pre, forward": r"mhc_pre_team|mhc_pre_finish|mhc_project|mhc_pre_big_fuse",
+    "pre, forward": r"mhc_pre_persistent|mhc_pre_finish|mhc_project|mhc_pre_big_fuse",
     "pre, backward": r"mhc_pre_backward|pre_backward|mapping_backward",
     "merge, forward": r"merge_forward|mhc_post_(res_)?fwd",
     "merge, backward": r"merge_backward|mhc_post_(res_)?bwd",

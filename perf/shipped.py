@@ -8,8 +8,8 @@ from mhc_tile.kernels import merge, pre_apply, sinkhorn, streams
 from mhc_tile.kernels.boundary import launch as boundary
 from mhc_tile.kernels.common.architectures import multiprocessors_of
 from mhc_tile.kernels.common.programs import (
-    Catalogue,
-    catalogue,
+    DryRun,
+    dry_run,
     logits_per_token,
     problem_of,
     target_of,
@@ -60,8 +60,8 @@ def launch_all(tokens: int, n: int, channels: int, dtype: torch.dtype, device: s
 
 def programs(
     arch: str, tokens: int, n: int = 4, channels: int = 2560, dtype: torch.dtype = torch.bfloat16
-) -> Catalogue:
+) -> DryRun:
     """The programs that `launch_all` needs on an architecture, without such a GPU."""
-    with catalogue(arch, multiprocessors_of(arch)) as asked:
+    with dry_run(arch, multiprocessors_of(arch)) as asked:
         launch_all(tokens, n, channels, dtype, "meta")
     return asked

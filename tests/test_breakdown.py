@@ -73,11 +73,11 @@ def test_spans_that_overlap_count_once():
 
 
 RECORDED = [  # two steps of 20 us
-    ("mhc_pre_team_kernel", 0.0, 3.0),
+    ("mhc_pre_persistent_kernel", 0.0, 3.0),
     ("nvjet_tst_128x256", 3.0, 8.0),
     ("merge_forward_kernel", 7.0, 9.0),  # begins before the one before has ended
     ("merge_backward_kernel", 10.0, 14.0),
-    ("mhc_pre_team_kernel", 20.0, 25.0),
+    ("mhc_pre_persistent_kernel", 20.0, 25.0),
     ("nvjet_tst_128x256", 25.0, 30.0),
     ("merge_forward_kernel", 30.0, 32.0),
     ("merge_backward_kernel", 32.0, 36.0),

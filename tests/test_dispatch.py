@@ -130,9 +130,9 @@ def test_pre_is_one_launch_for_many_tokens_and_two_for_few():
     pre = importlib.import_module("mhc_tile.kernels.pre.launch")
     problem = Problem("pre", 4, 2560, "bfloat16", 8192)
     forms = [type(pre.default_config(problem.at(t), H200)) for t in (1, 311, 312, 8192)]
-    assert forms == [pre.Config, pre.Config, pre.pre_team.Config, pre.pre_team.Config]
+    assert forms == [pre.Config, pre.Config, pre.persistent.Config, pre.persistent.Config]
     pinned = pre.default_config(problem.at(1), H200, batch_invariant=True)
-    assert isinstance(pinned, pre.pre_team.Config)
+    assert isinstance(pinned, pre.persistent.Config)
     assert isinstance(pre.default_config(problem, Target("sm_80", 108)), pre.Config)
 
 
@@ -150,7 +150,7 @@ def test_boundary_is_one_launch_where_pre_is_and_adds_like_it():
         own, one = form(8192, channels)
         assert one.segment(4, channels) == own.segment(4, channels)
         assert (one.members, one.teams) == (own.members, own.teams)
-        assert one.project_registers(4, channels) == 128  # in which nothing spills
+        assert one.registers_of_roles(4, channels)[0] == 128  # in which nothing spills
     assert form(1, batch_invariant=True)[1] == form(8192)[1]
     assert boundary.beside(replace(form(8192, 7168)[0], members=32), 4, 7168, "sm_90a") is None
     for two in (
@@ -200,14 +200,14 @@ for name in ("pre.launch", "pre_backward.launch", "mapping.backward", "merge", "
 def test_the_backward_of_pre_is_one_pass_for_many_tokens_and_two_for_few():
     pytest.importorskip("tilelang")
     kernel = importlib.import_module("mhc_tile.kernels.pre_backward.launch")
-    team = kernel.pre_backward_team.Config
+    team = kernel.persistent.Config
 
     def form(tokens, channels=2560, n=4, dtype="bfloat16", arch="sm_90a", **others):
         problem = Problem("pre_backward", n, channels, dtype, tokens)
         return type(kernel.default_config(problem, Target(arch, 132), **others))
 
     problem = Problem("pre_backward", 4, 2560, "bfloat16", 1)
-    teams = kernel.pre_backward_team.default_config(problem, H200).teams
+    teams = kernel.persistent.default_config(problem, H200).teams
     few = kernel.MANY_ROUNDS * 16 * teams
     assert [form(t) for t in (1, few - 1, few, 8192)] == [kernel.Config, kernel.Config, team, team]
     assert form(1, batch_invariant=True) is team
@@ -219,7 +219,7 @@ def test_the_backward_of_pre_is_one_pass_for_many_tokens_and_two_for_few():
             (config.members, config.lag)
             for count in (32, 108, 132)
             if (
-                config := kernel.pre_backward_team.default_config(
+                config := kernel.persistent.default_config(
                     replace(problem, channels=channels), Target("sm_90a", count)
                 )
             )
@@ -247,9 +247,9 @@ def test_why_no_kernel_runs(monkeypatch, capability, tilelang, n, why):
 class Launched(TorchDispatchMode):
     """Asks every op's kernels, without a GPU, for what the op has just returned on the CPU."""
 
-    def __init__(self, catalogue):
+    def __init__(self, dry_run):
         super().__init__()
-        self.catalogue, self.compared = catalogue, []
+        self.dry_run, self.compared = dry_run, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -257,7 +257,7 @@ class Launched(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         if func.namespace == "mhc_tile" and name in _dispatch.LAUNCHERS:
             launch = _library._with_defaults(func, _dispatch.LAUNCHERS[name])
-            with self.catalogue("sm_90a", 132):
+            with self.dry_run("sm_90a", 132):
                 found = launch(
                     *map(self.bare, args), **{k: self.bare(v) for k, v in kwargs.items()}
                 )
@@ -281,7 +281,7 @@ def test_kernels_return_what_the_op_returns(name, tokens):
     pytest.importorskip("tilelang")
     programs = importlib.import_module("mhc_tile.kernels.common.programs")
     made = call(name, Shape("leading", tokens=tokens), torch.bfloat16).to(grad=True)
-    with Launched(programs.catalogue) as seen:
+    with Launched(programs.dry_run) as seen:
         results = made.run()
         torch.autograd.grad(results, made.inputs, cotangents(results))
     assert {op for op, _ in seen.compared} == {name, f"{name}_backward"}
@@ -289,16 +289,16 @@ def test_kernels_return_what_the_op_returns(name, tokens):
         assert found == expected, op
 
 
-def test_a_team_s_warps_cover_its_channels():
-    """The warps that apply take 8 channels a lane and do not loop."""
-    from mhc_tile.kernels.pre import persistent as pre_team
+def test_the_apply_warps_cover_the_channels_of_a_rank():
+    """Apply warps take 8 channels a lane and do not loop."""
+    from mhc_tile.kernels.pre import persistent
 
-    narrow = pre_team.Config(2, 1, group=8, lag=2, apply_warps=1, owners=1)
+    narrow = persistent.Config(2, 1, group=8, lag=2, apply_warps=1, owners=1)
     assert not narrow.launches(2, 1024, "sm_90a")
     assert narrow.launches(2, 512, "sm_90a")
     for registers in (0, 81, 248):
         with pytest.raises(ValueError, match=f"registers must be a multiple of 8 .* {registers}"):
-            pre_team.Config(10, 13, registers=registers)
+            persistent.Config(10, 13, registers=registers)
 
 
 def test_a_table_s_threads_do_not_limit_the_iterations(monkeypatch):

@@ -261,12 +261,12 @@ def test_backward_of_pre_and_mapping(shape, dtype, arch, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "members", "teams", "owners"), [(1, 2, 2, 3), (90, 2, 2, 3), (100, 3, 1, 2)]
+    ("tokens", "ranks", "groups", "reducers"), [(1, 2, 2, 3), (90, 2, 2, 3), (100, 3, 1, 2)]
 )
-def test_pre_in_one_launch(tokens, members, teams, owners):
-    shape = Shape("team", tokens=(tokens,), width=64)
+def test_pre_in_one_launch(tokens, ranks, groups, reducers):
+    shape = Shape("groups", tokens=(tokens,), width=64)
     inputs = call("pre", shape, torch.bfloat16).inputs
-    config = kernel("pre.persistent").Config(members, teams, steps=1, group=8, owners=owners)
+    config = kernel("pre.persistent").Config(ranks, groups, steps=1, group=8, owners=reducers)
     results = kernel("pre.launch").forward(*inputs, norm_eps=1e-6, **CONSTANTS, config=config)
     x, phi, alpha, bias = wide(*inputs)
     saved = reference.normalised_projection(x, phi, 1e-6)
@@ -275,37 +275,37 @@ def test_pre_in_one_launch(tokens, members, teams, owners):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "width", "members", "teams", "steps", "dtype"),
+    ("tokens", "width", "ranks", "groups", "steps", "dtype"),
     [
         (1, 64, 2, 2, 1, torch.bfloat16),
-        (90, 72, 2, 2, 2, torch.bfloat16),  # the second member has fewer channels, rows have a pad
+        (90, 72, 2, 2, 2, torch.bfloat16),  # the second rank has fewer channels, rows have a pad
         (100, 64, 3, 1, 1, torch.float16),
         (40, 520, 3, 1, 4, torch.bfloat16),  # nothing is spared: a lane a chunk
     ],
 )
-def test_boundary_in_one_launch(tokens, width, members, teams, steps, dtype, monkeypatch):
-    boundary, team = kernel("boundary.launch"), kernel("pre.persistent")
-    monkeypatch.setattr(team, "_launches", lambda *_: True)  # sm_80 hands over no registers
-    shape = Shape("team", tokens=(tokens,), width=width)
+def test_boundary_in_one_launch(tokens, width, ranks, groups, steps, dtype, monkeypatch):
+    boundary, persistent = kernel("boundary.launch"), kernel("pre.persistent")
+    monkeypatch.setattr(persistent, "_launches", lambda *_: True)  # sm_80 reallocates no registers
+    shape = Shape("groups", tokens=(tokens,), width=width)
     inputs = call("boundary", shape, dtype).inputs
-    config = boundary.Config(members, teams, steps=steps, group=8, owners=2)
+    config = boundary.Config(ranks, groups, steps=steps, group=8, owners=2)
     results = boundary.forward(*inputs, norm_eps=1e-6, **CONSTANTS, config=config)
     x_next = kernel("merge").forward(*inputs[:4], config=default("merge", inputs[0]))
     assert torch.equal(results[0], x_next)
-    alone = team.Config(members, teams, steps=steps, group=8)
+    alone = persistent.Config(ranks, groups, steps=steps, group=8)
     same = kernel("pre.launch").forward(
         x_next, *inputs[4:], norm_eps=1e-6, **CONSTANTS, config=alone
     )
     assert all(torch.equal(one, other) for one, other in zip(results[1:], same, strict=True))
 
 
-def test_the_slots_of_the_exchange_keep_owners_apart_from_old_words():
-    team = kernel("pre.persistent")
-    for members, owners in ((1, 1), (5, 7), (10, 3), (10, 7), (28, 3), (33, 5)):
-        config = team.Config(members, 4, owners=owners)
-        assert config.slots >= max(config.lag, config.longest_skip())
-    assert team.Config(10, 13, owners=7).longest_skip() == 7
-    assert team.Config(28, 4).longest_skip() == 9
+def test_mailbox_stages_keep_reducers_apart_from_old_messages():
+    persistent = kernel("pre.persistent")
+    for ranks, reducers in ((1, 1), (5, 7), (10, 3), (10, 7), (28, 3), (33, 5)):
+        config = persistent.Config(ranks, 4, owners=reducers)
+        assert config.mailbox_stages >= max(config.lag, config.longest_skip())
+    assert persistent.Config(10, 13, owners=7).longest_skip() == 7
+    assert persistent.Config(28, 4).longest_skip() == 9
 
 
 def test_a_token_of_zeros_and_one_of_nan():

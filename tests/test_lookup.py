@@ -14,7 +14,7 @@ from mhc_tile.autotune.device import Device
 from mhc_tile.autotune.lookup import Tables, decide
 from mhc_tile.autotune.problems import Problem
 from mhc_tile.autotune.registry import KERNELS, Target
-from mhc_tile.kernels.common.programs import catalogue
+from mhc_tile.kernels.common.programs import dry_run
 from mhc_tile.kernels.common.quantities import Samples, quantity
 from mhc_tile.ops import _definition, _dispatch
 from mhc_tile.ops._definition import DEFINITIONS
@@ -310,7 +310,7 @@ def test_an_op_launches_with_the_tables_configuration(fake_gpu):
     launched = []
     _dispatch.tuned("merge", OnGPU(), (64, 4, 2560), launched.append)
     _dispatch.tuned("merge", OnGPU(), (0, 4, 2560), launched.append)
-    with catalogue("sm_90a", 132):
+    with dry_run("sm_90a", 132):
         _dispatch.tuned("merge", torch.empty(1).bfloat16(), (64, 4, 2560), launched.append)
     own = registry.default(problem("merge", 0), TARGET)
     assert launched == [merge_config(96), own, own]

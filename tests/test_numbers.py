@@ -22,7 +22,7 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 INF = float("inf")
 GPU_NAN = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(F32).item()  # that of its arithmetic
 MAPS = {key: CONSTANTS[key] for key in ("pre_eps", "post_scale")}
-FORMS = ("pre", "team", "mapping", "boundary")
+FORMS = ("pre", "persistent", "mapping", "boundary")
 
 
 def inputs_of(dtype: torch.dtype, tokens: int = 9, n: int = 4, width: int = 64) -> list[Tensor]:
@@ -33,8 +33,8 @@ def projected(form: str, inputs: list[Tensor], norm_eps: float = 1e-6) -> tuple[
     """Projection and inv_rms by one of the forms of the forward."""
     x, *parameters = inputs
     constants = {**(MAPS if form == "mapping" else CONSTANTS), "norm_eps": norm_eps}
-    if form in ("team", "boundary"):
-        module = kernel("pre.persistent" if form == "team" else "boundary")
+    if form in ("persistent", "boundary"):
+        module = kernel("pre.persistent" if form == "persistent" else "boundary")
         constants["config"] = module.Config(2, 1, steps=1, group=8, owners=2)
     else:
         constants["config"] = default(form, x)
@@ -42,7 +42,7 @@ def projected(form: str, inputs: list[Tensor], norm_eps: float = 1e-6) -> tuple[
         tokens, n, _ = x.shape
         maps = torch.zeros(tokens, n), torch.eye(n).repeat(tokens, 1, 1)
         return kernel(form).forward(x, x[:, 0].contiguous(), *maps, *parameters, **constants)[-2:]
-    return kernel("pre" if form == "team" else form).forward(*inputs, **constants)[-2:]
+    return kernel("pre" if form == "persistent" else form).forward(*inputs, **constants)[-2:]
 
 
 def saved_of(x: Tensor, phi: Tensor, norm_eps: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,7 @@ def saved_of(x: Tensor, phi: Tensor, norm_eps: float = 1e-6) -> tuple[Tensor, Te
 
 
 @pytest.fixture
-def _any_team(monkeypatch):
+def _any_config(monkeypatch):
     monkeypatch.setattr(
         kernel("pre.persistent"), "_launches", lambda *_: True
     )  # sm_80 has no handover
@@ -118,7 +118,7 @@ def test_a_cotangent_that_is_not_finite_shows_in_the_gradients(name, dtype):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.usefixtures("_any_team")
+@pytest.mark.usefixtures("_any_config")
 def test_subnormal_sums_of_squares_count(form):
     for dtype in (BF16, F32) if form in ("pre", "mapping") else (BF16,):
         x, *parameters = inputs_of(dtype, tokens=5, width=64)
@@ -145,7 +145,7 @@ def test_gradients_of_tiny_streams(name, dtype):
 
 
 @pytest.mark.parametrize(("n", "form"), [*((4, form) for form in FORMS), (1, "pre"), (8, "pre")])
-@pytest.mark.usefixtures("_any_team")
+@pytest.mark.usefixtures("_any_config")
 def test_phi_of_any_magnitude_keeps_22_bits_in_float16(n, form):
     x, phi, *others = inputs_of(F16, tokens=3, n=n)
     x[1] *= 1e4 / x[1].abs().max()
@@ -159,7 +159,7 @@ def test_phi_of_any_magnitude_keeps_22_bits_in_float16(n, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.usefixtures("_any_team")
+@pytest.mark.usefixtures("_any_config")
 def test_what_is_not_finite_in_phi_stays_in_its_row(form):
     for dtype in (BF16, F16, F32) if form == "pre" else (BF16, F16):
         inputs = inputs_of(dtype, tokens=3)

@@ -1,19 +1,11 @@
-"""Merge and the next sublayer's `pre` in one launch: x_next is written and not read again.
+"""Merge and the next sublayer's `pre` in one persistent launch: x_next is not read again.
 
     x_next[o, c] = sum_i h_res[o, i] * x[i, c] + h_post[o] * layer_output[c]
-    layer_input, h_post_next, h_res_next = pre(x_next)                        (as in pre.py)
+    layer_input, h_post_next, h_res_next = pre(x_next)                  (as in pre/launch.py)
 
-It is the kernel of `pre_team` with another way into its ring. The warps that fetch, eight here, ask
-for x, layer_output and the maps of a group a round ahead, merge the group where it lies and write
-x_next to memory; a round later the warps that project read it from there. Everything behind that
-is `pre_team`'s own and merge adds in the order of `merge`, so all results have the bits of the two
-launches. A token moves 5C in and 5C out (n = 4) where merge and `pre` move 14C.
-
-Projecting follows merging a round later, not within the round, where each would wait for the other.
-The ring has the depth of `pre_team`'s, with layer_output beside it for one round and the maps for
-two: a lane takes its layer_output into registers as a round begins and asks for the next. Sums
-leave a round later than in `pre_team`, after h_pre of a later group has come, so the slots that
-keep messages apart suffice.
+A token moves (n + 1) * C elements in and (n + 1) * C out. The warps are those of pre/roles.py,
+except that the apply warps also load layer_output and the maps, and merge a tile where it lies in
+shared memory: docs/kernels/boundary.md. All results have the bits of `merge` and then `pre`.
 """
 
 from dataclasses import dataclass
@@ -26,7 +18,6 @@ from torch import Tensor
 
 from .. import merge
 from ..common.architectures import overlaps
-from ..common.phi import load_macro, scale_macro
 from ..common.problem import Problem
 from ..common.programs import (
     F32,
@@ -40,21 +31,22 @@ from ..common.programs import (
 )
 from ..common.projection import WARP, WARP_ROLE_CONFIGS
 from ..pre import launch as pre
-from ..pre import persistent as pre_team
-from ..pre import simt as pre_any
-from ..pre.roles import apply_macro, help_macro, send_macros
-from .roles import CHUNK, MAPS, STREAMS, stream_macros
+from ..pre import persistent, simt
+from ..pre.plan import Constants, Cta, Reduced
+from ..pre.roles import empty_mailboxes, receive_and_reduce_warps
+from .roles import CHUNK, MAPS, STREAMS, Inputs, Staged, merge_warps, project_warps
 
 MEASURED = ("sm_90a",)  # on sm_100a two words of a round spill
-MOST_MEMBERS = 28  # measured; more of them spill more
+MOST_RANKS = 28  # measured; more of them spill more
 
 
 @dataclass(frozen=True)
-class Config(pre_team.Config):
-    """Launch knobs: those of `pre_team`, with other defaults.
+class Config(persistent.Config):
+    """Launch knobs: those of the persistent `pre`, with other defaults.
 
     Args:
-        merge_registers: of a thread that merges; `registers` are those of the warps that own.
+        merge_registers: of a thread of the merge warps; `registers` are those of the receiver and
+            reducer warps.
     """
 
     apply_warps: int = 8
@@ -62,14 +54,15 @@ class Config(pre_team.Config):
     merge_registers: int = 88
     spare: ClassVar[int] = 16  # at C = 7168 seven words spill, at 1280 to 2560 none
 
-    def project_registers(self, n: int, channels: int) -> int:
-        """Registers of a projecting thread once the other roles have given theirs up."""
-        project, merging, threads = self.roles(n, channels)
+    def registers_of_roles(self, n: int, channels: int) -> tuple[int, int, int]:
+        """Registers of a projection, merge, and receiver or reducer thread after reallocation."""
+        project, merging, threads = self.first_threads(n, channels)
         left = 65536 // threads // 8 * 8 * threads - self.registers * (threads - merging)
-        return min(240, (left - self.merge_registers * (merging - project)) // project // 8 * 8)
+        left -= self.merge_registers * (merging - project)
+        return min(240, left // project // 8 * 8), self.merge_registers, self.registers
 
     def shared_bytes(self, n: int, channels: int) -> int:
-        """Shared memory of a block."""
+        """Shared memory of a CTA."""
         rest = self.ahead * self.segment(n, channels).width * 2 + (self.ahead + 1) * MAPS * 4
         return super().shared_bytes(n, channels) + self.group * rest
 
@@ -86,63 +79,30 @@ def beside(config: Any, n: int, channels: int, arch: str) -> Config | None:
 
     H200, 2026-11-28, us, `merge` and `pre` / one launch: 8192 x 1280 89 / 78, 8192 x 2560
     163 / 140, 8192 x 4096 256 / 216, 4096 x 7168 250 / 217, 512 x 2560 20.5 / 17.4. More
-    members than ceil(C / 256) leave lanes idle and are slower: 32 at 4096 x 7168 236 / 267.
+    ranks than ceil(C / 256) leave lanes idle and are slower: 32 at 4096 x 7168 236 / 267.
 
     Args:
-        config: of `pre`; its form by teams, which is for many tokens, has a counterpart.
+        config: of `pre`; its persistent form, which is for many tokens, has a counterpart.
         n: streams.
         channels: C.
         arch: such as "sm_90a".
     """
-    if not isinstance(config, pre_team.Config):
+    if not isinstance(config, persistent.Config):
         return None
     own = Config(config.members, config.teams, config.steps, config.group)
-    full = own.members == ceil_div(channels, WARP * CHUNK) <= MOST_MEMBERS
+    full = own.members == ceil_div(channels, WARP * CHUNK) <= MOST_RANKS
     return own if full and arch in MEASURED and own.launches(n, channels, arch) else None
-
-
-def unknown(sums: Any, value: Any) -> Any:
-    """An integer plus a zero from shared memory: what follows from it is not kept in registers.
-
-    Not for addresses of stores: nvcc then splits 16-byte ones, in the whole function.
-    """
-    return value + T.reinterpret(sums[0, 0, 0, logits_per_token(STREAMS) + 1], "int32")
 
 
 @program(WARP_ROLE_CONFIGS)
 def boundary_program(
-    channels: int,
-    dtype: str,
-    config: Config,
-    norm_eps: float,
-    pre_eps: float,
-    post_scale: float,
-    iters: int,
-    sinkhorn_eps: float,
-    handover: bool,
+    channels: int, dtype: str, config: Config, constants: Constants, reallocate: bool
 ) -> Any:
-    """Merge and `pre`, by teams of blocks."""
+    """Merge and `pre`: a CTA is a rank of a group, its warps have roles."""
     n, C, G = STREAMS, channels, config.group
-    members, teams = config.members, config.teams
-    ahead, lag, depth, slots = config.ahead, config.lag, config.depth, config.slots
-    segment = config.segment(n, C)
-    rows, warps, main_threads = segment.rows, segment.warps, segment.threads
-    apply_first, receive_first, threads = config.roles(n, C)
-    owners, apply_warps = config.owners, config.apply_warps
-    meeting = receive_first + WARP  # threads that meet every round: all but the owners
-    project_registers = config.project_registers(n, C)
-    exchange_shape = config.exchange_shape(n)
-    tokens = T.dynamic("tokens")
-    half = (config.steps + 1) // 2
-    load_first, load_rest = load_macro(segment, dtype, 0, half), load_macro(segment, dtype, half)
-    scale_phi, project = scale_macro(segment, dtype), segment.project_macro(dtype)
-    clear_pad, fetch, fetch_output, take_output, merge = stream_macros(
-        segment, tokens, apply_warps, dtype
-    )
-    clear, send = send_macros(segment, slots, threads)
-    pre_apply = apply_macro(segment, depth, dtype, tokens, WARP * apply_warps)
-    constants = norm_eps, pre_eps, post_scale, iters, sinkhorn_eps
-    help = help_macro(segment, members, teams, owners, slots, lag, meeting, tokens, constants)
+    plan = config.plan(n, C, dtype, constants, reallocate)
+    tokens, segment, prefetch = plan.tokens, plan.segment, plan.prefetch
+    merge_first, receive_first, threads = plan.first_threads
 
     @T.prim_func
     def mhc_boundary(
@@ -150,113 +110,45 @@ def boundary_program(
         layer_output: T.Tensor((tokens, C), dtype),
         h_post: T.Tensor((tokens, n), F32),
         h_res: T.Tensor((tokens, n * n), F32),
-        phi: T.Tensor((rows, n, C), F32),
+        phi: T.Tensor((segment.rows, n, C), F32),
         alpha: T.Tensor((3,), F32),
-        bias: T.Tensor((rows,), F32),
-        exchange: T.Tensor(exchange_shape, "int32"),
-        answers: T.Tensor((teams, slots, G, n), "int32"),
+        bias: T.Tensor((segment.rows,), F32),
+        gather_mailbox: T.Tensor(plan.mailbox_shapes[0], "int32"),
+        apply_mailbox: T.Tensor(plan.mailbox_shapes[1], "int32"),
         x_next: T.Tensor((tokens, n, C), dtype),
         layer_input: T.Tensor((tokens, C), dtype),
         h_post_next: T.Tensor((tokens, n), F32),
         h_res_next: T.Tensor((tokens, n * n), F32),
-        projection: T.Tensor((tokens, rows), F32),
+        projection: T.Tensor((tokens, segment.rows), F32),
         inv_rms: T.Tensor((tokens,), F32),
     ):
-        with T.Kernel(members, teams, threads=threads) as (member, team):
+        with T.Kernel(plan.ranks, plan.groups, threads=threads) as (rank, group):
             tx = T.get_thread_binding()
-            lane = tx % WARP
-            x_tile = T.alloc_shared((depth, G, segment.row), dtype)
-            output_tile = T.alloc_shared((ahead, G, segment.width), dtype)
-            maps = T.alloc_shared((ahead + 1, G, MAPS), F32)
-            sums = T.alloc_shared((1, warps, G, segment.sums_row), F32)
+            x_tile = T.alloc_shared((plan.num_stages, G, segment.row), dtype)
+            output_tile = T.alloc_shared((prefetch, G, segment.width), dtype)
+            maps = T.alloc_shared((prefetch + 1, G, MAPS), F32)
+            sums = T.alloc_shared((1, segment.warps, G, segment.sums_row), F32)
             weights = T.alloc_shared((2, G, n), F32)  # h_pre
-            # a variable, not an expression: the simplifier would expand it into every use
-            rounds = T.alloc_var("int32", (T.ceildiv(tokens, G) + teams - 1 - team) // teams)
-            # round j has group last - j * teams: what the launch ahead wrote last is in L2
-            last = T.alloc_var("int32", T.ceildiv(tokens, G) - 1 - team)
-
-            clear(exchange, answers, team, member, tx)
+            # variables, not expressions: the simplifier would expand them into every use
+            tiles = T.ceildiv(tokens, G)
+            iterations = T.alloc_var("int32", (tiles + plan.groups - 1 - group) // plan.groups)
+            last = T.alloc_var("int32", tiles - 1 - group)
+            cta = Cta(group, rank, iterations, last)
+            empty_mailboxes(plan, cta, gather_mailbox, apply_mailbox, tx)
             if tx == 0:
-                sums[0, 0, 0, segment.columns] = 0.0  # see `unknown`
-            if tx < apply_first:
-                if handover:
-                    T.set_max_nreg(project_registers, 1)
-                fragments = T.alloc_local(*segment.fragments(dtype))
-                unscales = T.alloc_local((segment.phi_tiles,), F32)
-                thread = T.alloc_var("int32", tx)
-                # one half after the other; the compiler, to whom the second condition is not that
-                # of the first, would load both at once, for which there are no registers
-                if (tx < main_threads) and (rounds > 0):
-                    load_first(fragments, phi, member, tx)
-                if (tx < main_threads) and (last >= 0):
-                    load_rest(fragments, phi, member, tx)
-                if (tx < main_threads) and (rounds + last > 0):  # the same again
-                    scale_phi(fragments, unscales)
-                T.sync_grid()
-                for j in T.serial(rounds + lag):
-                    T.sync_threads(2, meeting)
-                    if (j > 0) and (j <= rounds) and (tx < main_threads):
-                        thread = unknown(sums, tx)
-                        project(sums, 0, fragments, unscales, x_tile, (j - 1) % depth, thread)
-                        T.sync_threads(1, main_threads)
-                        thread = unknown(sums, tx)
-                        send(
-                            sums, exchange, team, member, j - 1, thread // WARP, warps,
-                            thread % WARP,
-                        )  # fmt: skip
+                sums[0, 0, 0, segment.columns] = 0.0  # see `opaque`
+            if tx < merge_first:
+                project_warps(plan, cta, phi, x_tile, sums, gather_mailbox, tx)
             elif tx < receive_first:
-                if handover:
-                    T.set_max_nreg(config.merge_registers, 0)
-                thread = T.alloc_var("int32", tx - apply_first)
-                outputs = T.alloc_local((G // apply_warps, CHUNK), dtype)
-                clear_pad(x_tile, depth, thread)
-                for j in T.serial(ahead):
-                    if j < rounds:
-                        first = T.cast(last - j * teams, "int64") * G
-                        fetch(x_tile, maps, j, j, x, h_res, h_post, first, member, thread)
-                        fetch_output(output_tile, j, layer_output, first, member, thread)
-                    T.ptx_commit_group()
-                    T.ptx_commit_group()
-                T.sync_grid()
-                for j in T.serial(rounds + lag):
-                    T.sync_threads(2, meeting)
-                    # group j + ahead: x into the tile that the previous round applied
-                    later = T.cast(last - (j + ahead) * teams, "int64") * G
-                    if j + ahead < rounds:
-                        thread = unknown(sums, tx - apply_first)
-                        fetch(
-                            x_tile, maps, (j + ahead) % depth, (j + ahead) % (ahead + 1), x, h_res,
-                            h_post, later, member, thread,
-                        )  # fmt: skip
-                    T.ptx_commit_group()
-                    if j < rounds:
-                        T.ptx_wait_group(2 * ahead - 1)  # group j is here; those behind it are not
-                        T.sync_warp()  # which fetched its tokens' maps
-                        take_output(outputs, output_tile, j % ahead, tx - apply_first)
-                    if j + ahead < rounds:
-                        thread = unknown(sums, tx - apply_first)
-                        fetch_output(output_tile, j % ahead, layer_output, later, member, thread)
-                    T.ptx_commit_group()
-                    if j < rounds:
-                        this = T.cast(last - j * teams, "int64") * G
-                        merge(
-                            x_tile, outputs, maps, j % depth, j % (ahead + 1), x_next, this, member,
-                            tx - apply_first,
-                        )  # fmt: skip
-                    if j >= lag:
-                        done = T.cast(last - (j - lag) * teams, "int64") * G
-                        pre_apply(
-                            layer_input, x_tile, weights, j - lag, done, member, tx - apply_first
-                        )
+                inputs = Inputs(x, layer_output, h_post, h_res)
+                staged = Staged(x_tile, output_tile, maps, sums, weights)
+                merge_warps(plan, cta, inputs, staged, x_next, layer_input, tx - merge_first)
             else:
-                if handover:
-                    T.set_max_nreg(config.registers, 0)
-                role = (tx - receive_first) // WARP
-                T.sync_grid()
-                help(
-                    exchange, answers, weights, h_post_next, h_res_next, projection, inv_rms,
-                    alpha, bias, team, member, rounds, last, role, lane,
+                reduced = Reduced(
+                    gather_mailbox, apply_mailbox, alpha, bias, h_post_next, h_res_next,
+                    projection, inv_rms,
                 )  # fmt: skip
+                receive_and_reduce_warps(plan, cta, weights, reduced, tx)
 
     return mhc_boundary
 
@@ -275,7 +167,7 @@ def forward(
     post_scale: float,
     iters: int,
     sinkhorn_eps: float,
-    config: "Config | pre.Config | pre_team.Config | pre_any.Config",
+    config: "Config | pre.Config | persistent.Config | simt.Config",
 ) -> tuple[Tensor, ...] | None:
     """Merge of a sublayer and everything before the next layer (eqs. 7, 8, 9 and 14-19).
 
@@ -292,14 +184,14 @@ def forward(
         post_scale: see there.
         iters: see there.
         sinkhorn_eps: see there.
-        config: of this launch, or the one that `pre` would have: members and teams are then its
+        config: of this launch, or the one that `pre` would have: ranks and groups are then its
             own, and all results have the bits of `merge` and `pre`.
 
     Returns:
         x_next [T, n, C] and layer_input [T, C] in x's dtype; h_post_next [T, n], h_res_next
         [T, n, n], projection [T, n*n + 2n], inv_rms [T], fp32. None where `merge` and `pre` are to
         be called: with few tokens, n other than 4, fp32, a C that is no multiple of 8, more
-        members than ceil(C / 256) or than 28, or a GPU other than those `MEASURED`.
+        ranks than ceil(C / 256) or than 28, or a GPU other than those `MEASURED`.
 
     Raises:
         ValueError: A `Config` of this module does not launch on this GPU.
@@ -312,7 +204,7 @@ def forward(
         config = beside(config, n, channels, arch)
         if config is None:
             return None
-    pre_team.check("boundary", config, n, channels, arch, available)
+    persistent.check("boundary", config, n, channels, arch, available)
     rows = logits_per_token(n)
     h_post_next, h_res_next, projection = (
         x.new_empty(tokens, columns, dtype=torch.float32) for columns in (n, n * n, rows)
@@ -320,11 +212,11 @@ def forward(
     inv_rms = x.new_empty(tokens, dtype=torch.float32)
     x_next, layer_input = torch.empty_like(x), torch.empty_like(layer_output)
     constants = float(norm_eps), float(pre_eps), float(post_scale), int(iters), float(sinkhorn_eps)
-    kernel = boundary_program(arch, channels, dtype_name(x), config, *constants, overlaps(arch))
+    kernel = boundary_program(arch, channels, dtype_name(x), config, constants, overlaps(arch))
     kernel(
         x, layer_output, h_post, h_res.view(tokens, n * n),
         phi.view(rows, n, channels), alpha, bias,
-        *pre_team.exchange(config, n, x.device),
+        *persistent.mailboxes(config, n, x.device),
         x_next, layer_input, h_post_next, h_res_next, projection, inv_rms,
     )  # fmt: skip
     return x_next, layer_input, h_post_next, h_res_next.view(tokens, n, n), projection, inv_rms

@@ -1,4 +1,4 @@
-"""What every configuration shares: fields that say whether they change the order of sums."""
+"""What every configuration shares: its knobs, their rules, and which change the order of sums."""
 
 import dataclasses
 from typing import Any
@@ -15,6 +15,22 @@ def knob(default: Any = dataclasses.MISSING, *, reduction_order: bool = False) -
             so their last bits.
     """
     return dataclasses.field(default=default, metadata={_KEY: reduction_order})
+
+
+def check(op: str, config: Any, **rules: tuple[bool, str]) -> None:
+    """Reject knobs that cannot launch.
+
+    Args:
+        op: named in the error.
+        config: a configuration.
+        rules: by knob, whether its rule holds and what the rule is.
+
+    Raises:
+        ValueError: A rule does not hold.
+    """
+    for name, (holds, rule) in rules.items():
+        if not holds:
+            raise ValueError(f"{op}: config.{name} must be {rule}, got {getattr(config, name)}")
 
 
 def reduction_order(config: Any) -> tuple[tuple[str, Any], ...]:

@@ -80,7 +80,7 @@ class Resources:
 
 
 def available() -> str | None:
-    """None, or why nothing can be compiled here, and the remedy."""
+    """None, or why nothing can be compiled here and what to do."""
     if _toolchain.tilelang_version() is None:
         return f"TileLang is not installed; pip install tilelang=={_toolchain.REQUIRED_TILELANG}"
     if _toolchain.nvcc() is None:

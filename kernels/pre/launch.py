@@ -1,12 +1,13 @@
-"""Mapping, Sinkhorn and pre-apply: everything before the layer, in one launch or two.
+"""Mapping, Sinkhorn and pre-apply: everything before the layer.
 
-    inv_rms, projection, logits, h_pre, h_post: as in mapping.py
+    inv_rms, projection, logits, h_pre, h_post: as in mapping/launch.py
     h_res          = sinkhorn(logits_res as [out, in])
     layer_input[c] = sum_i h_pre[i] * x[i, c]
 
-Many tokens go through `pre_team`, which reads x once, in one cooperative launch. Few, and those of
-GPUs that cannot run it, take two: `mapping.project` reads n * C elements a token and `finish` reads
-them again (last token first, so that some come from L2) and writes C: 2n + 1 where n + 1 must move.
+Many tokens take one persistent launch, persistent.py, which reads x once: (n + 1) * C elements
+move. Few tokens, and GPUs that cannot run it, take two launches, (2n + 1) * C elements:
+`mapping.project`, then `finish`, which reads x again, the last tokens first: they are in L2. fp32,
+and a C that is no multiple of 8, take a launch for each stage.
 """
 
 from collections.abc import Iterator
@@ -30,13 +31,12 @@ from ..common.programs import (
 )
 from ..common.projection import WARP, WARP_ROLE_CONFIGS, sigmoid, sinkhorn_registers
 from ..mapping import launch as mapping
-from . import persistent as pre_team
-from . import simt as pre_any
+from . import persistent, simt
 
 PIECE = WARP * 8  # channels that a warp reads at once
-# Groups a team from which on one launch is faster than two, 1 to 2 at widths from 1280 to 7168
-# (H100, 2026-11-27).
-MANY_ROUNDS = 1.5
+# Iterations of the persistent loop from which on one launch is faster than two: 1 to 2 at widths
+# from 1280 to 7168 (H100, 2026-11-27).
+MANY_ITERATIONS = 1.5
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class Config(mapping.Config):
 @lru_cache(maxsize=1024)
 def default_config(
     problem: Problem, target: Target, *, batch_invariant: bool = False
-) -> "Config | pre_team.Config | pre_any.Config":
-    """One launch by teams for many tokens where the GPU can run it, else two launches.
+) -> "Config | persistent.Config | simt.Config":
+    """One persistent launch for many tokens where the GPU can run it, else two launches.
 
-    H200, 2026-11-24, us, team / two launches: 8192x1280 46 / 56, 8192x2560 77 / 104, 8192x4096
+    H200, 2026-11-24, us, one / two launches: 8192x1280 46 / 56, 8192x2560 77 / 104, 8192x4096
     120 / 162, 4096x7168 118 / 149; 64x7168 13 / 10. The two differ in the last bits of the maps.
 
     Args:
@@ -71,10 +71,10 @@ def default_config(
         batch_invariant: the same form for every number of tokens, that of many.
     """
     if not problem.fits_tensor_cores:
-        return pre_any.default_config(problem, target)
-    team = pre_team.default_config(problem, target)
-    if team and (batch_invariant or problem.tokens >= MANY_ROUNDS * team.group * team.teams):
-        return team
+        return simt.default_config(problem, target)
+    one = persistent.default_config(problem, target)
+    if one and (batch_invariant or problem.tokens >= MANY_ITERATIONS * one.group * one.teams):
+        return one
     # few tokens are split over warps until about 14 warps a multiprocessor run
     base = mapping.default_config(problem, target)
     pieces = ceil_div(problem.channels, PIECE)
@@ -92,23 +92,23 @@ def _with_splits(base: mapping.Config, splits: int) -> Config:
 
 def candidates(
     problem: Problem, target: Target
-) -> "Iterator[Config | pre_team.Config | pre_any.Config]":
+) -> "Iterator[Config | persistent.Config | simt.Config]":
     """Every configuration worth timing that can launch."""
     default = default_config(problem, target)
     yield default
-    if isinstance(default, pre_any.Config):
+    if isinstance(default, simt.Config):
         return
     ahead = mapping.default_config(problem, target).ahead
-    teams = pre_team.default_config(problem, target) is not None
+    one_launch = persistent.default_config(problem, target) is not None
     splits = {1, 4, getattr(default, "splits", 1), ceil_div(problem.channels, PIECE)}
     for base in mapping.candidates(problem, target):
-        if teams and base.ahead not in (1, ahead):
-            continue  # many tokens are the team's, and 64 change by 1% (H100, 2026-11-24)
+        if one_launch and base.ahead not in (1, ahead):
+            continue  # only few tokens take two launches: 64 change by 1% (H100, 2026-11-24)
         for split in sorted(splits):
             config = _with_splits(base, split)
             if config != default:
                 yield config
-    for config in pre_team.candidates(problem, target):
+    for config in persistent.candidates(problem, target):
         if config != default:
             yield config
 
@@ -127,7 +127,7 @@ def finish_program(
     iters: int,
     sinkhorn_eps: float,
 ) -> Any:
-    """From the members' parts to the maps, h_res and layer_input, `splits` warps a token."""
+    """From the split-K partials to the maps, h_res and layer_input, `splits` warps a token."""
     C = channels
     rows = logits_per_token(n)
     lanes = ceil_div(rows + 1, WARP)
@@ -226,7 +226,7 @@ def forward(
     post_scale: float,
     iters: int,
     sinkhorn_eps: float,
-    config: "Config | pre_team.Config | pre_any.Config",
+    config: "Config | persistent.Config | simt.Config",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Everything before the layer (eqs. 8, 9 and 14-19).
 
@@ -246,8 +246,8 @@ def forward(
         layer_input [T, C] in x's dtype; h_post [T, n], h_res [T, n, n], projection [T, n*n + 2n],
         inv_rms [T], fp32.
     """
-    if isinstance(config, pre_any.Config):
-        return pre_any.forward(
+    if isinstance(config, simt.Config):
+        return simt.forward(
             x, phi, alpha, bias, norm_eps=norm_eps, pre_eps=pre_eps, post_scale=post_scale,
             iters=iters, sinkhorn_eps=sinkhorn_eps, config=config,
         )  # fmt: skip
@@ -262,8 +262,8 @@ def forward(
     constants = float(norm_eps), float(pre_eps), float(post_scale), int(iters), float(sinkhorn_eps)
     if tokens:
         arch = architecture(x.device)
-        if isinstance(config, pre_team.Config):
-            pre_team.launch(config, x, phi, alpha, bias, outputs, constants)
+        if isinstance(config, persistent.Config):
+            persistent.launch(config, x, phi, alpha, bias, outputs, constants)
         else:
             parts = mapping.project(x, phi, config)
             knobs = config.members, config.warps, config.splits

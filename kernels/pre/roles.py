@@ -1,289 +1,305 @@
-"""What the roles of the team kernel do in a round, as macros; `pre_team` puts them together.
+"""What the warps of the persistent `pre` do, role by role. docs/kernels/pre.md draws the pipeline.
 
-A word of the exchange is a float whose last bit is a flag that flips whenever its slot is reused:
-it validates itself. `words` are a lane's words, asked for one round before they are needed.
+`j` is an iteration of the persistent loop and the number of the tile that is projected in it;
+`tile` is the number of another tile; `place` is a token of a tile.
 """
-
-from collections.abc import Callable
 
 import tilelang.language as T
 
+from ..common.mailbox import EMPTY, peek, send, stage_of, staleness, value_of
 from ..common.pairs import WORD, lower, upper
-from ..common.programs import F32, ceil_div, logits_per_token
-from ..common.projection import WARP, Segment, add, inverse_rms, sigmoid, sinkhorn_registers
+from ..common.phi import load_macro, scale_macro
+from ..common.programs import F32, ceil_div, macro
+from ..common.projection import WARP, add, inverse_rms, sigmoid, sinkhorn_registers
+from .plan import ITERATION, LANDED, PROJECTED, Cta, Plan, Reduced, message_columns
 
 
-def word_columns(n: int) -> int:
-    """Words of a token and member: the partial sums, padded to 32 bytes."""
-    return ceil_div(logits_per_token(n) + 1, 8) * 8
+@macro
+def empty_mailboxes(plan: Plan, cta: Cta, gather_mailbox, apply_mailbox, tx):
+    """No message yet. All threads; `T.sync_grid` follows."""
+    threads, columns = plan.first_threads[2], message_columns(plan.n)
+    h_pre_size = plan.mailbox_stages * plan.tile * plan.n
+    sums_size = plan.mailbox_stages * plan.tile * columns
+    for p in T.unroll(ceil_div(h_pre_size, threads)):
+        entry = p * threads + tx
+        if (cta.rank == 0) and (entry < h_pre_size):
+            apply_mailbox[
+                cta.group, entry // (plan.tile * plan.n), entry // plan.n % plan.tile,
+                entry % plan.n,
+            ] = EMPTY  # fmt: skip
+    for p in T.unroll(ceil_div(sums_size, threads * 4)):
+        entry = (p * threads + tx) * 4
+        if entry < sums_size:
+            for v in T.vectorized(4):
+                gather_mailbox[
+                    cta.group, entry // (plan.tile * columns), cta.rank,
+                    entry // columns % plan.tile, entry % columns + v,
+                ] = EMPTY  # fmt: skip
 
 
-def send_macros(segment: Segment, slots: int, threads: int) -> tuple[Callable[..., None], ...]:
-    """The macros `clear(exchange, team, member, tx)` and `send(sums, exchange, ...)`."""
-    G, warps, columns, stride = (
-        segment.group,
-        segment.warps,
-        segment.columns,
-        word_columns(segment.n),
-    )
-    words_each, answers_each = slots * G * stride, slots * G * segment.n
-
-    @T.macro
-    def clear(exchange, answers, team, member, tx):
-        """No message yet: the first use of a slot expects an even word."""
-        for p in T.unroll(ceil_div(answers_each, threads)):
-            entry = p * threads + tx
-            if (member == 0) and (entry < answers_each):
-                answers[
-                    team, entry // (G * segment.n), entry // segment.n % G, entry % segment.n
-                ] = 1
-        for p in T.unroll(ceil_div(words_each, threads * 4)):
-            entry = (p * threads + tx) * 4
-            if entry < words_each:
-                for v in T.vectorized(4):
-                    exchange[
-                        team, entry // (G * stride), member, entry // stride % G, entry % stride + v
-                    ] = 1  # fmt: skip
-
-    @T.macro
-    def send(sums, exchange, team, member, group, index, senders, lane):
-        """Publish the member's parts of a group: the sum over its warps, last bit = flag."""
-        for p in T.unroll(ceil_div(G, senders)):
-            slot_token = p * senders + index
-            for q in T.unroll(ceil_div(columns, WARP)):
-                part = T.alloc_var(F32, 0.0)
-                if (slot_token < G) and (q * WARP + lane < columns):
-                    for w in T.unroll(warps):
-                        part = add(part, sums[0, w, slot_token, q * WARP + lane])
-                    T.atomic_store(
-                        exchange[
-                            team, T.cast(group % slots, "int64"), member, slot_token,
-                            q * WARP + lane,
-                        ],
-                        (T.reinterpret(part, "int32") & -2) | (group // slots % 2),
-                        memory_order="relaxed",
-                    )  # fmt: skip
-
-    return clear, send
+@macro
+def project_warps(plan: Plan, cta: Cta, phi, x_tile, sums, gather_mailbox, tx):
+    """Projection warps: phi stays in registers; every iteration projects a tile."""
+    segment = plan.segment
+    load_phi = load_macro(segment, plan.dtype)
+    scale_phi = scale_macro(segment, plan.dtype)
+    project = segment.project_macro(plan.dtype)
+    if plan.registers is not None:
+        T.set_max_nreg(plan.registers[0], 1)
+    fragments = T.alloc_local(*segment.fragments(plan.dtype))
+    unscales = T.alloc_local((segment.phi_tiles,), F32)
+    if tx < segment.threads:
+        load_phi(fragments, phi, cta.rank, tx)
+        scale_phi(fragments, unscales)
+    T.sync_grid()
+    for j in T.serial(cta.iterations + plan.distance):
+        T.sync_threads(ITERATION, plan.loop_threads)
+        if (j < cta.iterations) and (tx < segment.threads):
+            T.sync_threads(LANDED, segment.threads + plan.apply_threads)
+            # sums = [sum_k x[k]^2, sum_k phi[r, k] * x[k]], k in the warp's share of the segment
+            project(sums, 0, fragments, unscales, x_tile, j % plan.num_stages, tx)
+            T.sync_threads(PROJECTED, segment.threads)
+            send_sums(plan, cta, sums, gather_mailbox, j, tx // WARP, tx % WARP)
 
 
-def owner_macro(
-    segment: Segment, members: int, slots: int, norm_eps: float, pre_eps: float, post_scale: float
-) -> Callable[..., None]:
-    """The macro `own(exchange, answers, outputs .., team, group, place, token, tokens, lane)`."""
-    n, columns = segment.n, segment.columns
-    lanes = ceil_div(columns, WARP)
-
-    @T.macro
-    def own(
-        exchange, answers, h_post, projection, inv_rms, alpha, bias, team, group, place, token,
-        tokens, lane,
-    ):  # fmt: skip
-        """Add the members' parts of a token, one column a lane, and answer with h_pre.
-
-        The answer is for every member; the rest of the maps goes to memory, h_res later.
-        """
-        words = T.alloc_local((lanes, members), "int32")
-        totals = T.alloc_local((lanes,), F32)
-        stale = T.alloc_var("int32", 1)
-        scale = T.alloc_var(F32, 0.0)
-        value = T.alloc_var(F32, 0.0)
-        slot = T.cast(group % slots, "int64")
-        stale = 1
-        while stale != 0:
-            for q in T.unroll(lanes):
-                for m in T.unroll(members):
-                    words[q, m] = T.atomic_load(
-                        exchange[team, slot, m, place, T.min(q * WARP + lane, columns - 1)],
-                        memory_order="relaxed",
-                    )
-            stale = 0
-            for q in T.unroll(lanes):
-                for m in T.unroll(members):
-                    stale = stale | (words[q, m] ^ (group // slots))
-            stale = stale & 1
-        for q in T.unroll(lanes):
-            totals[q] = T.reinterpret(words[q, 0] & -2, F32)
-            for m in T.unroll(1, members):
-                totals[q] = add(totals[q], T.reinterpret(words[q, m] & -2, F32))
-        scale = T.shfl_sync(totals[0], 0)
-        inverse_rms(scale, n * segment.channels, norm_eps)
-        for q in T.unroll(lanes):
-            r = q * WARP + lane - 1
-            # projection = (vec(x) @ phi^T) * inv_rms
-            totals[q] = totals[q] * scale
-            if (r >= 0) and (r < 2 * n):
-                value = totals[q] * T.if_then_else(r < n, alpha[0], alpha[1]) + bias[r]
-                sigmoid(value)
-                # h_pre = sigmoid(logits_pre) + pre_eps
-                if r < n:
-                    T.atomic_store(
-                        answers[team, slot, place, r],
-                        (T.reinterpret(value + pre_eps, "int32") & -2) | (group // slots % 2),
-                        memory_order="relaxed",
-                    )
-                # h_post = post_scale * sigmoid(logits_post)
-                if (r >= n) and (token < tokens):
-                    h_post[token, r - n] = value * post_scale
-            if (r >= 0) and (r < columns - 1) and (token < tokens):
-                projection[token, r] = totals[q]
-        if (lane == 0) and (token < tokens):
-            inv_rms[token] = scale
-
-    return own
+@macro
+def send_sums(plan: Plan, cta: Cta, sums, gather_mailbox, tile, warp, lane):
+    """The rank's partial sums of a tile, a warp a token: the sum over the rank's warps."""
+    segment = plan.segment
+    for p in T.unroll(ceil_div(plan.tile, segment.warps)):
+        place = p * segment.warps + warp
+        for q in T.unroll(ceil_div(segment.columns, WARP)):
+            total = T.alloc_var(F32, 0.0)
+            if (place < plan.tile) and (q * WARP + lane < segment.columns):
+                for w in T.unroll(segment.warps):
+                    total = add(total, sums[0, w, place, q * WARP + lane])
+                send(
+                    gather_mailbox[
+                        cta.group, stage_of(tile, plan.mailbox_stages), cta.rank, place,
+                        q * WARP + lane,
+                    ],
+                    total, tile, plan.mailbox_stages,
+                )  # fmt: skip
 
 
-def receive_macros(segment: Segment, slots: int) -> tuple[Callable[..., None], ...]:
-    """The macros `request(words, answers, ...)` and `receive(words, weights, answers, ...)`."""
-    G, n = segment.group, segment.n
-    each = ceil_div(G * n, WARP)
-
-    @T.macro
-    def request(words, answers, team, group, lane):
-        """Ask for h_pre of a group."""
-        for p in T.unroll(each):
-            entry = T.min(p * WARP + lane, G * n - 1)
-            words[p] = T.atomic_load(
-                answers[team, T.cast(group % slots, "int64"), entry // n, entry % n],
-                memory_order="relaxed",
-            )
-
-    @T.macro
-    def receive(words, weights, answers, team, group, lane):
-        """weights[group] = h_pre of a group, whose words were asked for in the previous round."""
-        stale = T.alloc_var("int32", 1)
-        stale = 1
-        while stale != 0:
-            stale = 0
-            for p in T.unroll(each):
-                stale = stale | (words[p] ^ (group // slots))
-            stale = stale & 1
-            if stale != 0:
-                request(words, answers, team, group, lane)
-        for p in T.unroll(each):
-            entry = p * WARP + lane
-            if entry < G * n:
-                weights[group % 2, entry // n, entry % n] = T.reinterpret(words[p] & -2, F32)
-
-    return request, receive
+@macro
+def apply_warps(plan: Plan, cta: Cta, x, x_tile, weights, layer_input, thread):
+    """Apply warps: load x `prefetch` tiles ahead, form layer_input `distance` tiles behind."""
+    fetch = plan.segment.fetch_macro(plan.tokens, plan.apply_threads)
+    if plan.registers is not None:
+        T.set_max_nreg(plan.registers[1], 0)
+    if thread < plan.apply_threads:
+        for j in T.serial(plan.prefetch):
+            if j < cta.iterations:
+                fetch(x_tile, j, x, cta.first_token(plan, j), cta.rank, thread)
+            T.ptx_commit_group()
+    T.sync_grid()
+    for j in T.serial(cta.iterations + plan.distance):
+        T.sync_threads(ITERATION, plan.loop_threads)
+        if thread < plan.apply_threads:
+            # into the stage whose tile the previous iteration applied
+            if j + plan.prefetch < cta.iterations:
+                first = cta.first_token(plan, j + plan.prefetch)
+                fetch(x_tile, (j + plan.prefetch) % plan.num_stages, x, first, cta.rank, thread)
+            T.ptx_commit_group()
+            if j < cta.iterations:
+                T.ptx_wait_group(plan.prefetch)  # tile j is here; later ones may not be
+                T.sync_threads(LANDED, plan.segment.threads + plan.apply_threads)
+            if j >= plan.distance:
+                pre_apply(plan, cta, x_tile, weights, layer_input, j - plan.distance, thread)
 
 
-def apply_macro(
-    segment: Segment, depth: int, dtype: str, tokens: object, threads: int
-) -> Callable[..., None]:
-    """The macro `pre_apply(layer_input, x_tile, weights, group, first, member, tx)`."""
-    G, n, C, width = segment.group, segment.n, segment.channels, segment.width
+@macro
+def pre_apply(plan: Plan, cta: Cta, x_tile, weights, layer_input, tile, thread):
+    """layer_input[c] = sum_i h_pre[i] * x[i, c] for the rank's channels of a tile."""
+    width, first = plan.segment.width, cta.first_token(plan, tile)
     chunks = width // 8
-    rows = max(1, threads // chunks)
-
-    @T.macro
-    def pre_apply(layer_input, x_tile, weights, group, first, member, tx):
-        """layer_input[c] = sum_i h_pre[i] * x[i, c] for the member's channels of a group."""
-        x_lane = T.alloc_local((8,), dtype)
-        words = T.view(x_lane, (4,), WORD)
-        applied = T.alloc_local((8,), F32)
-        weight = T.alloc_var(F32)
-        present = T.min(tokens - first, G)
-        inner = tx % chunks * 8
-        channel = member * width + inner
-        if (tx < rows * chunks) and (channel < C):
-            for row in T.unroll(ceil_div(G, rows)):
-                place = row * rows + tx // chunks
-                if (place < G) and (place < present):
-                    for v in T.unroll(8):
-                        applied[v] = 0.0
-                    for i in T.unroll(n):
-                        for v in T.vectorized(8):
-                            x_lane[v] = x_tile[group % depth, place, i * width + inner + v]
-                        weight = weights[group % 2, place, i]
-                        if dtype == "bfloat16":
-                            for k in T.unroll(4):
-                                applied[2 * k] += weight * lower(words[k])
-                                applied[2 * k + 1] += weight * upper(words[k])
-                        else:
-                            for v in T.unroll(8):
-                                applied[v] += weight * T.cast(x_lane[v], F32)
+    rows = max(1, plan.apply_threads // chunks)
+    x_lane = T.alloc_local((8,), plan.dtype)
+    words = T.view(x_lane, (4,), WORD)
+    applied = T.alloc_local((8,), F32)
+    weight = T.alloc_var(F32)
+    present = T.min(plan.tokens - first, plan.tile)
+    inner = thread % chunks * 8
+    channel = cta.rank * width + inner
+    if (thread < rows * chunks) and (channel < plan.C):
+        for row in T.unroll(ceil_div(plan.tile, rows)):
+            place = row * rows + thread // chunks
+            if (place < plan.tile) and (place < present):
+                for v in T.unroll(8):
+                    applied[v] = 0.0
+                for i in T.unroll(plan.n):
                     for v in T.vectorized(8):
-                        layer_input[first + place, channel + v] = T.cast(applied[v], dtype)
+                        x_lane[v] = x_tile[tile % plan.num_stages, place, i * width + inner + v]
+                    weight = weights[tile % 2, place, i]
+                    if plan.dtype == "bfloat16":
+                        for k in T.unroll(4):
+                            applied[2 * k] += weight * lower(words[k])
+                            applied[2 * k + 1] += weight * upper(words[k])
+                    else:
+                        for v in T.unroll(8):
+                            applied[v] += weight * T.cast(x_lane[v], F32)
+                for v in T.vectorized(8):
+                    layer_input[first + place, channel + v] = T.cast(applied[v], plan.dtype)
 
-    return pre_apply
+
+@macro
+def receive_and_reduce_warps(plan: Plan, cta: Cta, weights, reduced: Reduced, tx):
+    """One receiver warp, which takes part in every iteration; reducer warps, which run freely."""
+    if plan.registers is not None:
+        T.set_max_nreg(plan.registers[2], 0)
+    role = (tx - plan.first_threads[1]) // WARP
+    T.sync_grid()
+    iterations, last = cta.iterations, cta.last  # read once
+    cta = cta._replace(iterations=iterations, last=last)
+    if role == 0:
+        receiver_warp(plan, cta, weights, reduced.apply_mailbox, tx % WARP)
+    elif role <= plan.reducers:
+        reducer_warp(plan, cta, reduced, role, tx % WARP)
 
 
-def help_macro(
-    segment: Segment, members: int, teams: int, owners: int, slots: int, lag: int, meeting: int,
-    tokens: object, constants: tuple[float, float, float, int, float],
-) -> Callable[..., None]:  # fmt: skip
-    """The macro `help(exchange, answers, weights, outputs .., team, member, rounds, .., lane)`.
+@macro
+def receiver_warp(plan: Plan, cta: Cta, weights, apply_mailbox, lane):
+    """Receiver warp: h_pre of the tile that the next iteration applies, into shared memory."""
+    messages = T.alloc_local((ceil_div(plan.tile * plan.n, WARP),), "int32")
+    for p in T.unroll(ceil_div(plan.tile * plan.n, WARP)):
+        messages[p] = 0
+    for j in T.serial(cta.iterations + plan.distance):
+        T.sync_threads(ITERATION, plan.loop_threads)
+        tile = j + 1 - plan.distance
+        if (tile >= 0) and (tile < cta.iterations):
+            receive_h_pre(plan, cta, messages, weights, apply_mailbox, tile, lane)
+        if (tile >= -1) and (tile < cta.iterations - 1):
+            peek_h_pre(plan, cta, messages, apply_mailbox, tile + 1, lane)
 
-    One warp receives h_pre and meets the others every round, `meeting` threads at barrier 2;
-    `owners` warps own tokens and run freely.
+
+@macro
+def peek_h_pre(plan: Plan, cta: Cta, messages, apply_mailbox, tile, lane):
+    """Read the messages of a tile, whether they are there or not."""
+    for p in T.unroll(ceil_div(plan.tile * plan.n, WARP)):
+        entry = T.min(p * WARP + lane, plan.tile * plan.n - 1)
+        messages[p] = peek(
+            apply_mailbox[
+                cta.group, stage_of(tile, plan.mailbox_stages), entry // plan.n, entry % plan.n
+            ]
+        )
+
+
+@macro
+def receive_h_pre(plan: Plan, cta: Cta, messages, weights, apply_mailbox, tile, lane):
+    """weights[tile] = h_pre of a tile, whose messages the previous iteration has peeked at."""
+    stale = T.alloc_var("int32", 1)
+    stale = 1
+    while stale != 0:
+        stale = 0
+        for p in T.unroll(ceil_div(plan.tile * plan.n, WARP)):
+            stale = stale | staleness(messages[p], tile, plan.mailbox_stages)
+        stale = stale & 1
+        if stale != 0:
+            peek_h_pre(plan, cta, messages, apply_mailbox, tile, lane)
+    for p in T.unroll(ceil_div(plan.tile * plan.n, WARP)):
+        entry = p * WARP + lane
+        if entry < plan.tile * plan.n:
+            weights[tile % 2, entry // plan.n, entry % plan.n] = value_of(messages[p])
+
+
+@macro
+def reducer_warp(plan: Plan, cta: Cta, reduced: Reduced, role, lane):
+    """Reducer warp 1, 2, ..: the maps of its tokens, then h_res of all of them, a lane a token.
+
+    A tile has `tile_tokens_of_rank` tasks of the rank; a warp takes every `reducers`-th.
     """
-    norm_eps, pre_eps, post_scale, iters, sinkhorn_eps = constants
-    G, n = segment.group, segment.n
-    most = ceil_div(G, members)  # tokens of a group that a member owns, at most
-    own = owner_macro(segment, members, slots, norm_eps, pre_eps, post_scale)
-    request, receive = receive_macros(segment, slots)
-    residual = residual_macro(segment, iters, sinkhorn_eps)
-
-    @T.macro
-    def help(
-        exchange, answers, weights, h_post, h_res, projection, inv_rms, alpha, bias, team, member,
-        rounds, last, role, lane,
-    ):  # fmt: skip
-        """All rounds of a warp that receives or owns."""
-        if role == 0:
-            words = T.alloc_local((ceil_div(G * n, WARP),), "int32")
-            for p in T.unroll(ceil_div(G * n, WARP)):
-                words[p] = 0
-            for j in T.serial(rounds + lag):
-                T.sync_threads(2, meeting)
-                group = j + 1 - lag
-                if (group >= 0) and (group < rounds):
-                    receive(words, weights, answers, team, group, lane)
-                if (group >= -1) and (group < rounds - 1):
-                    request(words, answers, team, group + 1, lane)
-        elif role <= owners:
-            shares = (rounds * most + owners - role) // owners
-            for turn in T.serial(shares):
-                share = turn * owners + role - 1
-                group = share // most
-                first = (member + members - group * G % members) % members
-                place = first + share % most * members
-                token = T.cast(last - group * teams, "int64") * G + place
-                if place < G:
-                    own(
-                        exchange, answers, h_post, projection, inv_rms, alpha, bias, team,
-                        group, place, token, tokens, lane,
-                    )  # fmt: skip
-            # h_res of the warp's tokens, a lane a token, while the last groups are applied
-            T.sync_warp()
-            share = T.alloc_var("int32", lane * owners + role - 1)
-            while share < rounds * most:
-                group = share // most
-                first = (member + members - group * G % members) % members
-                place = first + share % most * members
-                token = (last - group * teams) * G + place
-                if (place < G) and (token < tokens):
-                    residual(token, alpha, bias, projection, h_res)
-                share = share + owners * WARP
-
-    return help
+    G, most = plan.tile, plan.tile_tokens_of_rank
+    tasks = (cta.iterations * most + plan.reducers - role) // plan.reducers
+    for step in T.serial(tasks):
+        task = step * plan.reducers + role - 1
+        tile = task // most
+        first = (cta.rank + plan.ranks - tile * G % plan.ranks) % plan.ranks
+        place = first + task % most * plan.ranks
+        token = cta.first_token(plan, tile) + place
+        if place < G:
+            reduce_token(plan, cta, reduced, tile, place, token, lane)
+    # while the last tiles are applied
+    T.sync_warp()
+    task = T.alloc_var("int32", lane * plan.reducers + role - 1)
+    while task < cta.iterations * most:
+        tile = task // most
+        first = (cta.rank + plan.ranks - tile * G % plan.ranks) % plan.ranks
+        place = first + task % most * plan.ranks
+        token = (cta.last - tile * plan.groups) * G + place
+        if (place < G) and (token < plan.tokens):
+            residual_map(plan, reduced, token)
+        task = task + plan.reducers * WARP
 
 
-def residual_macro(segment: Segment, iters: int, sinkhorn_eps: float) -> Callable[..., None]:
-    """The macro `residual(token, alpha, bias, projection, h_res)`."""
-    n = segment.n
+@macro
+def reduce_token(plan: Plan, cta: Cta, reduced: Reduced, tile, place, token, lane):
+    """Add the ranks' sums of a token, a column a lane; send h_pre to all ranks."""
+    n, columns, stages = plan.n, plan.segment.columns, plan.mailbox_stages
+    lanes = ceil_div(columns, WARP)
+    messages = T.alloc_local((lanes, plan.ranks), "int32")
+    totals = T.alloc_local((lanes,), F32)
+    stale = T.alloc_var("int32", 1)
+    scale = T.alloc_var(F32, 0.0)
+    value = T.alloc_var(F32, 0.0)
+    stage = stage_of(tile, stages)
+    stale = 1
+    while stale != 0:
+        for q in T.unroll(lanes):
+            for m in T.unroll(plan.ranks):
+                messages[q, m] = peek(
+                    reduced.gather_mailbox[
+                        cta.group, stage, m, place, T.min(q * WARP + lane, columns - 1)
+                    ]
+                )
+        stale = 0
+        for q in T.unroll(lanes):
+            for m in T.unroll(plan.ranks):
+                stale = stale | staleness(messages[q, m], tile, stages)
+        stale = stale & 1
+    # split-K partials in the order of the ranks
+    for q in T.unroll(lanes):
+        totals[q] = value_of(messages[q, 0])
+        for m in T.unroll(1, plan.ranks):
+            totals[q] = add(totals[q], value_of(messages[q, m]))
+    # inv_rms = 1 / sqrt(mean of x^2 + norm_eps)
+    scale = T.shfl_sync(totals[0], 0)
+    inverse_rms(scale, n * plan.C, plan.norm_eps)
+    for q in T.unroll(lanes):
+        r = q * WARP + lane - 1
+        # projection = (vec(x) @ phi^T) * inv_rms
+        totals[q] = totals[q] * scale
+        if (r >= 0) and (r < 2 * n):
+            value = (
+                totals[q] * T.if_then_else(r < n, reduced.alpha[0], reduced.alpha[1])
+                + reduced.bias[r]
+            )
+            sigmoid(value)
+            # h_pre = sigmoid(logits_pre) + pre_eps
+            if r < n:
+                send(
+                    reduced.apply_mailbox[cta.group, stage, place, r],
+                    value + plan.pre_eps, tile, stages,
+                )  # fmt: skip
+            # h_post = post_scale * sigmoid(logits_post)
+            if (r >= n) and (token < plan.tokens):
+                reduced.h_post[token, r - n] = value * plan.post_scale
+        if (r >= 0) and (r < columns - 1) and (token < plan.tokens):
+            reduced.projection[token, r] = totals[q]
+    if (lane == 0) and (token < plan.tokens):
+        reduced.inv_rms[token] = scale
 
-    @T.macro
-    def residual(token, alpha, bias, projection, h_res):
-        """h_res = sinkhorn(logits_res) of a token; one thread."""
-        matrix = T.alloc_local((n * n,), F32)
-        for v in T.vectorized(n * n):
-            matrix[v] = projection[token, 2 * n + v]
-        for v in T.unroll(n * n):
-            matrix[v] = matrix[v] * alpha[2] + bias[2 * n + v]
-        sinkhorn_registers(matrix, n, iters, sinkhorn_eps)
-        for v in T.vectorized(n * n):
-            h_res[token, v] = matrix[v]
 
-    return residual
+@macro
+def residual_map(plan: Plan, reduced: Reduced, token):
+    """h_res = sinkhorn(logits_res) of a token; one thread."""
+    n = plan.n
+    matrix = T.alloc_local((n * n,), F32)
+    for v in T.vectorized(n * n):
+        matrix[v] = reduced.projection[token, 2 * n + v]
+    # logits_res = projection * alpha_res + bias
+    for v in T.unroll(n * n):
+        matrix[v] = matrix[v] * reduced.alpha[2] + reduced.bias[2 * n + v]
+    sinkhorn_registers(matrix, n, plan.iters, plan.sinkhorn_eps)
+    for v in T.vectorized(n * n):
+        reduced.h_res[token, v] = matrix[v]

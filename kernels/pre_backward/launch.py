@@ -10,13 +10,13 @@ it is merge's own cotangent, grad_x_next, and `sum_o h_res[o, i] * grad_x_part[o
 merge's backward then writes 4 C less. grad_x needs grad_h_pre, a sum over the whole token, so x is
 needed twice. One thread a token leaves the token's record, without what grad_h_pre decides.
 
-Many tokens go through `pre_backward_team`, which reads x once: 13 C elements a token at n = 4, the
+Many tokens go through `persistent`, which reads x once: 13 C elements a token at n = 4, the
 floor. Few tokens, and what has no teams (other n than 4, fp16, fp32, before sm_90), take two
 launches: dot products ((n + 1) C elements a token read), which complete the records, and columns
 ((2n + 1) C read, n C written), 18 C. The ordered sum of grad_phi's parts is the last launch.
 
 From sm_90 on a launch may begin before the one ahead has ended: the dot products begin beside the
-records' launch, fill `records` with `PENDING` before the columns may begin, and write a token's
+records' launch, fill `records` with `NOT_READY` before the columns may begin, and write a token's
 words when they have its sums; the columns load phi and their first tokens meanwhile and wait for
 each word. Nothing waits for a launch behind it, so one after another is right, too. Only the first
 launch waits for whatever ran before, so no buffer is still in use.
@@ -43,10 +43,10 @@ from ..common.programs import (
 )
 from ..common.rows import WARP, vector_width
 from ..mapping import grad_x_pass as _mapping_columns
-from ..mapping.backward import add_parts, gradients_from_records
+from ..mapping.backward import add_partials, gradients_from_states
 from ..mapping.grad_x_pass import Config, is_aligned
-from ..mapping.token_state import PENDING, record_width, sums_width, token_records
-from . import persistent as pre_backward_team
+from ..mapping.token_state import NOT_READY, state_size, sums_width, token_states
+from . import persistent
 
 __all__ = ["Config", "backward", "candidates", "default_config", "traffic"]
 
@@ -63,7 +63,7 @@ RING_BYTES = 51200  # of a multiprocessor: what two blocks of the columns leave 
 
 def default_config(
     problem: Problem, target: Target, *, batch_invariant: bool = False
-) -> Config | pre_backward_team.Config:
+) -> Config | persistent.Config:
     """One pass by teams for many tokens where the GPU can run it, else two passes over x.
 
     H200, 2026-11-24, us, team / two passes: 8192x1280 104 / 105, 8192x2560 182 / 201, 8192x4096
@@ -75,17 +75,17 @@ def default_config(
         batch_invariant: the same form for every number of tokens, that of many.
     """
     if problem.dtype == "bfloat16":
-        team = pre_backward_team.default_config(problem.at(1), target)
+        team = persistent.default_config(problem.at(1), target)
         if team and (batch_invariant or problem.tokens >= MANY_ROUNDS * team.group * team.teams):
             return team
     return _mapping_columns.default_config(problem, target)
 
 
-def candidates(problem: Problem, target: Target) -> Iterator[Config | pre_backward_team.Config]:
+def candidates(problem: Problem, target: Target) -> Iterator[Config | persistent.Config]:
     """Configurations worth measuring."""
     yield from _mapping_columns.candidates(problem, target)
     if problem.dtype == "bfloat16":
-        yield from pre_backward_team.candidates(problem, target)
+        yield from persistent.candidates(problem, target)
 
 
 def dots_shape(channels: int, n: int, dtype: str, overlap: bool) -> tuple[int, int, int]:
@@ -106,7 +106,7 @@ def dots_shape(channels: int, n: int, dtype: str, overlap: bool) -> tuple[int, i
 def dots_program(channels, n, dtype, threads, ring, overlap):
     """One token a block at a time: its n sums, then the rest of its record."""
     tokens, blocks = T.dynamic("tokens"), T.dynamic("blocks")
-    logits, width, sums_row = logits_per_token(n), record_width(n), sums_width(n)
+    logits, width, sums_row = logits_per_token(n), state_size(n), sums_width(n)
     vector = vector_width(channels, dtype)
     warps, words = threads // WARP, ceil_div(width, WARP)
     pieces = ceil_div(channels // vector, threads)
@@ -190,7 +190,7 @@ def dots_program(channels, n, dtype, threads, ring, overlap):
                 token = T.cast(block, "int64") + ahead // pieces * blocks
                 fetch(grad_layer_input, x, tile, token, ahead % pieces, ahead, thread)
             if overlap:
-                value = T.reinterpret(T.int32(PENDING), F32)
+                value = T.reinterpret(T.int32(NOT_READY), F32)
                 for step in T.serial(T.ceildiv(tokens - block, blocks)):
                     token = T.cast(step, "int64") * blocks + block
                     for q in T.unroll(ceil_div(width, threads)):
@@ -280,11 +280,11 @@ def finish_records(
         projection: [T, n*n + 2n], fp32.
         inv_rms: [T], fp32.
         alpha: [3], fp32.
-        unfinished: [T, record_width(n)], fp32, of `token_records` without grad_h_pre.
+        unfinished: [T, state_size(n)], fp32, of `token_states` without grad_h_pre.
         block_sums: [blocks, sums_width(n)], fp32; written.
 
     Returns:
-        records [T, record_width(n)], fp32.
+        records [T, state_size(n)], fp32.
     """
     _, n, channels = x.shape
     arch = architecture(x.device)
@@ -313,7 +313,7 @@ def backward(
     post_scale: float,
     iters: int,
     sinkhorn_eps: float,
-    config: Config | pre_backward_team.Config,
+    config: Config | persistent.Config,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradient of `reference.pre`; see the module's docstring for the equations.
 
@@ -345,25 +345,25 @@ def backward(
         return torch.empty_like(x), *(torch.zeros_like(value) for value in (phi, alpha, bias))
     tokens, n, channels = x.shape
     arch, available = architecture(x.device), multiprocessors(x.device)
-    if isinstance(config, pre_backward_team.Config):
-        more_sums, exchange = config.sums, config.exchange(x.device)
+    if isinstance(config, persistent.Config):
+        more_sums, exchange = config.sums, config.mailbox(x.device)
     else:
         *_, resident = dots_shape(channels, n, dtype_name(x), overlaps(arch))
         more_sums, exchange = min(tokens, available * resident), None
-    unfinished, block_sums = token_records(
+    unfinished, block_sums = token_states(
         None, grad_h_post, grad_h_res, projection, inv_rms, alpha, bias,
-        channels=channels, pre_eps=pre_eps, post_scale=post_scale,
-        iters=iters, sinkhorn_eps=sinkhorn_eps, more_sums=more_sums, exchange=exchange,
+        C=channels, pre_eps=pre_eps, post_scale=post_scale,
+        iters=iters, sinkhorn_eps=sinkhorn_eps, extra_sums=more_sums, mailbox=exchange,
     )  # fmt: skip
     own_sums = block_sums[-more_sums:]
-    if isinstance(config, pre_backward_team.Config):
-        grad_x, parts = pre_backward_team.launch(
+    if isinstance(config, persistent.Config):
+        grad_x, parts = persistent.launch(
             config, grad_layer_input, x, phi, projection, inv_rms, alpha, unfinished,
             grad_x_part, h_res, exchange, own_sums,
         )  # fmt: skip
-        return grad_x, *add_parts(parts, block_sums, phi)
+        return grad_x, *add_partials(parts, block_sums, phi)
     records = finish_records(grad_layer_input, x, projection, inv_rms, alpha, unfinished, own_sums)
-    return gradients_from_records(
+    return gradients_from_states(
         records, block_sums, x, phi, grad_layer_input, grad_x_part, h_res, config=config
     )
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mhc_tile.autotune.registry import KERNELS
+from mhc_tile.kernels.common.quantities import Quantity, quantity, shape_of, sizes_of
+
 from .. import _library
-from ..autotune.registry import KERNELS
-from ..kernels.common.quantities import Quantity, quantity, shape_of, sizes_of
 from ._dispatch import flat, leading, on_cuda, tuned
 from ._saved import given, keep_shapes
 

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mhc_tile.autotune import lookup
+from mhc_tile.autotune._switches import switch
+from mhc_tile.kernels.common import toolchain as _toolchain
+
 from .. import _checks
-from ..autotune import lookup
-from ..autotune._switches import switch
-from ..kernels.common import toolchain as _toolchain
 
 REFERENCE_ONLY = switch("MHC_TILE_REFERENCE")
 BATCH_INVARIANT = switch("MHC_TILE_BATCH_INVARIANT")
@@ -70,7 +71,7 @@ def tuned(kernel: str, x: Tensor, sizes: Sequence[int], launch: Callable[[Any], 
     """
     asked = question(kernel, x, sizes)
     if not x.is_cuda:  # a dry run
-        from ..kernels.common.programs import target_of
+        from mhc_tile.kernels.common.programs import target_of
 
         return launch(lookup.default(asked, target_of(x.device)))
     config = lookup.config(asked) if sizes[0] else lookup.default(asked)

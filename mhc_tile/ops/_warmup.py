@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from mhc_tile.autotune import lookup
+from mhc_tile.autotune.problems import Problem
+from mhc_tile.autotune.registry import KERNELS
+from mhc_tile.kernels.common.quantities import Samples
+
 from .. import _checks
-from ..autotune import lookup
-from ..autotune.problems import Problem
-from ..autotune.registry import KERNELS
 from ..config import MHCConfig
-from ..kernels.common.quantities import Samples
 from . import _dispatch
 from ._definition import Op
 from .boundary import BOUNDARY

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mhc_tile.autotune import lookup
+
 from .. import gradients, reference
-from ..autotune import lookup
 from . import _dispatch
 from ._definition import Op
 from ._dispatch import flat, leading, question, tuned
@@ -88,7 +89,7 @@ def _gradient(*tensors: Tensor, norm_eps: float, **constants: Any) -> tuple[Tens
 
 
 def _kernel(*tensors: Tensor, **constants: Any) -> tuple[Tensor, ...]:
-    from ..kernels.boundary import launch as kernel
+    from mhc_tile.kernels.boundary import launch as kernel
 
     x, tokens = tensors[0], tensors[0].shape[:-2]
     merged = (flat(x, 2), flat(tensors[1], 1), flat(tensors[2], 1), flat(tensors[3], 2))

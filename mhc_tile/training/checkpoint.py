@@ -8,8 +8,9 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from mhc_tile.kernels.common.files import replacing
+
 from .. import _checks
-from ..kernels.common.files import replacing
 from .config import TrainConfig
 from .folder import full_path
 

@@ -2,6 +2,6 @@
 
 import functools
 
-from ..autotune import _extras
+from mhc_tile.autotune import _extras
 
 require = functools.partial(_extras.require, extra="train")

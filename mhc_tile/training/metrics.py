@@ -15,8 +15,9 @@ from typing import Annotated, Any
 
 import msgspec
 
+from mhc_tile.kernels.common.files import replacing
+
 from .. import _checks
-from ..kernels.common.files import replacing
 from .extras import require
 
 Row = dict[str, Any]

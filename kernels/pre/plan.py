@@ -1,0 +1,123 @@
+"""What the warps of the persistent `pre` and of `boundary` know: constants, buffers, barriers."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import tilelang.language as T
+
+from ..common.programs import ceil_div, logits_per_token
+from ..common.projection import WARP, Segment
+
+Constants = tuple[float, float, float, int, float]  # norm_eps and the next four of `Plan`
+
+# Named barriers of a CTA.
+PROJECTED = 1  # among projection warps: the partial sums of a tile are in shared memory
+ITERATION = 2  # all warps but the reducers: an iteration begins
+LANDED = 3  # projection and apply warps: the tile of this iteration is in shared memory
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Constants of one program, the first argument of its macros.
+
+    Attributes:
+        n: streams.
+        C: channels of a stream.
+        dtype: of x.
+        tokens: the dynamic number of tokens.
+        segment: the channels of a rank.
+        ranks: CTAs of a group; each owns a segment of the channels.
+        groups: CTA groups that share the tokens.
+        prefetch: prefetch distance: tiles in flight from memory.
+        distance: pipeline distance: iterations from the projection of a tile to its pre-apply.
+        num_stages: tiles of the ring in shared memory.
+        mailbox_stages: stages of the mailboxes between ranks, a power of two.
+        apply_warps: warps that load x and form layer_input.
+        reducers: reducer warps of a rank.
+        mailbox_shapes: of partial sums [group, stage, rank, token of the tile, column], and of
+            h_pre [group, stage, token of the tile, stream].
+        first_threads: of the apply warps, of the receiver warp, and one past the last thread.
+        registers: of a thread of projection, apply, and receiver or reducer warps after register
+            reallocation (setmaxnreg); None on GPUs without it.
+        norm_eps: as in `pre.forward`, as are the next four.
+        pre_eps: see there.
+        post_scale: see there.
+        iters: see there.
+        sinkhorn_eps: see there.
+    """
+
+    n: int
+    C: int
+    dtype: str
+    tokens: Any
+    segment: Segment
+    ranks: int
+    groups: int
+    prefetch: int
+    distance: int
+    num_stages: int
+    mailbox_stages: int
+    apply_warps: int
+    reducers: int
+    mailbox_shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    first_threads: tuple[int, int, int]
+    registers: tuple[int, int, int] | None
+    norm_eps: float
+    pre_eps: float
+    post_scale: float
+    iters: int
+    sinkhorn_eps: float
+
+    @property
+    def tile(self) -> int:
+        """Tokens of a tile."""
+        return self.segment.group
+
+    @property
+    def loop_threads(self) -> int:
+        """Threads that meet at every iteration: all but the reducers."""
+        return self.first_threads[1] + WARP
+
+    @property
+    def apply_threads(self) -> int:
+        """Threads of the apply warps."""
+        return self.apply_warps * WARP
+
+    @property
+    def tile_tokens_of_rank(self) -> int:
+        """Tokens of a tile that one rank reduces, at most."""
+        return ceil_div(self.tile, self.ranks)
+
+
+class Cta(NamedTuple):
+    """Where a CTA is, and its loop: iteration j has tile last - j * groups of the tokens.
+
+    Tiles go from the last to the first: the launch ahead left the last tokens in L2.
+    """
+
+    group: Any
+    rank: Any
+    iterations: Any
+    last: Any
+
+    def first_token(self, plan: Plan, j: Any) -> Any:
+        """The first token of the tile of iteration j."""
+        return T.cast(self.last - j * plan.groups, "int64") * plan.tile
+
+
+class Reduced(NamedTuple):
+    """The buffers that reducer warps read and write."""
+
+    gather_mailbox: Any
+    apply_mailbox: Any
+    alpha: Any
+    bias: Any
+    h_post: Any
+    h_res: Any
+    projection: Any
+    inv_rms: Any
+
+
+def message_columns(n: int) -> int:
+    """Messages of a token and rank: the partial sums, padded to 32 bytes."""
+    return ceil_div(logits_per_token(n) + 1, 8) * 8
