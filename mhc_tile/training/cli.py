@@ -18,7 +18,7 @@ from ..config import MHCConfig
 from ..models import CONFIGS, model_config
 from .checkpoint import list_checkpoints
 from .config import TrainConfig
-from .demo import DemoSettings, run_legs, start_demo, stored_settings
+from .demo import DemoSettings, is_demo, run_legs, start_demo, stored_settings
 from .extras import require
 from .folder import FolderInUseError, full_path
 from .loop import TrainResult, resume, train
@@ -64,48 +64,34 @@ def run_train(argv: Sequence[str]) -> int:
     Returns:
         The exit code: 0, 1 (the loss is not finite) or 128 and the number of the signal that ended
         the run: 130 after Ctrl-C. A stdout that fails does not change it.
-
-    Raises:
-        ValueError: Bad input.
-        OSError: The records or a checkpoint cannot be written.
-        RuntimeError: A package of the extra is missing.
-        SystemExit: An option is unknown or has no value of its type; with code 2.
     """
     options = _TRAIN | _of(TrainConfig, "model", "connection", "tensorboard")
     options |= {name: _of(MHCConfig)[name] for name in _CONNECTION}
     given = _given("train", "Train one named model on your own text.", options, argv)
     _check_given("train", given, beside_resume=("corpus", "steps"))
-    out: Path | None = None
 
-    def start() -> int:
-        nonlocal out
+    def start(places: list[Path]) -> int:
         if "resume" in given:
-            out = full_path(given.pop("resume"), "train: --resume")
-            return _finish_train(resume(out, on_rows=Progress("train", None), **given))
+            places.append(full_path(given.pop("resume"), "train: --resume"))
+            return _finish_train(resume(places[-1], on_rows=Progress("train", None), **given))
         config = _train_config(given)
 
         def fresh(folder: Path) -> TrainResult:
-            nonlocal out
-            out = folder
+            places.append(folder)
             return train(config, folder, on_rows=Progress(config.residual, config.steps))
 
         return _finish_train(_in_new_folder("train", given, fresh))
 
-    def hint() -> str:
-        return _resume_hint("train", out) if out is not None and list_checkpoints(out) else ""
-
-    return _guarded("train", start, hint)
+    return _guarded("train", start)
 
 
 def run_demo(argv: Sequence[str]) -> int:
-    """Run `mhc-tile demo`; arguments, exit codes (but 1) and errors are those of `run_train`."""
+    """Run `mhc-tile demo`; arguments and exit codes as of `run_train`."""
     about = "Train residual, HC and mHC on real text and compare them."
     given = _given("demo", about, _DEMO | _of(DemoSettings), argv)
     _check_given("demo", given, beside_resume=("corpus", "threads"))
-    out: Path | None = None
 
-    def start() -> int:
-        nonlocal out
+    def start(places: list[Path]) -> int:
         for module in ("tqdm", "tabulate", "jinja2", "matplotlib.figure"):
             require(module, "demo")
         threads = given.pop("threads", 2)
@@ -121,6 +107,7 @@ def run_demo(argv: Sequence[str]) -> int:
             settings = DemoSettings(**{name: given[name] for name in names if name in given})
             settings.legs()  # refuses bad values before the folder is made
             out = _in_new_folder("demo", given, lambda folder: start_demo(folder, settings))
+        places.append(out)
         legs = stored_settings(out).legs()
         steps = sum(config.steps for config in legs.values())
         say(
@@ -140,11 +127,7 @@ def run_demo(argv: Sequence[str]) -> int:
         say(f"\n{sentence(result.legs)}\n\nReport: {result.report}")
         return 0
 
-    def hint() -> str:
-        started = out is not None and (out / "demo.json").exists()
-        return _resume_hint("demo", out) if started else ""
-
-    return _guarded("demo", start, hint)
+    return _guarded("demo", start)
 
 
 def _of(config: type, *left_out: str) -> _Options:
@@ -189,16 +172,25 @@ def _check_given(command: str, given: dict[str, Any], beside_resume: tuple[str, 
             raise ValueError(f"{command}: {flag} must be left out with --resume, got {value!r}")
 
 
-def _guarded(command: str, start: Callable[[], int], hint: Callable[[], str]) -> int:
-    """Turn what a user can cause outside the loop into one line; stdout may fail."""
+def _guarded(command: str, start: Callable[[list[Path]], int]) -> int:
+    """Turn what a user can cause outside the loop into one line; stdout may fail.
+
+    `start` adds the folder of the run or demo to its argument as soon as it is known.
+    """
+    places: list[Path] = []
+
+    def hints() -> list[str]:
+        started = is_demo if command == "demo" else list_checkpoints
+        return [_resume_hint(command, path) for path in places[-1:] if started(path)]
+
     try:
         with raising():
-            return start()
+            return start(places)
     except KeyboardInterrupt as ended:
-        say("\n" + (hint() or "interrupted; there is nothing to resume"))
+        say("\n" + "".join(hints() or ["interrupted; there is nothing to resume"]))
         return exit_code(ended.args[0] if isinstance(ended, Ended) else signal.SIGINT)
     except OSError:  # as of a full disk: what has been saved can be resumed
-        if text := hint():
+        for text in hints():
             say(text)
         raise
     except (MemoryError, OverflowError, RuntimeError) as error:
@@ -234,7 +226,7 @@ def _finish_train(result: TrainResult) -> int:
     return 0 if result.stop_signal is None else exit_code(result.stop_signal)
 
 
-def _resume_hint(command: str, path: Path | None) -> str:
+def _resume_hint(command: str, path: Path) -> str:
     return f"continue with: {shlex.join(['mhc-tile', command, '--resume', str(path)])}"
 
 

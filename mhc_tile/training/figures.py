@@ -1,13 +1,14 @@
 """The figures of the demo."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .extras import require
+from .metrics import Row
 from .report import Leg
 
 # Okabe-Ito: distinct with every common colour blindness; line styles repeat the distinction.
@@ -17,14 +18,7 @@ _MAX_MAPS = 8
 
 
 def draw_all(folder: Path, legs: Sequence[Leg]) -> dict[str, str]:
-    """Draw every figure of the runs as a PNG in a folder.
-
-    Returns:
-        File name -> caption, in reading order.
-
-    Raises:
-        RuntimeError: matplotlib is missing.
-    """
+    """Draw every figure of the runs in a folder; returns file names and captions, in order."""
     ordinary = [leg for leg in legs if not leg.stress]
     stress = [leg for leg in legs if leg.stress]
     figures = {
@@ -83,9 +77,7 @@ def _line(leg: Leg, **changes: Any) -> dict[str, Any]:
     return {"color": COLOURS[leg.kind], "linestyle": STYLES[leg.kind], "label": leg.label} | changes
 
 
-def _smooth(
-    values: list[float], average: Callable[[list[float]], float] = statistics.fmean
-) -> list[float]:
+def _smooth(values: list[float], average: Any = statistics.fmean) -> list[float]:
     """Running average over a twentieth of the run, centred."""
     reach = len(values) // 40
     return [average(values[max(0, at - reach) : at + reach + 1]) for at in range(len(values))]
@@ -154,13 +146,12 @@ def _plain_ticks(axes: Any) -> None:
 
 
 def _per_sublayer(axes: Any, legs: Sequence[Leg]) -> None:
-    for leg, gains in ((leg, leg.of_kind("gain")) for leg in legs):
-        for direction, marker, fill in (("forward", "o", None), ("backward", "s", "white")):
-            values = gains[-1][direction] if gains else []
-            line = _line(leg, label=f"{leg.label} {direction}", marker=marker, linewidth=1.2)
-            line |= {"markersize": 5, "markerfacecolor": fill or COLOURS[leg.kind]}
-            if gains:
-                axes.plot(range(1, len(values) + 1), values, **line)
+    for leg, gains, direction in _gains_of(legs):
+        values = gains[-1][direction]
+        forward = direction == "forward"
+        line = _line(leg, label=f"{leg.label} {direction}", marker="o" if forward else "s")
+        line |= {"markersize": 5, "markerfacecolor": COLOURS[leg.kind] if forward else "white"}
+        axes.plot(range(1, len(values) + 1), values, **line, linewidth=1.2)
     _gain_axis(axes, 1.05)
     axes.xaxis.get_major_locator().set_params(integer=True)
     x, y = "sublayer (1 reads the embedding)", "gain of h_res"
@@ -168,15 +159,20 @@ def _per_sublayer(axes: Any, legs: Sequence[Leg]) -> None:
 
 
 def _composite(axes: Any, legs: Sequence[Leg]) -> None:
-    for leg, gains in ((leg, leg.of_kind("gain")) for leg in legs):
-        for direction, width in (("forward", 2.0), ("backward", 1.0)):
-            values = [row[f"composite_{direction}"] or float("nan") for row in gains]
-            line = _line(leg, label=f"{leg.label} {direction}", linewidth=width)
-            if gains:
-                axes.plot([row["step"] for row in gains], values, **line)
+    for leg, gains, direction in _gains_of(legs):
+        values = [row[f"composite_{direction}"] or float("nan") for row in gains]
+        line = _line(leg, label=f"{leg.label} {direction}")
+        width = 2.0 if direction == "forward" else 1.0
+        axes.plot([row["step"] for row in gains], values, **line, linewidth=width)
     _gain_axis(axes, 1.5)
     title = "product of all sublayers, over training"
     _finish(axes, title, "step", "composite gain", fontsize=8)
+
+
+def _gains_of(legs: Sequence[Leg]) -> list[tuple[Leg, list[Row], str]]:
+    """The runs with records of gains, each in both directions."""
+    records = [(leg, leg.of_kind("gain")) for leg in legs]
+    return [(leg, rows, way) for leg, rows in records if rows for way in ("forward", "backward")]
 
 
 def _gain_axis(axes: Any, at_least: float) -> None:
