@@ -126,8 +126,8 @@ class Decoder(nn.Module):
     def balance_experts(self) -> None:
         """Call every `update_bias` (`mhc_tile.models.moe.Router`), after each optimizer step."""
         for module in self.modules():
-            if hasattr(module, "update_bias"):
-                module.update_bias()
+            if callable(update := getattr(module, "update_bias", None)):
+                update()
 
 
 def _connect(

@@ -236,16 +236,10 @@ def _in_new_folder(
     """Start in --out, or else in the first runs/<time> that no other process takes."""
     if "out" in given:
         return start(full_path(given["out"], f"{command}: --out"))
+    base = folder = Path("runs").absolute() / time.strftime("%Y%m%d-%H%M%S")
+    number = 1
     while True:
         with suppress(FolderInUseError):
-            return start(_new_folder())
-
-
-def _new_folder() -> Path:
-    """runs/<time>, with a number where that second is taken."""
-    base = Path("runs").absolute() / time.strftime("%Y%m%d-%H%M%S")
-    path, number = base, 1
-    while path.exists():
+            return start(folder)
         number += 1
-        path = base.with_name(f"{base.name}-{number}")
-    return path
+        folder = base.with_name(f"{base.name}-{number}")

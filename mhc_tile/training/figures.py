@@ -56,12 +56,12 @@ def draw_all(folder: Path, legs: Sequence[Leg]) -> dict[str, str]:
     return {name: caption for name, (_, caption) in figures.items()}
 
 
-def _figure(width: float, title: str, columns: int = 1) -> tuple[Any, list[Any]]:
-    """A figure with a row of axes; without pyplot, which has global state."""
+def _figure(width: float, height: float, title: str, rows: int, columns: int) -> tuple[Any, Any]:
+    """A figure and its axes [rows, columns]; without pyplot, which has global state."""
     figure_class = require("matplotlib.figure", "figures").Figure
-    figure = figure_class(figsize=(width, 4.4), layout="constrained")
+    figure = figure_class(figsize=(width, height), layout="constrained")
     figure.suptitle(title, fontsize=13)
-    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def _finish(axes: Any, title: str, x: str, y: str, **legend: Any) -> None:
@@ -97,7 +97,8 @@ def _curve(axes: Any, leg: Leg, name: str, label: str) -> None:
 
 
 def _losses(legs: Sequence[Leg]) -> Any:
-    figure, (left, right) = _figure(10.5, "Training loss: same seed, same data, same steps", 2)
+    title = "Training loss: same seed, same data, same steps"
+    figure, ((left, right),) = _figure(10.5, 4.4, title, 1, 2)
     _loss(left, legs, "each run")
     plain = _column(legs[0], "loss")[1]
     for leg in legs:
@@ -122,7 +123,7 @@ def _loss(axes: Any, legs: Sequence[Leg], title: str) -> None:
 
 
 def _grad_norms(legs: Sequence[Leg]) -> Any:
-    figure, (axes,) = _figure(7.5, "Gradient norm before clipping")
+    figure, ((axes,),) = _figure(7.5, 4.4, "Gradient norm before clipping", 1, 1)
     for leg in legs:
         _curve(axes, leg, "grad_norm", leg.label)
     if legs[0].config.clip:
@@ -186,7 +187,7 @@ def _gain_axis(axes: Any, at_least: float) -> None:
 
 def _gains(legs: Sequence[Leg]) -> Any:
     title = "Ordinary training: gain of the residual mixing h_res"
-    figure, (left, right) = _figure(10.5, title, 2)
+    figure, ((left, right),) = _figure(10.5, 4.4, title, 1, 2)
     _per_sublayer(left, legs)
     _composite(right, legs)
     return figure
@@ -195,7 +196,7 @@ def _gains(legs: Sequence[Leg]) -> Any:
 def _stress(legs: Sequence[Leg]) -> Any:
     depth, rate = 2 * legs[0].config.model.num_layers, legs[0].config.learning_rate
     title = f"Stress: {depth} sublayers, learning rate {rate:g}"
-    figure, (left, middle, right) = _figure(14.5, title, 3)
+    figure, ((left, middle, right),) = _figure(14.5, 4.4, title, 1, 3)
     _loss(left, legs, "training loss")
     _composite(middle, legs)
     _per_sublayer(right, legs)
@@ -207,11 +208,8 @@ def _maps(legs: Sequence[Leg], title: str) -> Any:
     depth = len(maps[0][1])
     count = min(depth, _MAX_MAPS)
     spread = torch.linspace(0, depth - 1, count, dtype=torch.float64, device="cpu")
-    figure = require("matplotlib.figure", "figures").Figure(
-        figsize=(1.5 * count + 1.8, 1.6 * len(maps) + 0.9), layout="constrained"
-    )
-    figure.suptitle(title, fontsize=13)
-    grid = figure.subplots(len(maps), count, squeeze=False)
+    width, height = 1.5 * count + 1.8, 1.6 * len(maps) + 0.9
+    figure, grid = _figure(width, height, title, len(maps), count)
     limit = max(1.0, *(matrices.abs().max().item() for _, matrices in maps))
     for (leg, matrices), row in zip(maps, grid, strict=True):
         for sublayer, axes in zip(spread.round().int().tolist(), row, strict=True):

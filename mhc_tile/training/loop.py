@@ -331,11 +331,13 @@ class _Run:
 
     def _collect(self) -> tuple[list[Row], bool]:
         """The rows of the steps since the last call, and whether they are all finite."""
-        steps, rates, losses, norms, records = zip(*self.pending, strict=True)
-        losses, norms = torch.stack(losses).tolist(), torch.stack(norms).tolist()
+        steps, rates, on_device, norms_on_device, records = zip(*self.pending, strict=True)
+        losses = torch.stack(on_device).tolist()
+        norms = torch.stack(norms_on_device).tolist()
         elapsed = round((time.perf_counter() - self.clock) * 1000 / len(steps), 3)
         rows: list[Row] = []
-        for step, rate, loss, norm, gains in zip(steps, rates, losses, norms, records, strict=True):
+        measured = zip(steps, rates, losses, norms, records, strict=True)
+        for step, rate, loss, norm, gains in measured:
             row = {"kind": "step", "step": step, "loss": loss, "grad_norm": norm}
             rows.append({**row, "learning_rate": rate, "ms_per_step": elapsed})
             if gains is not None:
