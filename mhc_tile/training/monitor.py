@@ -84,11 +84,10 @@ class GainMonitor:
     """
 
     def __init__(self, model: nn.Module, max_tokens: int = MAX_TOKENS):
-        _checks.count("GainMonitor", max_tokens=max_tokens)
         kinds = (ManifoldHyperConnection, HyperConnection)
         connections = [module for module in model.modules() if isinstance(module, kinds)]
         self.num_sublayers = len(connections)
-        self._max_tokens = max_tokens
+        self._max_tokens = _checks.whole("GainMonitor", "max_tokens", max_tokens)
         self._listening = False
         self._starting = False
         self._samples: list[tuple[int, Tensor]] = []  # of which connection, in the order of calls
@@ -210,6 +209,8 @@ class GainRule:
     """
 
     def __init__(self, composite: float = 3.0, canary: float = 2.0, window: int = 5):
+        _checks.positive("GainRule", composite=composite, canary=canary)
+        _checks.count("GainRule", window=window)
         self._thresholds = {"composite": composite, "canary": canary}
         self._logs = {signal: deque[float](maxlen=window) for signal in self._thresholds}
         self._losses = deque[float](maxlen=2 * window)
