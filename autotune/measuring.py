@@ -2,11 +2,9 @@
 
 In the worker process `measure` tries one candidate after another: its results must be the
 default's, and a first impression of its time must not be hopeless. The best then take turns with
-the default. In the tuner's process `Measurer` listens, kills a worker that hangs, replaces one that
-died, and goes on with the next candidate.
+the default. In the tuner's process `Measurer` listens and replaces a worker that hangs or dies.
 """
 
-import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Iterator
@@ -44,7 +42,7 @@ class Candidate:
 
     Attributes:
         config: launch knobs.
-        order: how it forms a token's sums; where it is the default's, so must be the bits.
+        order: its reduction order; where it is the default's, the bits must be as well.
     """
 
     config: Any
@@ -76,7 +74,7 @@ class Task:
         problem: kernel and shape.
         candidates: the default first.
         known: outcomes of earlier attempts, by index.
-        parameter_grads: results, the last ones, that sum over tokens: their bits are nobody's.
+        parameter_grads: results, the last ones, that sum over tokens: their bits may differ.
     """
 
     problem: Problem
@@ -85,30 +83,12 @@ class Task:
     parameter_grads: int = 0
 
 
-@dataclass(frozen=True)
-class Trying:
-    """A worker begins with a candidate: if nothing follows, this is to blame."""
-
-    index: int
-
-
-@dataclass(frozen=True)
-class Broken:
-    """The default fails, which ends the problem; why, for a person."""
-
-    why: str
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a worker found out about a candidate; a later one replaces an earlier one."""
-
-    index: int
-    outcome: Outcome
+Message = tuple[int, Outcome | None]
+"""A candidate's index and what became of it; None before whatever may end the process."""
 
 
 def handler(bench: str) -> Callable[[Any], Iterator[Any]]:
-    """What a worker process runs: tasks to `Trying` and `Found`, or a function's name to its value.
+    """What a worker process runs: from a task to messages, or from a function's name to its value.
 
     Args:
         bench: "module:class" of a `Bench`.
@@ -129,9 +109,7 @@ def resolve(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def measure(
-    task: Task, open_bench: Callable[[Problem], Bench]
-) -> Iterator[Trying | Broken | Found]:
+def measure(task: Task, open_bench: Callable[[Problem], Bench]) -> Iterator[Message]:
     """Check and time the candidates of a problem.
 
     Args:
@@ -139,27 +117,27 @@ def measure(
         open_bench: a `Bench` for a problem.
 
     Yields:
-        `Trying` before whatever may fail, `Found` for each candidate, again for each finalist;
-        `Broken` before the default's error.
+        (index, None) before whatever may fail, (index, outcome) for each candidate, again for each
+        finalist. The default is "rejected" before its error is raised.
 
     Raises:
         RuntimeError: The default fails, or an error after which nothing runs: the process must end.
     """
-    yield Trying(0)
+    yield 0, None
     try:
         bench = open_bench(task.problem)
         expected = _repeated(bench, task.candidates[0].config)
         timers = {0: bench.timer(task.candidates[0].config)}
         default = impression(timers[0])
     except Exception as error:
-        yield Broken(_brief(error))
+        yield 0, Outcome("rejected", _brief(error))
         raise
     outcomes = {0: Outcome("slow", ratio=1.0), **task.known}
-    yield Found(0, outcomes[0])
+    yield 0, outcomes[0]
     for index, candidate in enumerate(task.candidates):
         if index in outcomes:
             continue
-        yield Trying(index)
+        yield index, None
         try:
             same_order = candidate.order == task.candidates[0].order
             same_bits = len(expected) - task.parameter_grads if same_order else 0
@@ -173,15 +151,15 @@ def measure(
                 outcomes[index] = Outcome("slow", why, ratio)
         except Exception as error:
             outcomes[index] = Outcome("rejected", f"crashed: {_brief(error)}")
-            yield Found(index, outcomes[index])
+            yield index, outcomes[index]
             if not bench.healthy():
                 raise
         else:
-            yield Found(index, outcomes[index])
+            yield index, outcomes[index]
     finalists = _finalists(task.candidates, outcomes)
     for index in finalists:
         if index not in timers:
-            yield Trying(index)
+            yield index, None
             timers[index] = bench.timer(task.candidates[index].config)
     running = 0
 
@@ -193,11 +171,10 @@ def measure(
     try:
         samples = interleaved([functools.partial(turn, index) for index in finalists])
     except Exception as error:  # it worked at first sight: the others are timed in a new process
-        why = _brief(error)
-        yield Found(running, Outcome("rejected", f"crashed: {why}")) if running else Broken(why)
+        yield running, Outcome("rejected", f"{'crashed: ' if running else ''}{_brief(error)}")
         raise
     for index, sample in zip(finalists, samples, strict=True):
-        yield Found(index, Outcome("measured", ratio=outcomes[index].ratio, sample=sample))
+        yield index, Outcome("measured", ratio=outcomes[index].ratio, sample=sample)
 
 
 def _brief(error: Exception) -> str:
@@ -298,21 +275,24 @@ class Measurer:
         """
         outcomes = dict(known)
         restarts = 0
+
+        def found(index: int, outcome: Outcome) -> None:
+            outcomes[index] = outcome
+            keep(index, outcome)
+
         while True:
             trying: int | None = None
             broken, rejected = "", False
             try:
                 task = Task(problem, candidates, outcomes, parameter_grads)
-                for message in self._messages(task):
-                    if isinstance(message, Trying):
-                        trying = message.index
-                        continue
-                    if isinstance(message, Broken):
-                        broken = message.why
-                        continue
-                    trying, rejected = None, message.outcome.status == "rejected"
-                    outcomes[message.index] = message.outcome
-                    keep(message.index, message.outcome)
+                for index, outcome in self._messages(task):
+                    if outcome is None:
+                        trying = index
+                    elif index == 0 and outcome.status == "rejected":
+                        broken = outcome.why
+                    else:
+                        trying, rejected = None, outcome.status == "rejected"
+                        found(index, outcome)
                 return outcomes
             except (WorkerDied, WorkerHung) as error:
                 if broken or trying == 0:
@@ -320,14 +300,11 @@ class Measurer:
                     raise RuntimeError(f"{problem}: the default must run, got {why}") from error
                 if trying is not None:
                     kind = "hung" if isinstance(error, WorkerHung) else "crashed"
-                    outcomes[trying] = Outcome("rejected", f"{kind}: {error}")
-                    keep(trying, outcomes[trying])
-                    continue
-                if rejected:  # what broke the process is known and is not tried again
-                    continue
-                restarts += 1
-                if restarts > RESTARTS:
-                    raise RuntimeError(f"{problem}: measuring must end, got {error}") from error
+                    found(trying, Outcome("rejected", f"{kind}: {error}"))
+                elif not rejected:  # else what broke the process is known and is not tried again
+                    restarts += 1
+                    if restarts > RESTARTS:
+                        raise RuntimeError(f"{problem}: measuring must end, got {error}") from error
 
     def _messages(self, task: Any) -> Iterator[Any]:
         worker = self._worker = self._worker or Worker(_HANDLER, (self._bench,), self._log)
@@ -336,6 +313,5 @@ class Measurer:
             yield from worker.messages(self._seconds)
         except BaseException:
             self._worker = None
-            with contextlib.suppress(ValueError, OSError):
-                worker.kill()
+            worker.kill()
             raise

@@ -234,7 +234,7 @@ def read(path: Path, device: Device | None = None) -> Table:
             raise TableError(f"{path}: schema must be {SCHEMA}, got {schema!r}; update mhc-tile")
         found = msgspec.json.decode(text, type=_File)
     except (msgspec.MsgspecError, RecursionError) as error:
-        raise UnreadableError(f"{path}: must be a whole table in JSON, got: {error}") from error
+        raise UnreadableError(f"{path}: must be a table in JSON, got: {error}") from error
     if device and (found.gpu, found.multiprocessors) != (device.name, device.multiprocessors):
         raise TableError(
             f"{path}: must be for {device.name} with {device.multiprocessors} multiprocessors, "

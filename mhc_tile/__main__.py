@@ -9,16 +9,16 @@ from contextlib import suppress
 from ._version import __version__
 
 # Commands that parse their own options.
-_TRAINING = {
+_OWN = {
     "demo": "train residual, HC and mHC on real text and compare",
     "train": "train one named model on your own text",
+    "autotune": "fit the kernels to this GPU, once",
 }
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the other subcommands; each sets `run`, a function of the parsed arguments."""
     from . import doctor
-    from .autotune import cli as autotune
     from .perf import cli as perf
 
     parser = argparse.ArgumentParser(
@@ -27,12 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mhc-tile {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, text in _TRAINING.items():
+    for name, text in _OWN.items():
         commands.add_parser(name, help=text, add_help=False)
-
-    tuning = commands.add_parser("autotune", help="fit the kernels to this GPU, once")
-    autotune.add_arguments(tuning)
-    tuning.set_defaults(run=autotune.run)
 
     measuring = commands.add_parser("perf", help="measure, compare, gate and report")
     perf.add_arguments(measuring)
@@ -44,7 +40,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _run(argv: Sequence[str]) -> int:
-    if argv and argv[0] in _TRAINING:
+    if argv and argv[0] == "autotune":
+        from .autotune import cli as autotune
+
+        return autotune.main(argv[1:])
+    if argv and argv[0] in _OWN:
         from .training import cli
 
         return (cli.run_demo if argv[0] == "demo" else cli.run_train)(argv[1:])
