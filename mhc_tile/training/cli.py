@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict, TypeVar, get_origin
+from typing import Any, Literal, TypeVar, get_origin
 
 import torch
 
 from .. import _checks
+from ..autotune._options import Options, flag, parse
 from ..config import MHCConfig
 from ..models import CONFIGS, model_config
 from .checkpoint import list_checkpoints
@@ -31,10 +32,9 @@ _TOO_LARGE = re.compile(r"out of memory|allocate memory|enough memory|overflow",
 _TOO_MANY = 2**31  # of anything but seeds: torch's own messages name no option
 _MAX_THREADS = 1024  # OpenMP ends the process where it cannot make them
 _Started = TypeVar("_Started")
-_Options = dict[str, tuple[Any, str]]  # name -> type, help
 
 _CONNECTION = ("num_streams", "iters", "init")
-_TRAIN: _Options = {
+_TRAIN: Options = {
     "resume": (
         str,
         "run directory or checkpoint to continue; of the other options it takes --steps, more than "
@@ -44,7 +44,7 @@ _TRAIN: _Options = {
     "model": (str, f"one of {', '.join(CONFIGS)} (default: 1m)"),
     "tensorboard": (bool, "write event files for TensorBoard (default: True)"),
 }
-_DEMO: _Options = {
+_DEMO: Options = {
     "resume": (
         str,
         "folder of a demo to continue; of the other options it takes --threads and, if that has "
@@ -67,7 +67,8 @@ def run_train(argv: Sequence[str]) -> int:
     """
     options = _TRAIN | _of(TrainConfig, "model", "connection", "tensorboard")
     options |= {name: _of(MHCConfig)[name] for name in _CONNECTION}
-    given = _given("train", "Train one named model on your own text.", options, argv)
+    about = "Train one named model on your own text."
+    given = parse("mhc-tile train", about, options, argv, "train")
     _check_given("train", given, beside_resume=("corpus", "steps"))
 
     def start(places: list[Path]) -> int:
@@ -88,7 +89,7 @@ def run_train(argv: Sequence[str]) -> int:
 def run_demo(argv: Sequence[str]) -> int:
     """Run `mhc-tile demo`; arguments and exit codes as of `run_train`."""
     about = "Train residual, HC and mHC on real text and compare them."
-    given = _given("demo", about, _DEMO | _of(DemoSettings), argv)
+    given = parse("mhc-tile demo", about, _DEMO | _of(DemoSettings), argv, "train")
     _check_given("demo", given, beside_resume=("corpus", "threads"))
 
     def start(places: list[Path]) -> int:
@@ -130,7 +131,7 @@ def run_demo(argv: Sequence[str]) -> int:
     return _guarded("demo", start)
 
 
-def _of(config: type, *left_out: str) -> _Options:
+def _of(config: type, *left_out: str) -> Options:
     """An option per field of a configuration, described by its docstring."""
     parsed = require("docstring_parser", "command line").parse(config.__doc__ or "")
     texts = {p.arg_name: " ".join((p.description or "").split()) for p in parsed.params}
@@ -145,17 +146,6 @@ def _of(config: type, *left_out: str) -> _Options:
     return {name: option for name, option in options.items() if name not in left_out}
 
 
-def _given(command: str, about: str, options: _Options, argv: Sequence[str]) -> dict[str, Any]:
-    """The options that are in the command line, and no others: --resume refuses most."""
-    tyro = require("tyro", "command line")
-    types = {
-        name: Annotated[kind, tyro.conf.arg(help=text, help_behavior_hint="")]
-        for name, (kind, text) in options.items()
-    }
-    optional = TypedDict("optional", types, total=False)  # type: ignore[misc]
-    return dict(tyro.cli(optional, prog=f"mhc-tile {command}", description=about, args=argv))
-
-
 def _check_given(command: str, given: dict[str, Any], beside_resume: tuple[str, ...]) -> None:
     """Refuse texts that are empty, numbers that are too large, and what --resume would ignore.
 
@@ -163,13 +153,13 @@ def _check_given(command: str, given: dict[str, Any], beside_resume: tuple[str, 
     directory.
     """
     for name, value in given.items():
-        flag = ("--no-" if value is False else "--") + name.replace("_", "-")
+        option = flag(f"no_{name}" if value is False else name)
         if isinstance(value, str) and not value.strip():
-            raise ValueError(f"{command}: {flag} must not be empty, got {value!r}")
+            raise ValueError(f"{command}: {option} must not be empty, got {value!r}")
         if isinstance(value, int) and value >= _TOO_MANY and name != "seed":
-            raise ValueError(f"{command}: {flag} must be below {_TOO_MANY}, got {value}")
+            raise ValueError(f"{command}: {option} must be below {_TOO_MANY}, got {value}")
         if "resume" in given and name not in ("resume", *beside_resume):
-            raise ValueError(f"{command}: {flag} must be left out with --resume, got {value!r}")
+            raise ValueError(f"{command}: {option} must be left out with --resume, got {value!r}")
 
 
 def _guarded(command: str, start: Callable[[list[Path]], int]) -> int:
