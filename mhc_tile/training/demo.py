@@ -173,7 +173,7 @@ def _run_legs(
             RuntimeWarning,
             stacklevel=3,
         )
-        figures = {}
+        figures = []
     return DemoResult(legs, write_report(out, legs, figures, result.corpus.name))
 
 

@@ -17,43 +17,21 @@ STYLES = {"residual": ":", "hc": "--", "mhc": "-"}
 _MAX_MAPS = 8
 
 
-def draw_all(folder: Path, legs: Sequence[Leg]) -> dict[str, str]:
-    """Draw every figure of the runs in a folder; returns file names and captions, in order."""
+def draw_all(folder: Path, legs: Sequence[Leg]) -> list[str]:
+    """Draw every figure of the runs in a folder; returns the file names, in order."""
     ordinary = [leg for leg in legs if not leg.stress]
     stress = [leg for leg in legs if leg.stress]
     figures = {
-        "loss.png": (
-            _losses(ordinary),
-            "Left: training loss (thin: every step, thick: running mean) and validation loss "
-            "(dots). Right: its difference to the plain residual's loss on the same batch, running "
-            "median; below 0 is better.",
-        ),
-        "grad_norm.png": (
-            _grad_norms(ordinary),
-            "Global gradient norm before clipping; dotted: the clipping threshold.",
-        ),
-        "gains.png": (
-            _gains(ordinary),
-            "Gain of h_res, log scale: per sublayer at the last record, and of the product of all "
-            "sublayers over training. 1 is neutral.",
-        ),
-        "h_res.png": (
-            _maps(ordinary, "Ordinary training: the learned h_res"),
-            "The learned h_res, mean over validation tokens. mHC's rows and columns sum to 1.",
-        ),
-        "stress.png": (
-            _stress(stress),
-            "The stress recipe: deeper, higher learning rate. Loss on the left, gains of h_res on "
-            "the right.",
-        ),
-        "h_res_stress.png": (
-            _maps(stress, "Stress: the learned h_res"),
-            "The learned h_res of the stress recipe, of sublayers spread over the depth.",
-        ),
+        "loss.png": _losses(ordinary),
+        "grad_norm.png": _grad_norms(ordinary),
+        "gains.png": _gains(ordinary),
+        "h_res.png": _maps(ordinary, "Ordinary training: the learned h_res"),
+        "stress.png": _stress(stress),
+        "h_res_stress.png": _maps(stress, "Stress: the learned h_res"),
     }
-    for name, (figure, _) in figures.items():
+    for name, figure in figures.items():
         figure.savefig(folder / name, dpi=130)
-    return {name: caption for name, (_, caption) in figures.items()}
+    return list(figures)
 
 
 def _figure(width: float, height: float, title: str, rows: int, columns: int) -> tuple[Any, Any]:

@@ -145,8 +145,8 @@ def _stress(by_name: dict[str, Leg]) -> str:
     )
 
 
-def write_report(folder: Path, legs: list[Leg], figures: dict[str, str], corpus: str) -> Path:
-    """Write report.md beside the figures (file name -> caption); returns its path."""
+def write_report(folder: Path, legs: list[Leg], figures: list[str], corpus: str) -> Path:
+    """Write report.md beside the figures that it shows; returns its path."""
     jinja2 = require("jinja2", "report")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     rows = [{key.replace("\n", " "): value for key, value in row.items()} for row in summary(legs)]
