@@ -66,7 +66,8 @@ def run_train(argv: Sequence[str]) -> int:
         the run: 130 after Ctrl-C. A stdout that fails does not change it.
     """
     options = _TRAIN | _of(TrainConfig, "model", "connection", "tensorboard")
-    options |= {name: _of(MHCConfig)[name] for name in _CONNECTION}
+    constants = _of(MHCConfig)
+    options |= {name: constants[name] for name in _CONNECTION}
     about = "Train one named model on your own text."
     given = parse("mhc-tile train", about, options, argv, "train")
     _check_given("train", given, beside_resume=("corpus", "steps"))
@@ -99,27 +100,22 @@ def run_demo(argv: Sequence[str]) -> int:
         if not 1 <= threads <= _MAX_THREADS:
             raise ValueError(f"demo: --threads must be from 1 to {_MAX_THREADS}, got {threads}")
         torch.set_num_threads(threads)
-        moved = None
         if "resume" in given:
             out = full_path(given["resume"], "demo: --resume")
-            moved = given.get("corpus")
         else:
-            names = [field.name for field in dataclasses.fields(DemoSettings)]
-            settings = DemoSettings(**{name: given[name] for name in names if name in given})
+            settings = DemoSettings(**{n: value for n, value in given.items() if n != "out"})
             settings.legs()  # refuses bad values before the folder is made
             out = _in_new_folder("demo", given, lambda folder: start_demo(folder, settings))
         places.append(out)
         legs = stored_settings(out).legs()
+        runs = f"{len(legs)} runs ({', '.join(legs)})"
         steps = sum(config.steps for config in legs.values())
-        say(
-            f"{len(legs)} runs ({', '.join(legs)}), {steps} steps in all; "
-            f"everything is written to {out}"
-        )
+        say(f"{runs}, {steps} steps in all; everything is written to {out}")
         first = next(iter(legs))
         result = run_legs(
             out,
             lambda name, config: Progress(name, config.steps, corpus=name == first),
-            corpus=moved,
+            corpus=given.get("corpus") if "resume" in given else None,
         )
         if result.stop_signal is not None:
             say(_resume_hint("demo", out))
@@ -138,12 +134,12 @@ def _of(config: type, *left_out: str) -> Options:
     options = {}
     for field in dataclasses.fields(config):
         typed = field.type in (int, float) or get_origin(field.type) is Literal
-        shown = "" if field.default is None else f" (default: {field.default})"
-        options[field.name] = (
-            field.type if typed else str,
-            texts[field.name].removesuffix(".") + shown,
-        )
-    return {name: option for name, option in options.items() if name not in left_out}
+        text = texts[field.name].removesuffix(".")
+        if field.default is not None:
+            text += f" (default: {field.default})"
+        if field.name not in left_out:
+            options[field.name] = (field.type if typed else str, text)
+    return options
 
 
 def _check_given(command: str, given: dict[str, Any], beside_resume: tuple[str, ...]) -> None:
