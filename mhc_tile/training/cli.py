@@ -27,7 +27,6 @@ from .progress import Progress, say, settle
 from .report import sentence, summary, table
 from .signals import Ended, exit_code, raising
 
-_FAILED = 1
 _TOO_LARGE = re.compile(r"out of memory|allocate memory|enough memory|overflow", re.IGNORECASE)
 _TOO_MANY = 2**31  # of anything but seeds: torch's own messages name no option
 _MAX_THREADS = 1024  # OpenMP ends the process where it cannot make them
@@ -205,7 +204,7 @@ def _finish_train(result: TrainResult) -> int:
         found = list_checkpoints(result.run_dir)
         last = f"the last checkpoint is {found[-1]}" if found else "no checkpoint was written"
         say(f"step {result.step}: the loss is not finite; {last}")
-        return _FAILED
+        return 1
     else:
         loss = "-" if result.validation_loss is None else f"{result.validation_loss:.4f}"
         say(f"validation loss {loss} nats per byte; written to {result.run_dir}")

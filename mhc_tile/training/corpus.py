@@ -19,7 +19,6 @@ from torch import Tensor
 
 from .folder import full_path
 
-VOCAB_SIZE = 256
 HELD_OUT = 20  # one file in HELD_OUT, or the last 1 / HELD_OUT of a single file, is held out
 _OF_A_RUN = {"metrics.jsonl", "demo.json"}
 _SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib"}
