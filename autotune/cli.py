@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
@@ -17,6 +17,7 @@ from ..kernels.common import toolchain as _toolchain
 from ..kernels.common.architectures import CHECKED, architecture_of
 from . import _arguments, compiling, journal, report, table, tuner
 from ._extras import require
+from ._options import Options, flag, parse
 from .device import Device, describe, driver_version, identity
 from .measuring import Measurer
 from .problems import DTYPES, PRESETS, TOKENS, Problem, Shape, problems
@@ -28,7 +29,7 @@ MOST: dict[str, float] = {"hidden": 1 << 20, "tokens": _toolchain.MOST_TOKENS}
 MOST |= {"multiprocessors": 1 << 16, "jobs": 1 << 12, "budget": 1e6, "timeout": 86400}
 _BANDWIDTH = f"{__package__}.bench:copy_bandwidth"
 _KERNEL: Any = Literal.__getitem__(tuple(KERNELS))
-_OPTIONS: dict[str, tuple[Any, str]] = {  # name -> type, help
+_OPTIONS: Options = {
     "preset": (Literal["paper", "deepseek-v4", "all"], "shapes of models, or all of them"),
     "hidden": (tuple[int, ...], "hidden sizes, instead of a preset"),
     "streams": (tuple[int, ...], "with --hidden (default: 4)"),
@@ -114,14 +115,7 @@ def main(argv: Sequence[str], prog: str = "mhc-tile autotune") -> int:
 
 def _options(argv: Sequence[str], prog: str) -> SimpleNamespace:
     """The options by name; None or False where one is not given and has no default."""
-    tyro = require("tyro", "autotune")
-    types: dict[str, Any] = {
-        name: Annotated[kind, tyro.conf.arg(help=text, help_behavior_hint="")]
-        for name, (kind, text) in _OPTIONS.items()
-    }
-    optional = TypedDict("optional", types, total=False)  # type: ignore[misc]
-    about = "Fit the kernels to this GPU, once."
-    given = tyro.cli(optional, prog=prog, description=about, args=list(argv))
+    given = parse(prog, "Fit the kernels to this GPU, once.", _OPTIONS, argv, "tune")
     return SimpleNamespace(**(dict.fromkeys(_OPTIONS) | _DEFAULTS | given))
 
 
@@ -134,19 +128,19 @@ def _shapes(options: SimpleNamespace) -> Sequence[Shape]:
     if bool(options.preset) == bool(options.hidden):
         raise ValueError(f"autotune: one of --preset {sorted(PRESETS)} and --hidden must be given")
     for names in (_PHASES, ("resume", "force")):
-        if len(given := [_flag(name) for name in names if getattr(options, name)]) > 1:
+        if len(given := [flag(name) for name in names if getattr(options, name)]) > 1:
             raise ValueError(f"autotune: one phase must be given, got {' and '.join(given)}")
     for name, value in vars(options).items():
-        flag, partner = _flag(name), _NEEDS.get(name)
+        option, partner = flag(name), _NEEDS.get(name)
         if partner and value and not getattr(options, partner):
-            raise ValueError(f"autotune: {flag} must come with {_flag(partner)}, got none")
+            raise ValueError(f"autotune: {option} must come with {flag(partner)}, got none")
         if isinstance(value, str) and not value.strip():
-            raise ValueError(f"autotune: {flag} must not be empty, got {value!r}")
+            raise ValueError(f"autotune: {option} must not be empty, got {value!r}")
         for number in value if isinstance(value, tuple) else (value,):
             if name in MOST and number is not None and not 0 < number <= MOST[name]:
                 most = MOST[name]
                 raise ValueError(
-                    f"autotune: {flag} must be above 0 and at most {most}, got {number}"
+                    f"autotune: {option} must be above 0 and at most {most}, got {number}"
                 )
     if wrong := [n for n in options.streams or () if n not in _toolchain.STREAMS]:
         raise ValueError(f"autotune: --streams must be in {_toolchain.STREAMS}, got {wrong}")
@@ -157,10 +151,6 @@ def _shapes(options: SimpleNamespace) -> Sequence[Shape]:
         return [Shape(s.channels, s.n, s.dtype, tokens) for s in PRESETS[options.preset]]
     sizes = itertools.product(options.hidden, options.streams or (4,), options.dtype or DTYPES[:1])
     return [Shape(*size, tokens) for size in sizes]
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _path(options: SimpleNamespace, device: Device) -> Path:

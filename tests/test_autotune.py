@@ -260,11 +260,11 @@ def test_both_commands_are_one(capsys):
 def test_no_option_takes_an_empty_text(capsys, option, empty):
     code = 1
     try:
-        code = __main__.main(["autotune", *SMALL, cli._flag(option), empty])
+        code = __main__.main(["autotune", *SMALL, cli.flag(option), empty])
     except SystemExit as end:
         code = end.code
     assert code == (1 if option in ("arch", "output") else 2)
-    assert cli._flag(option) in capsys.readouterr().err
+    assert cli.flag(option) in capsys.readouterr().err
 
 
 def test_the_table_may_begin_at_home_but_not_at_nobody_s(monkeypatch, tmp_path):

@@ -15,6 +15,7 @@ from mhc_tile.__main__ import main
 from mhc_tile.models import RESIDUALS, Decoder, MLAConfig, ModelConfig, MoEConfig, model_config
 from mhc_tile.training import TrainConfig, loop, read_metrics, resume, train
 from mhc_tile.training.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
+from mhc_tile.training.demo import DemoSettings
 from mhc_tile.training.metrics import MetricsLog
 from mhc_tile.training.optimizer import build_optimizer
 from mhc_tile.training.schedule import learning_rate
@@ -439,6 +440,34 @@ def test_train_from_the_command_line(text, tmp_path, capsys):
     assert TrainConfig.from_dict(stored).model == model_config("2m-moe")
     assert main(command(text, tmp_path / "other", "--model", "1n")) != 0
     assert "did you mean '1m'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--steps", "x"], "--steps"),
+        (["--residual", "mch"], "'residual', 'hc', 'mhc'"),
+        (["--corpus", "--steps", "2"], "--corpus"),
+        (["--step", "2"], "--steps INT"),
+        (["more"], "more"),
+    ],
+)
+def test_wrong_usage_names_the_option(capsys, words, said):
+    with pytest.raises(SystemExit) as end:
+        main(["train", *words])
+    assert end.value.code == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_every_setting_of_a_run_is_an_option(capsys):
+    for command in ("train", "demo"):
+        with pytest.raises(SystemExit) as end:
+            main([command, "--help"])
+        assert end.value.code == 0
+        said = capsys.readouterr().out
+        settings = DemoSettings() if command == "demo" else TrainConfig()
+        for setting in vars(settings).keys() - {"connection"}:
+            assert f"--{setting.replace('_', '-')}" in said
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -1,6 +1,6 @@
 """Sublayers of the decoder and their parts: RMSNorm, rotary positions, attention, SwiGLU.
 
-A sublayer maps [B, S, C] to [B, S, C], starts with its norm, and has `initialise(output_std)`.
+A sublayer of the decoder maps [B, S, C] to [B, S, C] and starts with its norm.
 
 Axes: B batch, S sequence, C hidden size, H heads, D head size.
 """
@@ -18,6 +18,19 @@ if TYPE_CHECKING:
 
 INPUT_STD = 0.02
 """Initial standard deviation of every matrix, except the last one of a sublayer."""
+
+
+class Sublayer(nn.Module):
+    """A module that ends with the matrix `project_out`."""
+
+    project_out: nn.Module
+
+    def initialise(self, output_std: float) -> None:
+        """Draw the matrices again: `project_out` with output_std, the others with INPUT_STD."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                std = output_std if module is self.project_out else INPUT_STD
+                nn.init.normal_(module.weight, std=std)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -69,12 +82,8 @@ class Rotary(MappingModule):
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-class Attention(nn.Module):
-    """Norm and causal multi-head attention with rotary positions, [B, S, C] -> [B, S, C].
-
-    Args:
-        config: the decoder's shape.
-    """
+class Attention(Sublayer):
+    """Norm and causal multi-head attention with rotary positions, [B, S, C] -> [B, S, C]."""
 
     def __init__(self, config: "ModelConfig"):
         super().__init__()
@@ -84,11 +93,6 @@ class Attention(nn.Module):
         self.project_in = nn.Linear(config.hidden_size, 3 * inner, bias=False)
         self.project_out = nn.Linear(inner, config.hidden_size, bias=False)
         self.rotary = Rotary(config.head_size, config)
-
-    def initialise(self, output_std: float) -> None:
-        """Draw the matrices again."""
-        nn.init.normal_(self.project_in.weight, std=INPUT_STD)
-        nn.init.normal_(self.project_out.weight, std=output_std)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Attend to the same and earlier positions."""
@@ -103,23 +107,13 @@ class Attention(nn.Module):
         return self.project_out(attended_BHSD.transpose(1, 2).flatten(-2))
 
 
-class SwiGLU(nn.Module):
-    """`project_out(silu(gate) * up)`, [..., C] -> [..., C].
-
-    Args:
-        hidden_size: C.
-        ffn_size: the inner width.
-    """
+class SwiGLU(Sublayer):
+    """`project_out(silu(gate) * up)`, [..., C] -> [..., C], inside of width ffn_size."""
 
     def __init__(self, hidden_size: int, ffn_size: int):
         super().__init__()
         self.project_in = nn.Linear(hidden_size, 2 * ffn_size, bias=False)
         self.project_out = nn.Linear(ffn_size, hidden_size, bias=False)
-
-    def initialise(self, output_std: float) -> None:
-        """Draw the matrices again."""
-        nn.init.normal_(self.project_in.weight, std=INPUT_STD)
-        nn.init.normal_(self.project_out.weight, std=output_std)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Apply it."""
@@ -128,11 +122,7 @@ class SwiGLU(nn.Module):
 
 
 class FeedForward(SwiGLU):
-    """Norm and SwiGLU, [..., C] -> [..., C].
-
-    Args:
-        config: the decoder's shape.
-    """
+    """Norm and SwiGLU, [..., C] -> [..., C]."""
 
     def __init__(self, config: "ModelConfig"):
         super().__init__(config.hidden_size, config.ffn_size)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import _checks
 from ..nn._parameters import while_tracing
-from .layers import INPUT_STD, RMSNorm, Rotary
+from .layers import RMSNorm, Rotary, Sublayer
 
 if TYPE_CHECKING:
     from .configs import ModelConfig
@@ -57,16 +57,13 @@ class MLAConfig:
             raise ValueError(f"MLAConfig: rope_size must be even, got {self.rope_size}")
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(Sublayer):
     """Norm and causal multi-head latent attention, [B, S, C] -> [B, S, C].
 
     Queries and keys have head_size + rope_size channels, values head_size. cuDNN's attention, which
     torch prefers on Hopper and on data centre Blackwell, accepts such heads. Flash attention does
     not: where torch would choose it (other GPUs, an older cuDNN), values are padded with zeros to
     the width of the keys. The results are the same.
-
-    Args:
-        config: the decoder's shape.
 
     Raises:
         ValueError: The configuration has no `mla`.
@@ -91,13 +88,6 @@ class LatentAttention(nn.Module):
         self.project_latent = nn.Linear(mla.kv_rank, 2 * heads * size, bias=False)
         self.project_out = nn.Linear(heads * size, config.hidden_size, bias=False)
         self.rotary = Rotary(mla.rope_size, config)
-
-    def initialise(self, output_std: float) -> None:
-        """Draw the matrices again."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                std = output_std if module is self.project_out else INPUT_STD
-                nn.init.normal_(module.weight, std=std)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Attend to the same and earlier positions."""

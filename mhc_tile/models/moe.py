@@ -143,9 +143,6 @@ class MixtureOfExperts(nn.Module):
     activation, which is narrower than the output. No token is dropped, and every pass, forward and
     backward, has the same bits each time.
 
-    Args:
-        config: the decoder's shape.
-
     Raises:
         ValueError: The configuration has no `moe`.
 

@@ -1,6 +1,5 @@
 """Checkpoints: written in one step, the previous one kept, foreign and truncated files refused."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +35,9 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first; files of other names are none."""
-    folder = run_dir / FOLDER
-    steps = [_step_of(path) for path in folder.iterdir()] if folder.is_dir() else []
-    return [checkpoint_path(run_dir, step) for step in sorted(s for s in steps if s is not None)]
-
-
-def _step_of(path: Path) -> int | None:
-    """The step in a name that `checkpoint_path` gives; None for any other."""
-    digits = re.fullmatch(r"step_([0-9]{8,})\.pt", path.name)
-    if digits is None or path.name != checkpoint_path(path, int(digits[1])).name:
-        return None
-    return int(digits[1]) if path.is_file() else None
+    names = (path.stem.removeprefix("step_") for path in (run_dir / FOLDER).glob("step_*.pt"))
+    steps = sorted({int(name) for name in names if name.isdecimal()})
+    return [path for step in steps if (path := checkpoint_path(run_dir, step)).is_file()]
 
 
 class Checkpoints:
@@ -64,15 +55,11 @@ class Checkpoints:
     def drop_newer(self, step: int) -> None:
         """Delete the checkpoints of later steps than the one that the run continues from."""
         for path in list_checkpoints(self.run_dir):
-            if (_step_of(path) or 0) > step and path != self.last:
+            if int(path.stem.removeprefix("step_")) > step and path != self.last:
                 path.unlink()
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write the checkpoint after a step; it is complete or absent, whenever the process ends.
-
-        Raises:
-            OSError: It cannot be written whole; the checkpoints before are kept.
-        """
+        """Write the checkpoint after a step, in one step; an OSError leaves the older ones."""
         path = checkpoint_path(self.run_dir, step)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -93,9 +80,7 @@ class Checkpoints:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """What `Checkpoints.save` was given, with "step"; tensors on the CPU.
 
-    Raises:
-        ValueError: The file is truncated or is not a checkpoint of this package; the message names
-            the older checkpoint to resume from, if there is one.
+    A truncated or foreign file is a ValueError that names the older checkpoint, if there is one.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -108,11 +93,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def stored_config(path: Path, state: dict[str, Any]) -> TrainConfig:
-    """The configuration of a run, from a checkpoint that has all that `resume` needs.
-
-    Raises:
-        ValueError: A part is missing, or the configuration is not one of this version.
-    """
+    """The configuration in a checkpoint; a ValueError if that or another part does not fit."""
     try:
         msgspec.convert(state, State)
     except msgspec.ValidationError as error:
@@ -130,11 +111,7 @@ def stored_config(path: Path, state: dict[str, Any]) -> TrainConfig:
 def restore(
     path: Path, state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Load parameters and moments from what `load_checkpoint` read of a path.
-
-    Raises:
-        ValueError: They do not fit.
-    """
+    """Load parameters and moments from the state at a path; a ValueError if they do not fit."""
     try:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -148,11 +125,7 @@ def restore(
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint at `path`, through links to the file, or the newest of a run directory.
-
-    Raises:
-        ValueError: There is none, or it is outside of a run directory.
-    """
+    """The checkpoint at `path`, through links to the file, or the newest of a run directory."""
     if path.is_file():
         while path.is_symlink():  # not `resolve`: the run's folder may link to another disk
             path = full_path(path.parent / path.readlink(), "resume: path")

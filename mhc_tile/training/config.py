@@ -97,26 +97,3 @@ class TrainConfig:
         model = ModelConfig.from_dict(values["model"])
         connection = MHCConfig(**values["connection"])
         return cls(**{**values, "model": model, "connection": connection})
-
-
-def resumed_config(
-    config: TrainConfig, corpus: str | Path | None, steps: int | None
-) -> TrainConfig:
-    """A stored configuration with what may change when a run is resumed, where it is not None.
-
-    Raises:
-        ValueError: The corpus is gone, or the steps are fewer than before.
-    """
-    if corpus is not None:
-        config = config.replace(corpus=corpus)
-    if config.corpus is not None and not Path(config.corpus).exists():
-        raise ValueError(
-            f"resume: corpus must exist, got {config.corpus!r}; "
-            "if it has moved, name its new place (--corpus)"
-        )
-    if steps is None:
-        return config
-    changed = config.replace(steps=steps)  # refuses what is no integer
-    if steps < config.steps:
-        raise ValueError(f"resume: steps must be at least the run's {config.steps}, got {steps}")
-    return changed

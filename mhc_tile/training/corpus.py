@@ -19,7 +19,6 @@ from torch import Tensor
 
 from .folder import full_path
 
-VOCAB_SIZE = 256
 HELD_OUT = 20  # one file in HELD_OUT, or the last 1 / HELD_OUT of a single file, is held out
 _OF_A_RUN = {"metrics.jsonl", "demo.json"}
 _SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib"}
@@ -54,13 +53,8 @@ class Corpus:
 
     def describe(self) -> dict[str, str | int]:
         """What was read, for the records of a run."""
-        return {
-            "name": self.name,
-            "files": self.files,
-            "left_out": self.left_out,
-            "train": len(self.train),
-            "validation": len(self.validation),
-        }
+        sizes = {"train": len(self.train), "validation": len(self.validation)}
+        return {"name": self.name, "files": self.files, "left_out": self.left_out, **sizes}
 
     def require(self, length: int) -> None:
         """Refuse windows of more tokens than there are, with a ValueError."""
@@ -118,17 +112,13 @@ def load_corpus(path: str | Path | None = None) -> Corpus:
         path: a file or folder, `~` for the home directory; None for the standard library's `.py`
             files (tests left out).
 
-    Returns:
-        The corpus.
-
     Raises:
         ValueError: Nothing is there, it holds no text, or a folder of it cannot be read.
     """
     if path is None:
         root = Path(sysconfig.get_paths()["stdlib"])
-        files = [
-            file for file in root.rglob("*.py") if not _SKIPPED & set(file.relative_to(root).parts)
-        ]
+        found = list(root.rglob("*.py"))
+        files = [file for file in found if not _SKIPPED & set(file.relative_to(root).parts)]
         if not files:
             raise ValueError(
                 f"corpus: path must be given where the standard library has no sources, "

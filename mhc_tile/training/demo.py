@@ -85,25 +85,15 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The end of a demo.
-
-    Args:
-        legs: the finished runs, in order.
-        report: path of report.md; None if a signal ended the demo before.
-        stop_signal: number of that signal.
-    """
+    """The finished runs of a demo, in order."""
 
     legs: list[Leg]
-    report: Path | None
+    report: Path | None  # None if a signal ended the demo before
     stop_signal: int | None = None
 
 
 def start_demo(out: Path, settings: DemoSettings) -> Path:
-    """Make the demo's folder and store the settings in it; returns the folder.
-
-    Raises:
-        FolderInUseError: The folder has files, or another process owns it; a ValueError.
-    """
+    """Make the demo's folder, which is new or empty, and store the settings in it."""
     with owned(out, "demo: out", new=True):
         _store(out, settings)
     return out
@@ -113,14 +103,15 @@ def _store(out: Path, settings: DemoSettings) -> None:
     write_whole(out / "demo.json", json.dumps(dataclasses.asdict(settings)))
 
 
-def stored_settings(out: Path) -> DemoSettings:
-    """The settings that `start_demo` stored.
+def is_demo(out: Path) -> bool:
+    """Whether a folder is a demo's."""
+    return (out / "demo.json").is_file()
 
-    Raises:
-        ValueError: The folder is not a demo's, or the settings are damaged.
-    """
+
+def stored_settings(out: Path) -> DemoSettings:
+    """The settings that `start_demo` stored; a ValueError where they are missing or damaged."""
     path = out / "demo.json"
-    if not path.is_file():
+    if not is_demo(out):
         raise ValueError(f"demo: resume must be the folder of a demo, got {str(out)!r}")
     try:
         settings = DemoSettings(**json.loads(path.read_bytes()))
@@ -139,23 +130,12 @@ def run_legs(
     *,
     corpus: str | Path | None = None,
 ) -> DemoResult:
-    """Run, or continue, every leg of a started demo; then draw and report.
-
-    The process owns the folder until it returns.
+    """Run, or continue, every leg of a started demo in a folder; then draw and report.
 
     Args:
-        out: the demo's folder.
-        listener: called before each leg with its name and configuration; returns the `on_rows` of
-            the leg.
+        out: the folder; the process owns it until the demo ends.
+        listener: returns the `on_rows` of a leg for its name and configuration.
         corpus: where the corpus is now, if it has moved.
-
-    Returns:
-        The result.
-
-    Raises:
-        FolderInUseError: Another process owns the folder; a ValueError.
-        ValueError: The records of a leg are damaged, or the corpus is not that of the legs before.
-        OSError: The records or the report cannot be written.
     """
     stored_settings(out)  # refuses a folder of somebody else before a lock is left there
     with owned(out, "demo: resume"):
@@ -193,14 +173,14 @@ def _run_legs(
             RuntimeWarning,
             stacklevel=3,
         )
-        figures = {}
+        figures = []
     return DemoResult(legs, write_report(out, legs, figures, result.corpus.name))
 
 
 def _run_leg(run_dir: Path, config: TrainConfig, on_rows: OnRows) -> TrainResult:
     if list_checkpoints(run_dir):
         return resume(run_dir, on_rows=on_rows, corpus=config.corpus)
-    return train_again(config, run_dir, on_rows=on_rows)  # it may have ended before its first
+    return train_again(config, run_dir, on_rows)  # it may have ended before its first
 
 
 def _summarise(name: str, config: TrainConfig, result: TrainResult, rows: list[Row]) -> Leg:

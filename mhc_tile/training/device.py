@@ -6,11 +6,7 @@ from .. import _checks
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that `TrainConfig.device` names; "auto" is CUDA where there is one.
-
-    Raises:
-        ValueError: It names no device, or one that this machine does not have.
-    """
+    """The device that `TrainConfig.device` names, if this machine has it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

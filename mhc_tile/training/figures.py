@@ -1,13 +1,14 @@
 """The figures of the demo."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .extras import require
+from .metrics import Row
 from .report import Leg
 
 # Okabe-Ito: distinct with every common colour blindness; line styles repeat the distinction.
@@ -16,58 +17,29 @@ STYLES = {"residual": ":", "hc": "--", "mhc": "-"}
 _MAX_MAPS = 8
 
 
-def draw_all(folder: Path, legs: Sequence[Leg]) -> dict[str, str]:
-    """Draw every figure of the runs as a PNG in a folder.
-
-    Returns:
-        File name -> caption, in reading order.
-
-    Raises:
-        RuntimeError: matplotlib is missing.
-    """
+def draw_all(folder: Path, legs: Sequence[Leg]) -> list[str]:
+    """Draw every figure of the runs in a folder; returns the file names, in order."""
     ordinary = [leg for leg in legs if not leg.stress]
     stress = [leg for leg in legs if leg.stress]
     figures = {
-        "loss.png": (
-            _losses(ordinary),
-            "Left: training loss (thin: every step, thick: running mean) and validation loss "
-            "(dots). Right: its difference to the plain residual's loss on the same batch, running "
-            "median; below 0 is better.",
-        ),
-        "grad_norm.png": (
-            _grad_norms(ordinary),
-            "Global gradient norm before clipping; dotted: the clipping threshold.",
-        ),
-        "gains.png": (
-            _gains(ordinary),
-            "Gain of h_res, log scale: per sublayer at the last record, and of the product of all "
-            "sublayers over training. 1 is neutral.",
-        ),
-        "h_res.png": (
-            _maps(ordinary, "Ordinary training: the learned h_res"),
-            "The learned h_res, mean over validation tokens. mHC's rows and columns sum to 1.",
-        ),
-        "stress.png": (
-            _stress(stress),
-            "The stress recipe: deeper, higher learning rate. Loss on the left, gains of h_res on "
-            "the right.",
-        ),
-        "h_res_stress.png": (
-            _maps(stress, "Stress: the learned h_res"),
-            "The learned h_res of the stress recipe, of sublayers spread over the depth.",
-        ),
+        "loss.png": _losses(ordinary),
+        "grad_norm.png": _grad_norms(ordinary),
+        "gains.png": _gains(ordinary),
+        "h_res.png": _maps(ordinary, "Ordinary training: the learned h_res"),
+        "stress.png": _stress(stress),
+        "h_res_stress.png": _maps(stress, "Stress: the learned h_res"),
     }
-    for name, (figure, _) in figures.items():
+    for name, figure in figures.items():
         figure.savefig(folder / name, dpi=130)
-    return {name: caption for name, (_, caption) in figures.items()}
+    return list(figures)
 
 
-def _figure(width: float, title: str, columns: int = 1) -> tuple[Any, list[Any]]:
-    """A figure with a row of axes; without pyplot, which has global state."""
+def _figure(width: float, height: float, title: str, rows: int, columns: int) -> tuple[Any, Any]:
+    """A figure and its axes [rows, columns]; without pyplot, which has global state."""
     figure_class = require("matplotlib.figure", "figures").Figure
-    figure = figure_class(figsize=(width, 4.4), layout="constrained")
+    figure = figure_class(figsize=(width, height), layout="constrained")
     figure.suptitle(title, fontsize=13)
-    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def _finish(axes: Any, title: str, x: str, y: str, **legend: Any) -> None:
@@ -83,9 +55,7 @@ def _line(leg: Leg, **changes: Any) -> dict[str, Any]:
     return {"color": COLOURS[leg.kind], "linestyle": STYLES[leg.kind], "label": leg.label} | changes
 
 
-def _smooth(
-    values: list[float], average: Callable[[list[float]], float] = statistics.fmean
-) -> list[float]:
+def _smooth(values: list[float], average: Any = statistics.fmean) -> list[float]:
     """Running average over a twentieth of the run, centred."""
     reach = len(values) // 40
     return [average(values[max(0, at - reach) : at + reach + 1]) for at in range(len(values))]
@@ -105,7 +75,8 @@ def _curve(axes: Any, leg: Leg, name: str, label: str) -> None:
 
 
 def _losses(legs: Sequence[Leg]) -> Any:
-    figure, (left, right) = _figure(10.5, "Training loss: same seed, same data, same steps", 2)
+    title = "Training loss: same seed, same data, same steps"
+    figure, ((left, right),) = _figure(10.5, 4.4, title, 1, 2)
     _loss(left, legs, "each run")
     plain = _column(legs[0], "loss")[1]
     for leg in legs:
@@ -130,7 +101,7 @@ def _loss(axes: Any, legs: Sequence[Leg], title: str) -> None:
 
 
 def _grad_norms(legs: Sequence[Leg]) -> Any:
-    figure, (axes,) = _figure(7.5, "Gradient norm before clipping")
+    figure, ((axes,),) = _figure(7.5, 4.4, "Gradient norm before clipping", 1, 1)
     for leg in legs:
         _curve(axes, leg, "grad_norm", leg.label)
     if legs[0].config.clip:
@@ -154,13 +125,12 @@ def _plain_ticks(axes: Any) -> None:
 
 
 def _per_sublayer(axes: Any, legs: Sequence[Leg]) -> None:
-    for leg, gains in ((leg, leg.of_kind("gain")) for leg in legs):
-        for direction, marker, fill in (("forward", "o", None), ("backward", "s", "white")):
-            values = gains[-1][direction] if gains else []
-            line = _line(leg, label=f"{leg.label} {direction}", marker=marker, linewidth=1.2)
-            line |= {"markersize": 5, "markerfacecolor": fill or COLOURS[leg.kind]}
-            if gains:
-                axes.plot(range(1, len(values) + 1), values, **line)
+    for leg, gains, direction in _gains_of(legs):
+        values = gains[-1][direction]
+        forward = direction == "forward"
+        line = _line(leg, label=f"{leg.label} {direction}", marker="o" if forward else "s")
+        line |= {"markersize": 5, "markerfacecolor": COLOURS[leg.kind] if forward else "white"}
+        axes.plot(range(1, len(values) + 1), values, **line, linewidth=1.2)
     _gain_axis(axes, 1.05)
     axes.xaxis.get_major_locator().set_params(integer=True)
     x, y = "sublayer (1 reads the embedding)", "gain of h_res"
@@ -168,15 +138,20 @@ def _per_sublayer(axes: Any, legs: Sequence[Leg]) -> None:
 
 
 def _composite(axes: Any, legs: Sequence[Leg]) -> None:
-    for leg, gains in ((leg, leg.of_kind("gain")) for leg in legs):
-        for direction, width in (("forward", 2.0), ("backward", 1.0)):
-            values = [row[f"composite_{direction}"] or float("nan") for row in gains]
-            line = _line(leg, label=f"{leg.label} {direction}", linewidth=width)
-            if gains:
-                axes.plot([row["step"] for row in gains], values, **line)
+    for leg, gains, direction in _gains_of(legs):
+        values = [row[f"composite_{direction}"] or float("nan") for row in gains]
+        line = _line(leg, label=f"{leg.label} {direction}")
+        width = 2.0 if direction == "forward" else 1.0
+        axes.plot([row["step"] for row in gains], values, **line, linewidth=width)
     _gain_axis(axes, 1.5)
     title = "product of all sublayers, over training"
     _finish(axes, title, "step", "composite gain", fontsize=8)
+
+
+def _gains_of(legs: Sequence[Leg]) -> list[tuple[Leg, list[Row], str]]:
+    """The runs with records of gains, each in both directions."""
+    records = [(leg, leg.of_kind("gain")) for leg in legs]
+    return [(leg, rows, way) for leg, rows in records if rows for way in ("forward", "backward")]
 
 
 def _gain_axis(axes: Any, at_least: float) -> None:
@@ -190,7 +165,7 @@ def _gain_axis(axes: Any, at_least: float) -> None:
 
 def _gains(legs: Sequence[Leg]) -> Any:
     title = "Ordinary training: gain of the residual mixing h_res"
-    figure, (left, right) = _figure(10.5, title, 2)
+    figure, ((left, right),) = _figure(10.5, 4.4, title, 1, 2)
     _per_sublayer(left, legs)
     _composite(right, legs)
     return figure
@@ -199,7 +174,7 @@ def _gains(legs: Sequence[Leg]) -> Any:
 def _stress(legs: Sequence[Leg]) -> Any:
     depth, rate = 2 * legs[0].config.model.num_layers, legs[0].config.learning_rate
     title = f"Stress: {depth} sublayers, learning rate {rate:g}"
-    figure, (left, middle, right) = _figure(14.5, title, 3)
+    figure, ((left, middle, right),) = _figure(14.5, 4.4, title, 1, 3)
     _loss(left, legs, "training loss")
     _composite(middle, legs)
     _per_sublayer(right, legs)
@@ -211,11 +186,8 @@ def _maps(legs: Sequence[Leg], title: str) -> Any:
     depth = len(maps[0][1])
     count = min(depth, _MAX_MAPS)
     spread = torch.linspace(0, depth - 1, count, dtype=torch.float64, device="cpu")
-    figure = require("matplotlib.figure", "figures").Figure(
-        figsize=(1.5 * count + 1.8, 1.6 * len(maps) + 0.9), layout="constrained"
-    )
-    figure.suptitle(title, fontsize=13)
-    grid = figure.subplots(len(maps), count, squeeze=False)
+    width, height = 1.5 * count + 1.8, 1.6 * len(maps) + 0.9
+    figure, grid = _figure(width, height, title, len(maps), count)
     limit = max(1.0, *(matrices.abs().max().item() for _, matrices in maps))
     for (leg, matrices), row in zip(maps, grid, strict=True):
         for sublayer, axes in zip(spread.round().int().tolist(), row, strict=True):

@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import _checks
 from ..models import Decoder
 from .checkpoint import Checkpoints, find_checkpoint, load_checkpoint, restore, stored_config
-from .config import TrainConfig, resumed_config
+from .config import TrainConfig
 from .corpus import Corpus, load_corpus
 from .device import pick_device
 from .folder import full_path, owned, require_unused
@@ -102,9 +102,7 @@ def train(
         return run.train()
 
 
-def train_again(
-    config: TrainConfig, run_dir: Path, *, on_rows: OnRows | None = None
-) -> TrainResult:
+def train_again(config: TrainConfig, run_dir: Path, on_rows: OnRows) -> TrainResult:
     """`train` in a run directory without a checkpoint; its metrics are deleted first."""
     run = _Run(config, run_dir, on_rows, None)
     with owned(run_dir, "train: run_dir"):
@@ -119,14 +117,11 @@ def resume(
     corpus: str | Path | None = None,
     steps: int | None = None,
 ) -> TrainResult:
-    """Continue a run from a checkpoint, exactly as if it had never stopped.
+    """Continue a run from a checkpoint, with the same bits as if it had never stopped.
 
     An older checkpoint first deletes the newer checkpoints, then the metrics of later steps. A
-    finished run is returned as it is.
-
-    With more steps than before, the learning rate from the checkpoint on is that of a run of the
-    new length (`schedule.learning_rate`), so the rate of a finished run rises again. The last row
-    of kind "run" in the metrics has the new length until the next checkpoint has it.
+    finished run is returned as it is. With more steps than before, the learning rate continues as
+    in a run of the new length (`schedule.learning_rate`): that of a finished run rises again.
 
     Args:
         path: a run directory (its newest checkpoint) or one checkpoint file of it.
@@ -153,8 +148,19 @@ def resume(
         stored = stored_config(checkpoint, state)
         rows = kept_rows(run_dir, state["step"])
         check_rows(rows, run_dir / "metrics.jsonl")
-        length = last_config(rows).get("steps", 0)  # the new one until the first save
-        config = resumed_config(stored.replace(steps=max(length, stored.steps)), corpus, steps)
+        # Until the next checkpoint, the last row of kind "run" has the length.
+        length = max(stored.steps, last_config(rows).get("steps", 0))
+        config = stored.replace(
+            corpus=stored.corpus if corpus is None else corpus,
+            steps=length if steps is None else steps,
+        )
+        if config.corpus is not None and not Path(config.corpus).exists():
+            raise ValueError(
+                f"resume: corpus must exist, got {config.corpus!r}; "
+                "if it has moved, name its new place (--corpus)"
+            )
+        if config.steps < length:
+            raise ValueError(f"resume: steps must be at least the run's {length}, got {steps}")
         return _Run(config, run_dir, on_rows, (checkpoint, state, rows)).train()
 
 
@@ -199,7 +205,7 @@ class _Run:
     # the loop
 
     def train(self) -> TrainResult:
-        """Run the remaining steps; the run directory exists, and this process owns it."""
+        """Run the remaining steps in a run directory that this process owns."""
         self._open()
         stop = StopRequest()
         finite, stopping = True, False
@@ -215,21 +221,14 @@ class _Run:
             self.log.close()
             self.monitor.remove()
         status = "done" if self.step == self.config.steps else "interrupted"
-        return TrainResult(
-            status if finite else "diverged",
-            self.step,
-            self.run_dir,
-            self.model,
-            self.corpus,
-            self.validation_loss,
-            stop.number,
-        )
+        status = status if finite else "diverged"
+        loss, number = self.validation_loss, stop.number
+        return TrainResult(status, self.step, self.run_dir, self.model, self.corpus, loss, number)
 
     def _after_step(self, stopping: bool) -> bool:
         """Record, validate, save and show what is due after a step, in this order.
 
-        Returns:
-            Whether every loss and gradient is finite; if not, the parameters no longer are.
+        Returns whether every loss and gradient is finite; if not, the parameters no longer are.
         """
         config, last = self.config, self.step == self.config.steps
         saving = last or stopping or self._due(config.checkpoint_every)
@@ -331,18 +330,16 @@ class _Run:
         self.unshown.append(self.log.kept + rows)
 
     def _collect(self) -> tuple[list[Row], bool]:
-        """The rows of the steps since the last call.
-
-        Returns:
-            The rows, and whether every loss and gradient is finite.
-        """
-        losses = torch.stack([loss for _, _, loss, _, _ in self.pending]).tolist()
-        norms = torch.stack([norm for _, _, _, norm, _ in self.pending]).tolist()
-        elapsed = (time.perf_counter() - self.clock) * 1000 / len(self.pending)
+        """The rows of the steps since the last call, and whether they are all finite."""
+        steps, rates, on_device, norms_on_device, records = zip(*self.pending, strict=True)
+        losses = torch.stack(on_device).tolist()
+        norms = torch.stack(norms_on_device).tolist()
+        elapsed = round((time.perf_counter() - self.clock) * 1000 / len(steps), 3)
         rows: list[Row] = []
-        for (step, rate, _, _, gains), loss, norm in zip(self.pending, losses, norms, strict=True):
+        measured = zip(steps, rates, losses, norms, records, strict=True)
+        for step, rate, loss, norm, gains in measured:
             row = {"kind": "step", "step": step, "loss": loss, "grad_norm": norm}
-            rows.append({**row, "learning_rate": rate, "ms_per_step": round(elapsed, 3)})
+            rows.append({**row, "learning_rate": rate, "ms_per_step": elapsed})
             if gains is not None:
                 rows.append(gain_row(step, gains))
                 rows += map(warning_row, self.rule.update(rows[-1], loss))

@@ -61,11 +61,7 @@ class _Warning(_Kind):
 
 
 def check_rows(rows: list[Row], path: Path) -> None:
-    """Check that the rows of a file have the values that a resumed run reads.
-
-    Raises:
-        ValueError: A row has not; the message names the file.
-    """
+    """Check that the rows of a file have the values that a resumed run reads."""
     try:
         msgspec.convert(rows, list[_Step | _Validation | _Gain | _Run | _Warning])
     except msgspec.ValidationError as error:
@@ -143,15 +139,9 @@ def require_tensorboard() -> ModuleType:
 
 
 class MetricsLog:
-    """Appends rows to `<run_dir>/metrics.jsonl` and, on request, to TensorBoard.
+    """Appends rows to `<run_dir>/metrics.jsonl` and, on request, `<run_dir>/tensorboard`.
 
-    Args:
-        run_dir: of the run; exists.
-        resumed_step: rows of later steps are dropped first; 0 for a new run.
-        tensorboard: also write `<run_dir>/tensorboard`.
-
-    Raises:
-        RuntimeError: TensorBoard is asked for and not installed.
+    The rows of later steps than `resumed_step`, 0 for a new run, are dropped first.
     """
 
     def __init__(self, run_dir: Path, *, resumed_step: int = 0, tensorboard: bool = False):
@@ -159,7 +149,6 @@ class MetricsLog:
         self.kept = kept_rows(run_dir, resumed_step)
         if self.path.exists():
             replace_metrics(self.path, self.kept)
-        self.torn: int | None = None
         self.writer = None
         if tensorboard:
             module = require_tensorboard()
@@ -168,27 +157,21 @@ class MetricsLog:
                 self.writer = module.SummaryWriter(folder, purge_step=resumed_step + 1)
         # Unbuffered: rows are in the file when `write` returns.
         self.file = self.path.open("ab", buffering=0)
+        self.size = self.path.stat().st_size
 
     def write(self, rows: list[Row]) -> None:
-        """Append rows.
-
-        Raises:
-            OSError: The file does not take them all; then it has none of them.
-        """
-        if self.torn is not None:  # half a line, which could not be removed
-            self.file.truncate(self.torn)
-            self.torn = None
-        rest = "".join(map(to_json_line, rows)).encode()
-        before = self.path.stat().st_size
+        """Append all rows, or none of them and raise an OSError."""
+        rest = content = "".join(map(to_json_line, rows)).encode()
+        if self.path.stat().st_size > self.size:  # half a line, which could not be removed
+            self.file.truncate(self.size)
         try:
             while rest:  # an unbuffered write may take a part
                 rest = rest[self.file.write(rest) :]
         except OSError as error:
-            self.torn = before
             with suppress(OSError):
-                self.file.truncate(before)
-                self.torn = None
+                self.file.truncate(self.size)
             raise OSError(error.errno, error.strerror, str(self.path)) from error
+        self.size += len(content)
         if self.writer is not None:
             with self._tensorboard():
                 for row in rows:

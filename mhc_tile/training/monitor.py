@@ -15,6 +15,7 @@ Axes: L sublayers, T sampled tokens, [n, n] is [out, in].
 """
 
 import dataclasses
+import functools
 import math
 from collections import deque
 from collections.abc import Iterator
@@ -83,34 +84,27 @@ class GainMonitor:
     """
 
     def __init__(self, model: nn.Module, max_tokens: int = MAX_TOKENS):
-        _checks.count("GainMonitor", max_tokens=max_tokens)
         kinds = (ManifoldHyperConnection, HyperConnection)
         connections = [module for module in model.modules() if isinstance(module, kinds)]
         self.num_sublayers = len(connections)
-        self._max_tokens = max_tokens
+        self._max_tokens = _checks.whole("GainMonitor", "max_tokens", max_tokens)
         self._listening = False
         self._starting = False
         self._samples: list[tuple[int, Tensor]] = []  # of which connection, in the order of calls
-        self._hooks = [
-            model.register_forward_pre_hook(self._start),
-            *(
-                connection.tap.register_forward_hook(self._hook(index))
-                for index, connection in enumerate(connections)
-            ),
-        ]
+        self._hooks = [model.register_forward_pre_hook(self._start)]
+        for index, connection in enumerate(connections):
+            hook = functools.partial(self._keep, index)
+            self._hooks.append(connection.tap.register_forward_hook(hook))
 
     def _start(self, _module: nn.Module, _inputs: tuple[Any, ...]) -> None:
         if self._listening and not _in_backward():
             self._starting = True
 
-    def _hook(self, index: int) -> Any:
-        def keep(_module: nn.Module, _inputs: tuple[Tensor, ...], h_res: Tensor) -> None:
-            if self._listening and h_res.numel() and not _in_backward():
-                if self._starting:
-                    self._samples, self._starting = [], False
-                self._samples.append((index, self._sample(h_res.detach())))
-
-        return keep
+    def _keep(self, index: int, _module: nn.Module, _inputs: Any, h_res: Tensor) -> None:
+        if self._listening and h_res.numel() and not _in_backward():
+            if self._starting:
+                self._samples, self._starting = [], False
+            self._samples.append((index, self._sample(h_res.detach())))
 
     def _sample(self, h_res: Tensor) -> Tensor:
         tokens = h_res.flatten(0, -3) if h_res.dim() > 2 else h_res.unsqueeze(0)
@@ -132,15 +126,7 @@ class GainMonitor:
             self._listening = False
 
     def samples(self) -> Tensor:
-        """h_res of the recorded pass.
-
-        Returns:
-            [L, T, n, n].
-
-        Raises:
-            RuntimeError: Not every connection ran, on at least one token, while the monitor
-                listened.
-        """
+        """h_res of the recorded pass, [L, T, n, n]; a RuntimeError if a connection did not run."""
         ran = len({index for index, _ in self._samples})
         if ran != self.num_sublayers or not ran:
             raise RuntimeError(
@@ -223,19 +209,18 @@ class GainRule:
     """
 
     def __init__(self, composite: float = 3.0, canary: float = 2.0, window: int = 5):
+        _checks.positive("GainRule", composite=composite, canary=canary)
+        _checks.count("GainRule", window=window)
         self._thresholds = {"composite": composite, "canary": canary}
         self._logs = {signal: deque[float](maxlen=window) for signal in self._thresholds}
         self._losses = deque[float](maxlen=2 * window)
 
     def update(self, row: dict[str, Any], loss: float | None) -> list[GainWarning]:
-        """Take a record.
+        """The warnings of a record, usually none.
 
         Args:
             row: from `gain_row`; None stands for a value that is not finite.
             loss: of the same step.
-
-        Returns:
-            The warnings it causes, usually none.
         """
         self._losses.append(math.inf if loss is None else loss)
         composite = (row["composite_forward"], row["composite_backward"])

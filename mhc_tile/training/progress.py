@@ -56,12 +56,9 @@ class Progress:
     """
 
     def __init__(self, name: str, steps: int | None, *, corpus: bool = True):
-        self.name = name
-        self.steps = steps
-        self.step = 0
+        self.name, self.steps, self.step = name, steps, 0
         self.shown: dict[str, str] = {}
-        self._corpus = corpus
-        self._due = time.monotonic()
+        self._corpus, self._due = corpus, time.monotonic()
         self._bar: Any = None
         with suppress(OSError, ValueError):  # stderr is closed or gone
             if sys.stderr.isatty():
@@ -100,9 +97,8 @@ class Progress:
         return ", ".join(f"{key} {value}" for key, value in self.shown.items())
 
     def _say(self, text: str) -> None:
-        with suppress(OSError, ValueError):
-            if self._bar is not None:
-                self._bar.clear()
+        with suppress(OSError, ValueError, AttributeError):  # there may be no bar
+            self._bar.clear()
         say(f"{self.name}: {text}")
 
     def _draw(self) -> None:
@@ -116,10 +112,10 @@ class Progress:
     def _close(self) -> None:
         if self._bar is None:
             say(f"{self.name}: {self._values()}")
-            return
-        self._draw()
-        with suppress(OSError, ValueError, AttributeError):
-            self._bar.close()
+        else:
+            self._draw()
+            with suppress(OSError, ValueError, AttributeError):
+                self._bar.close()
 
 
 def _describe(corpus: dict[str, Any]) -> str:

@@ -20,26 +20,15 @@ _TEMPLATE = Path(__file__).parent / "templates" / "report.md.j2"
 
 @dataclass(frozen=True)
 class Leg:
-    """One finished run of the demo.
+    """One finished run of the demo; its status is that of `TrainResult`."""
 
-    Args:
-        name: "residual", "hc", "mhc", "stress-hc" or "stress-mhc".
-        config: of the run.
-        status: as of `TrainResult`.
-        parameters: number of them.
-        validation_loss: nats per byte; None if there was none.
-        rows: its metrics.
-        mean_h_res: [L, n, n], h_res of each sublayer, mean over validation tokens; None for the
-            plain residual.
-    """
-
-    name: str
+    name: str  # "residual", "hc", "mhc", "stress-hc" or "stress-mhc"
     config: TrainConfig
     status: str
     parameters: int
-    validation_loss: float | None
+    validation_loss: float | None  # nats per byte
     rows: list[Row]
-    mean_h_res: Tensor | None
+    mean_h_res: Tensor | None  # [L, n, n], mean over validation tokens; None for "residual"
 
     @property
     def kind(self) -> str:
@@ -67,10 +56,8 @@ class Leg:
         return max((float("inf") if gain is None else gain for gain in gains), default=1.0)
 
     def ms_per_step(self) -> float:
-        """Wall time of a training step, with the monitor: the fastest stretch between two writes.
-
-        The fastest, not the median: other work on the machine only adds time.
-        """
+        """Wall time of a step, with the monitor, in the fastest stretch between two writes."""
+        # The fastest, not the median: other work on the machine only adds time.
         return min(row["ms_per_step"] for row in self.of_kind("step"))
 
 
@@ -158,18 +145,8 @@ def _stress(by_name: dict[str, Leg]) -> str:
     )
 
 
-def write_report(folder: Path, legs: list[Leg], figures: dict[str, str], corpus: str) -> Path:
-    """Write report.md from its template.
-
-    Args:
-        folder: of the demo, with the figures.
-        legs: the runs.
-        figures: file name -> caption.
-        corpus: the name of the corpus.
-
-    Returns:
-        Path of the report.
-    """
+def write_report(folder: Path, legs: list[Leg], figures: list[str], corpus: str) -> Path:
+    """Write report.md beside the figures that it shows; returns its path."""
     jinja2 = require("jinja2", "report")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     rows = [{key.replace("\n", " "): value for key, value in row.items()} for row in summary(legs)]
