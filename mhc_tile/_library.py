@@ -76,6 +76,15 @@ def define(
     return op
 
 
+def while_tracing(function: Formula) -> Formula:
+    """Let torch.compile call a function as it traces, and take its result for a constant.
+
+    What `torch.compiler.assume_constant_result` does, which would import Dynamo.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def under_transforms() -> bool:
     """Whether forward-mode AD or a transform of `torch.func` is at work."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()

@@ -4,15 +4,13 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from .._library import while_tracing
 from ..config import MHCConfig
 from ..reference import compute_dtype
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 _HALVES = frozenset({torch.bfloat16, torch.float16})
 
@@ -156,15 +154,6 @@ def start_head(phi: Tensor, alpha: Tensor, bias: Tensor, config: MHCConfig) -> N
 def _start_projection(phi: Tensor, alpha: Tensor, config: MHCConfig) -> None:
     nn.init.normal_(phi, std=phi.shape[-1] ** -0.5)
     nn.init.constant_(alpha, 0.01 if config.init == "paper" else 0.0)
-
-
-def while_tracing(function: Function) -> Function:
-    """Let torch.compile call a function as it traces, and take its result for a constant.
-
-    What `torch.compiler.assume_constant_result` does, which would import Dynamo.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 @while_tracing

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .. import _checks, ops, reference
 from .._autocast import without_autocast
 from ..config import MHCConfig
-from ..ops.sublayer import Open, begin, cross, finish
+from ..ops import OpenSublayer
 from ._arguments import (
     check_config,
     check_count,
@@ -116,31 +116,28 @@ class ManifoldHyperConnection(Connection):
             x_next: [..., n, C], dtype of x; where the layer returns a tuple of its output and
             extras, (x_next, *extras).
         """
-        opened = self.begin(x)
-        if (tapped := self.tap(opened.h_res)) is not opened.h_res:
-            return self.merge_tapped(opened, tapped, *args, **kwargs)
-        result = self.run_layer(opened.layer_input, *args, **kwargs)
+        state = self.begin(x)
+        h_res = self.tap(state.h_res)
+        result = self.run_layer(state.layer_input, *args, **kwargs)
         layer_output, extras = split_extras(result)
-        return join_extras(finish(opened, layer_output), extras)
+        return join_extras(self.end(state, layer_output, h_res), extras)
 
-    def begin(self, x: Tensor) -> Open:
-        """`ops.sublayer.begin` with this sublayer's parameters; the tap is the caller's."""
+    def begin(self, x: Tensor) -> OpenSublayer:
+        """`mhc_tile.open_sublayer` with this sublayer's parameters; the caller calls the tap."""
         self.check_input(x)
-        return begin(x, *self._parameters_for(x), **self._constants())
+        return ops.open_sublayer(x, *self._parameters_for(x), **self._constants())
 
-    def cross(self, opened: Open, layer_output: Tensor) -> Open:
-        """`ops.sublayer.cross` into this sublayer; the tap is the caller's."""
-        parameters = self._parameters_for(opened.x)
-        return cross(opened, layer_output, *parameters, **self._constants())
+    def cross(self, state: OpenSublayer, layer_output: Tensor) -> OpenSublayer:
+        """`mhc_tile.next_sublayer` into this sublayer; the caller calls the tap."""
+        parameters = self._parameters_for(state.layer_input)
+        return ops.next_sublayer(state, layer_output, *parameters, **self._constants())
 
-    def merge_tapped(self, opened: Open, h_res: Tensor, /, *args: Any, **kwargs: Any) -> Any:
-        """Layer and merge with another h_res, which a hook on the tap has put in its place.
-
-        `opened.x` must have a gradient of its own: it is then no `opened.handed`.
-        """
-        result = self.run_layer(opened.layer_input, *args, **kwargs)
-        layer_output, extras = split_extras(result)
-        return join_extras(ops.merge(opened.x, layer_output, opened.h_post, h_res), extras)
+    @staticmethod
+    def end(state: OpenSublayer, layer_output: Tensor, h_res: Tensor) -> Tensor:
+        """`mhc_tile.close_sublayer`, by the h_res of a hook on the tap where that is another."""
+        if h_res is state.h_res:
+            return ops.close_sublayer(state, layer_output)
+        return ops.merge(state.x, layer_output, state.h_post, h_res)
 
     def pre(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`mhc_tile.pre` with this sublayer's parameters, for callers who merge themselves.
@@ -151,13 +148,11 @@ class ManifoldHyperConnection(Connection):
             x: [..., n, C]. The residual streams.
 
         Returns:
-            layer_input, h_post, h_res, and x for `merge` to read.
+            layer_input, h_post, h_res, and x itself for `merge` to read.
         """
         self.check_input(x)
-        layer_input, h_post, h_res, x = ops.pre(
-            x, *self._parameters_for(x), **self._constants(), return_x=True
-        )
-        return layer_input, h_post, self.tap(h_res), x
+        maps = ops.pre(x, *self._parameters_for(x), **self._constants())
+        return maps[0], maps[1], self.tap(maps[2]), x
 
     def _parameters_for(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.read(x, self.phi, self.alpha, self.bias)

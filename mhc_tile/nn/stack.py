@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..ops.sublayer import Open, finish
+from ..ops import OpenSublayer, close_sublayer
 from ._arguments import Extras, check_module, split_extras
 from .connections import Connection, ManifoldHyperConnection, Residual
 
@@ -123,28 +123,24 @@ class HyperConnectedStack(nn.Module):
         routed = self._route(kwargs) if kwargs else None
         fused = self.fused and not _has_any_global_hook() and nn.Module.__call__ is _CALL
         extras: list[Extras | None] = []
-        pending: tuple[Open, Tensor] | None = None  # the sublayer before, and its layer's output
+        # the open sublayer and its layer's output, which the next connection merges
+        pending: tuple[OpenSublayer, Tensor] | None = None
         for index, connection in enumerate(self.connections):
             own = kwargs if routed is None else routed[index]
-            if not (fused and _may_fuse(connection)):
-                x = x if pending is None else finish(*pending)
-                pending = None
+            if fused and _may_fuse(connection):
+                state = connection.begin(x) if pending is None else connection.cross(*pending)
+                h_res = connection.tap(state.h_res)
+                result = connection.run_layer(state.layer_input, *args, **own)
+                output, more = split_extras(result)
+                if h_res is state.h_res:
+                    pending = state, output
+                else:
+                    x, pending = connection.end(state, output, h_res), None
+            else:
+                x, pending = x if pending is None else close_sublayer(*pending), None
                 x, more = split_extras(connection(x, *args, **own))
-                extras.append(more)
-                continue
-            opened = connection.begin(x) if pending is None else connection.cross(*pending)
-            if (tapped := connection.tap(opened.h_res)) is not opened.h_res:
-                if opened.x is opened.handed:  # compiled: there x_next has no gradient of its own
-                    x = finish(*pending) if pending else x
-                    opened = opened._replace(x=x)
-                pending = None
-                x, more = split_extras(connection.merge_tapped(opened, tapped, *args, **own))
-                extras.append(more)
-                continue
-            output, more = split_extras(connection.run_layer(opened.layer_input, *args, **own))
             extras.append(more)
-            pending = opened, output
-        x = x if pending is None else finish(*pending)
+        x = x if pending is None else close_sublayer(*pending)
         if all(more is None for more in extras):
             return x
         return x, tuple(more or () for more in extras)

@@ -17,7 +17,6 @@ from .. import _library
 from ..autotune.registry import KERNELS
 from ..kernels.common.quantities import Quantity, quantity, shape_of, sizes_of
 from ._dispatch import flat, leading, on_cuda, tuned
-from ._saved import given, keep_shapes
 
 Function = Callable[..., Any]
 
@@ -230,10 +229,10 @@ class Op:
             ctx.save_for_backward(*(named[name] for name in saved))
             ctx.arguments = [named[name] for name in backward.arguments]
             ctx.constants = keyword_only_inputs or {}
-            keep_shapes(ctx, outputs[:count])
+            save_output_shapes(ctx, outputs[:count])
 
         def formula(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            own, kept = given(ctx, grads[:count]), iter(ctx.saved_tensors)
+            own, kept = fill_missing_grads(ctx, grads[:count]), iter(ctx.saved_tensors)
             tensors = [
                 own[cotangents[name]] if name in cotangents else next(kept)
                 for name in backward.tensors
@@ -252,6 +251,19 @@ class Op:
         again = zip(self.forward.returned, self.forward.on_cpu(*inputs, **constants), strict=True)
         named.update((name, value) for name, value in again if name in named)
         return self.on_cpu(*named.values(), *args[len(named) :], **constants)
+
+
+def save_output_shapes(ctx: Any, outputs: Sequence[Tensor]) -> None:
+    """Keep what `fill_missing_grads` needs."""
+    ctx.outputs = [(value.shape, value.dtype, value.device) for value in outputs]
+
+
+def fill_missing_grads(ctx: Any, grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """The cotangents of the outputs, zeros for an output that nothing read."""
+    return [
+        torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
+        for grad, (shape, dtype, device) in zip(grads, ctx.outputs, strict=True)
+    ]
 
 
 def _listed(results: Any) -> tuple[Any, ...]:

@@ -157,7 +157,6 @@ def _calls(
     calls: dict[str, tuple[Op, tuple[str, ...]]] = {
         "pre": (PRE, ()),
         "pre_backward": (PRE.backward, ()),
-        "pre_backward with a part of grad_x": (PRE.backward, ("grad_x_part",)),
         "pre_backward of a sublayer": (PRE.backward, ("grad_x_part", "h_res")),
         "merge": (MERGE, ()),
         "boundary": (BOUNDARY, ()),
