@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from ..kernels.common import toolchain as _toolchain
+from ..kernels.common.files import write
 from ..kernels.common.static import Resources
 from . import cubin, worker
-from .table import write
 
 SECONDS = 300.0  # for one program; the slowest take 10 on one core
 _LIBRARY = "executable.so"  # of a kernel in TileLang's cache, with its cubin

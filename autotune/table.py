@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..kernels.common.files import write
 from ._switches import NO
 from .device import Device
 
@@ -325,25 +326,3 @@ def update(path: Path, device: Device, families: Iterable[Family]) -> Table:
         table.add(families)
         write(path, render(table))
     return table
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file in one step: a reader, or a crash, sees the old text or the new.
-
-    Raises:
-        OSError: It cannot be written, or is a device or another thing that is no file: the step
-            would put a file in its place.
-    """
-    if path.exists() and not path.is_file():
-        raise FileExistsError(f"{path} must be a file, got something else of that name")
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp's files are their owner's alone
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
