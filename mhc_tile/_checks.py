@@ -97,14 +97,15 @@ def parameters(op: str, x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> 
     return num_streams, width
 
 
-def count(op: str, *, minimum: int = 1, **values: Any) -> None:
-    """Check integers that must be at least 1, or another minimum."""
-    for name, value in values.items():
-        whole = as_int(value)
-        if whole is None or whole < minimum:
-            raise ValueError(f"{op}: {name} must be an int of at least {minimum}, got {value!r}")
-        if isinstance(whole, int) and whole >= 2**63:
-            raise ValueError(f"{op}: {name} must be below 2**63, got {value!r}")
+def count(op: str, *, minimum: int = 1, **named: Any) -> int:
+    """Check an integer, given by its name, that must be at least 1; returns it as Python's int."""
+    ((name, value),) = named.items()
+    whole = as_int(value)
+    if whole is None or whole < minimum:
+        raise ValueError(f"{op}: {name} must be an int of at least {minimum}, got {value!r}")
+    if isinstance(whole, int) and whole >= 2**63:
+        raise ValueError(f"{op}: {name} must be below 2**63, got {value!r}")
+    return whole
 
 
 def as_int(value: Any) -> Any:

@@ -1,6 +1,5 @@
 """The checks of what modules are given, so that every message reads alike."""
 
-import operator
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,12 +21,6 @@ def check_module(kind: str, name: str, value: object) -> None:
             "; wrap it in a torch.nn.Module that calls it in forward and holds the modules it uses"
         )
     raise TypeError(f"{kind}: {name} must be a module, got {type(value).__name__}{how}")
-
-
-def check_count(kind: str, name: str, value: Any, minimum: int = 1) -> int:
-    """Check a size or an index; returns it as Python's int."""
-    _checks.count(kind, minimum=minimum, **{name: value})
-    return operator.index(value)
 
 
 def check_config(kind: str, config: MHCConfig | None, name: str = "config") -> MHCConfig:

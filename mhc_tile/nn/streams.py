@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from .. import _checks, ops
 from ..config import MHCConfig
-from ._arguments import check_config, check_count, check_streams
+from ._arguments import check_config, check_streams
 from ._parameters import MappingModule, parameter, start_head, writable
 
 
@@ -22,7 +22,7 @@ class Expand(nn.Module):
 
     def __init__(self, num_streams: int) -> None:
         super().__init__()
-        self.num_streams = check_count("Expand", "num_streams", num_streams)
+        self.num_streams = _checks.count("Expand", num_streams=num_streams)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`mhc_tile.expand` of hidden [..., C]."""
@@ -86,7 +86,7 @@ class Head(MappingModule):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.hidden_size = check_count("Head", "hidden_size", hidden_size)
+        self.hidden_size = _checks.count("Head", hidden_size=hidden_size)
         self.config = check_config("Head", config)
         n = self.config.num_streams
         self.phi = parameter(n, n * self.hidden_size, device=device)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -50,13 +50,14 @@ def warmup(
         progress: whether to show a bar, where tqdm is installed.
 
     Raises:
-        ValueError: A size or the dtype is off; the message names it.
+        ValueError: A size, threads or the dtype is off; the message names it.
         RuntimeError: A kernel does not compile; the message says what to do.
 
     Example:
         >>> warmup(MHCConfig.paper(), 2560, tokens=8192, device="cpu")  # nothing to do there
     """
     counts = _counts("warmup", hidden_size, tokens, dtype)
+    _checks.count("warmup", threads=threads)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if place.type != "cuda":
         return
@@ -136,12 +137,11 @@ def kernels_info(
 def _counts(
     op: str, hidden_size: int, tokens: int | Sequence[int], dtype: torch.dtype
 ) -> list[int]:
-    counts = [tokens] if isinstance(tokens, int) else list(tokens)
+    several = isinstance(tokens, Iterable) and getattr(tokens, "ndim", 1)  # none: a scalar tensor
+    counts = [_checks.count(op, tokens=count) for count in (tokens if several else [tokens])]
     if not counts:
         raise ValueError(f"{op}: tokens must be a number or some numbers, got {tokens!r}")
     _checks.count(op, hidden_size=hidden_size)
-    for count in counts:
-        _checks.count(op, tokens=count)
     if dtype not in DTYPES:
         raise ValueError(f"{op}: dtype must be one of {[str(d) for d in DTYPES]}, got {dtype}")
     return counts

@@ -83,10 +83,6 @@ def _with_projection(
     return (x_next, *with_projection(x_next, *rest, **constants))
 
 
-def _gradient(*tensors: Tensor, norm_eps: float, **constants: Any) -> tuple[Tensor, ...]:
-    return gradients.boundary_backward(*tensors, **constants)
-
-
 def _kernel(*tensors: Tensor, **constants: Any) -> tuple[Tensor, ...]:
     from ..kernels.boundary import launch as kernel
 
@@ -126,7 +122,7 @@ BOUNDARY = Op(
     ("x", "layer_output", "h_post", "h_res", "phi", "alpha", "bias"),
     ("x_next", "layer_input", "h_post_next", "h_res_next"),
     _with_projection,
-    _gradient,
+    gradients.boundary_backward,
     kernel=_kernel,
     gradient_kernel=_gradient_kernel,
     kept=("projection", "inv_rms"),

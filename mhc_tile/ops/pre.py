@@ -154,16 +154,12 @@ def with_projection(
     return (*results, projection, inv_rms)
 
 
-def _gradient(*tensors: Tensor, norm_eps: float, **constants: Any) -> tuple[Tensor, ...]:
-    return gradients.pre_backward(*tensors, **constants)
-
-
 PRE = Op(
     "pre",
     ("x", "phi", "alpha", "bias"),
     ("layer_input", "h_post", "h_res"),
     with_projection,
-    _gradient,
+    gradients.pre_backward,
     kernel="pre",
     gradient_kernel="pre_backward",
     kept=("projection", "inv_rms"),

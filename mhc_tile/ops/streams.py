@@ -102,10 +102,6 @@ def _head(
     return reference.pre_apply(x, weights), projection, inv_rms
 
 
-def _head_gradient(*tensors: Tensor, norm_eps: float, pre_eps: float) -> tuple[Tensor, ...]:
-    return gradients.head_backward(*tensors, pre_eps=pre_eps)
-
-
 EXPAND = Op(
     "expand",
     ("hidden",),
@@ -134,7 +130,7 @@ HEAD = Op(
     ("x", "phi", "alpha", "bias"),
     ("hidden",),
     _head,
-    _head_gradient,
+    gradients.head_backward,
     kept=("projection", "inv_rms"),
     constants="float norm_eps, float pre_eps=0.0",
 )
