@@ -28,7 +28,7 @@ class Connection(MappingModule):
         kind = type(self).__name__
         check_module(kind, "layer", layer)
         self.layer = layer
-        self.hidden_size = _checks.count(kind, hidden_size=hidden_size)
+        self.hidden_size = _checks.whole(kind, "hidden_size", hidden_size)
         self.config = check_config(kind, config)
         self.tap = nn.Identity()
 
@@ -203,7 +203,7 @@ class HyperConnection(Connection):
     ) -> None:
         super().__init__(layer, hidden_size, config)
         n = self.config.num_streams
-        self.layer_index = _checks.count(type(self).__name__, minimum=0, layer_index=layer_index)
+        self.layer_index = _checks.whole(type(self).__name__, "layer_index", layer_index, 0)
         self.theta = parameter(2 + n, self.hidden_size, device=device)
         self.alpha = parameter(3, device=device)
         self.bias = parameter(n * (n + 2), device=device)

@@ -22,7 +22,7 @@ class Expand(nn.Module):
 
     def __init__(self, num_streams: int) -> None:
         super().__init__()
-        self.num_streams = _checks.count("Expand", num_streams=num_streams)
+        self.num_streams = _checks.whole("Expand", "num_streams", num_streams)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`mhc_tile.expand` of hidden [..., C]."""
@@ -49,9 +49,7 @@ class Collapse(nn.Module):
 
     def __init__(self, mode: str = "mean") -> None:
         super().__init__()
-        if mode not in ("sum", "mean"):
-            raise ValueError(f"Collapse: mode must be one of ['sum', 'mean'], got {mode!r}")
-        self.mode = mode
+        self.mode = _checks.one_of("Collapse", "mode", mode, ops.streams.MODES)
 
     def forward(self, x: Tensor) -> Tensor:
         """`mhc_tile.collapse` of x [..., n, C]."""
@@ -86,7 +84,7 @@ class Head(MappingModule):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.hidden_size = _checks.count("Head", hidden_size=hidden_size)
+        self.hidden_size = _checks.whole("Head", "hidden_size", hidden_size)
         self.config = check_config("Head", config)
         n = self.config.num_streams
         self.phi = parameter(n, n * self.hidden_size, device=device)

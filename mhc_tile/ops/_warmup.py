@@ -137,8 +137,8 @@ def kernels_info(
 def _counts(
     op: str, hidden_size: int, tokens: int | Sequence[int], dtype: torch.dtype
 ) -> list[int]:
-    several = isinstance(tokens, Iterable) and getattr(tokens, "ndim", 1)  # none: a scalar tensor
-    counts = [_checks.count(op, tokens=count) for count in (tokens if several else [tokens])]
+    several = isinstance(tokens, Iterable) and getattr(tokens, "ndim", 1)  # a scalar tensor has 0
+    counts = [_checks.whole(op, "tokens", count) for count in (tokens if several else [tokens])]
     if not counts:
         raise ValueError(f"{op}: tokens must be a number or some numbers, got {tokens!r}")
     _checks.count(op, hidden_size=hidden_size)

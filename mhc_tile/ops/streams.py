@@ -52,9 +52,7 @@ def collapse(x: Tensor, mode: str = "sum") -> Tensor:
         True
     """
     _checks.streams("collapse", x)
-    if mode not in MODES:
-        raise ValueError(f"collapse: mode must be one of {list(MODES)}, got {mode!r}")
-    return COLLAPSE.call(x, mode)
+    return COLLAPSE.call(x, _checks.one_of("collapse", "mode", mode, MODES))
 
 
 def head(
