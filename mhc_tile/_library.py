@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 NAMESPACE = "mhc_tile"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
-# Every op of `mhc_tile.ops` by name, for the tests that walk over all of them.
+# Every op of `mhc_tile.ops` by name, for the tests.
 OPS: dict[str, torch._ops.OpOverload] = {}
 
 Formula = Callable[..., Any]
@@ -86,7 +86,7 @@ def while_tracing(function: Formula) -> Formula:
 
 
 def under_transforms() -> bool:
-    """Whether forward-mode AD or a transform of `torch.func` is at work."""
+    """Whether forward-mode AD or a transform of `torch.func` is active."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 

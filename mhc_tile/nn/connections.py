@@ -1,4 +1,8 @@
-"""The three ways to connect a layer: mHC, Hyper-Connections, plain residual."""
+"""The three ways to connect a layer: mHC, Hyper-Connections, plain residual.
+
+A connection that is not fused with its neighbours is a class here, a name in `nn/__init__.py` and,
+for decoders, a line of `_connect` in `models/decoder.py`.
+"""
 
 from typing import Any
 
@@ -9,41 +13,30 @@ from .. import _checks, ops, reference
 from .._autocast import without_autocast
 from ..config import MHCConfig
 from ..ops import OpenSublayer
-from ._arguments import (
-    check_config,
-    check_module,
-    check_output,
-    check_streams,
-    join_extras,
-    split_extras,
-)
-from ._parameters import MappingModule, identity, parameter, start_mapping, writable
+from ._arguments import check_module, check_output, join_extras, split_extras
+from ._parameters import StreamsModule, identity, parameter, start_mapping, writable
 
 
-class Connection(MappingModule):
+class Connection(StreamsModule):
     """What `ManifoldHyperConnection` and `HyperConnection` share."""
 
     def __init__(self, layer: nn.Module, hidden_size: int, config: MHCConfig | None) -> None:
-        super().__init__()
-        kind = type(self).__name__
-        check_module(kind, "layer", layer)
+        check_module(type(self).__name__, "layer", layer)
+        super().__init__(hidden_size, config)
         self.layer = layer
-        self.hidden_size = _checks.whole(kind, "hidden_size", hidden_size)
-        self.config = check_config(kind, config)
         self.tap = nn.Identity()
-
-    def extra_repr(self) -> str:
-        """The sizes, for `print(model)`."""
-        return f"hidden_size={self.hidden_size}, num_streams={self.config.num_streams}"
-
-    def check_input(self, x: Tensor) -> None:
-        """The streams that enter have to be as many and as wide as the parameters are for."""
-        check_streams(type(self).__name__, x, self.config.num_streams, self.hidden_size)
 
     def run_layer(self, layer_input: Tensor, /, *args: Any, **kwargs: Any) -> Any:
         """What the wrapped layer returns, its output in the dtype of the streams."""
         result = self.layer(layer_input, *args, **kwargs)
         return check_output(type(self).__name__, layer_input, result)
+
+
+def close_by(h_res: Tensor, state: OpenSublayer, layer_output: Tensor) -> Tensor:
+    """`mhc_tile.close_sublayer`, by another h_res if a hook on the tap has returned one."""
+    if h_res is state.h_res:
+        return ops.close_sublayer(state, layer_output)
+    return ops.merge(state.x, layer_output, state.h_post, h_res)
 
 
 class ManifoldHyperConnection(Connection):
@@ -53,7 +46,7 @@ class ManifoldHyperConnection(Connection):
     `x_next[o, c] = sum_i h_res[o, i] * x[i, c] + h_post[o] * layer(layer_input)[c]`
 
     Initialisations (`config.init`); phi is normal with variance 1 / (n*C) in both, so that
-    projections have variance 1 at any width:
+    projections have variance 1 for any C:
 
     - "paper": alpha = 0.01 as the paper says, bias = 0 (h_pre = 1/2, h_post = post_scale / 2,
       h_res = 1/n everywhere, up to what the gates let through).
@@ -64,7 +57,7 @@ class ManifoldHyperConnection(Connection):
 
     Args:
         layer: a module that maps [..., C] to [..., C], or to a tuple that starts with [..., C].
-        hidden_size: C, the width of one stream.
+        hidden_size: C, the size of one stream.
         config: the constants; `MHCConfig.paper()` if None.
         device: where phi, alpha and bias are made.
 
@@ -119,7 +112,7 @@ class ManifoldHyperConnection(Connection):
         h_res = self.tap(state.h_res)
         result = self.run_layer(state.layer_input, *args, **kwargs)
         layer_output, extras = split_extras(result)
-        return join_extras(self.end(state, layer_output, h_res), extras)
+        return join_extras(close_by(h_res, state, layer_output), extras)
 
     def begin(self, x: Tensor) -> OpenSublayer:
         """`mhc_tile.open_sublayer` with this sublayer's parameters; the caller calls the tap."""
@@ -130,13 +123,6 @@ class ManifoldHyperConnection(Connection):
         """`mhc_tile.next_sublayer` into this sublayer; the caller calls the tap."""
         parameters = self._parameters_for(state.layer_input)
         return ops.next_sublayer(state, layer_output, *parameters, **self._constants())
-
-    @staticmethod
-    def end(state: OpenSublayer, layer_output: Tensor, h_res: Tensor) -> Tensor:
-        """`mhc_tile.close_sublayer`, by the h_res of a hook on the tap where that is another."""
-        if h_res is state.h_res:
-            return ops.close_sublayer(state, layer_output)
-        return ops.merge(state.x, layer_output, state.h_post, h_res)
 
     def pre(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`mhc_tile.pre` with this sublayer's parameters, for callers who merge themselves.
@@ -177,7 +163,7 @@ class HyperConnection(Connection):
 
     Args:
         layer: a module that maps [..., C] to [..., C], or to a tuple that starts with [..., C].
-        hidden_size: C, the width of one stream.
+        hidden_size: C, the size of one stream.
         config: num_streams and norm_eps are read; `MHCConfig.paper()` if None.
         layer_index: the depth of this sublayer, from 0; at least 0.
         device: where theta, alpha and bias are made.

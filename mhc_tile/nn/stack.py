@@ -13,26 +13,26 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import OpenSublayer, close_sublayer
 from ._arguments import Extras, check_module, split_extras
-from .connections import Connection, ManifoldHyperConnection, Residual
+from .connections import Connection, ManifoldHyperConnection, Residual, close_by
 
-# A tool that puts another function in its place is to see every call.
+# With another function in its place, as by a tool that traces calls, every connection is called.
 _CALL = nn.Module.__call__
 # Where modules whose forward takes anything hold what they call: torch.compile, activation
 # checkpointing, FSDP1, DDP.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-# What a fused stack runs in place of a connection's call, and nobody may have replaced.
+# Methods that a fused stack runs in place of a connection's call, if an instance has no own ones.
 _REPLACED = frozenset({"forward", "begin", "cross"})
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 class HyperConnectedStack(nn.Module):
-    """Thread the residual streams through a list of connected layers.
+    """Run the residual streams through a list of connected layers.
 
     Between two neighbouring `ManifoldHyperConnection`s the `merge` of the first and the `pre` of
     the second are one op, `mhc_tile.boundary`. The result is that of calling the connections one
     after the other. Connections of other kinds, those with a `forward` of their own, compiled ones
     (`connection.compile()`) and those with hooks (such as FSDP2's, which gather parameters) are
-    called as they are; all are where torch has global hooks of modules.
+    called as modules; where torch has global module hooks, all connections are.
 
     `len(stack)`, `stack[i]`, `stack[i:j]` (a stack of the same connections) and iteration are those
     of its connections.
@@ -135,7 +135,7 @@ class HyperConnectedStack(nn.Module):
                 if h_res is state.h_res:
                     pending = state, output
                 else:
-                    x, pending = connection.end(state, output, h_res), None
+                    x, pending = close_by(h_res, state, output), None
             else:
                 x, pending = x if pending is None else close_sublayer(*pending), None
                 x, more = split_extras(connection(x, *args, **own))
@@ -151,7 +151,7 @@ class HyperConnectedStack(nn.Module):
         self._keywords = [_keywords_of(connection) for connection in self.connections]
 
     def _forwards(self) -> tuple[Any, ...]:
-        """What the connections and their layers run, as far as their classes tell."""
+        """The `forward` of the classes of all connections and layers."""
         found = []
         for connection in self.connections:
             found.append(getattr(type(connection), "forward", None))
@@ -163,7 +163,7 @@ class HyperConnectedStack(nn.Module):
         return {key: value for key, value in self.__dict__.items() if key != "_read"}
 
     def _route(self, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
-        """Those of the keywords that each connection takes, as its `forward` is now."""
+        """For each connection the keywords that its present `forward` takes."""
         # torch.compile need not trace signatures where no layer has been replaced
         if not torch.compiler.is_compiling() or self._forwards() != self._read:
             self._inspect()
@@ -222,8 +222,8 @@ def _signature(function: Any, bound: bool) -> tuple[frozenset[str], bool] | None
     except (TypeError, ValueError):  # no function of Python, as in TorchScript
         return None
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    behind = parameters[2 if bound else 1 :]
-    keywords = frozenset(parameter.name for parameter in behind if parameter.kind in named)
+    after_input = parameters[2 if bound else 1 :]
+    keywords = frozenset(parameter.name for parameter in after_input if parameter.kind in named)
     found = keywords, any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     with suppress(TypeError):
         _SIGNATURES[function] = found

@@ -31,9 +31,8 @@ def boundary(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`merge` of a sublayer, then `pre` of the next one on the result (eqs. 7 and 14-19).
 
-    On GPUs of sm_90a many tokens of n = 4 streams in bf16 or fp16
-    take one launch, which moves 10C elements a token where the two ops move 14C; the bits are
-    theirs.
+    On GPUs of sm_90a many tokens of n = 4 streams in bf16 or fp16 take one launch, which moves 10C
+    elements a token where the two ops move 14C. The results are those of the two ops, bit by bit.
 
     `x_next[o, c] = sum_i h_res[o, i] * x[i, c] + h_post[o] * layer_output[c]`
     `layer_input, h_post_next, h_res_next = pre(x_next, phi, alpha, bias)`

@@ -83,8 +83,8 @@ def head(
         >>> head(x, phi, torch.ones(1), torch.zeros(4), norm_eps=1e-6).shape
         torch.Size([7, 64])
     """
-    num_streams, width = _checks.streams("head", x)
-    _checks.map_of("head", "phi", phi, (num_streams, num_streams * width), x)
+    num_streams, hidden_size = _checks.streams("head", x)
+    _checks.map_of("head", "phi", phi, (num_streams, num_streams * hidden_size), x)
     _checks.map_of("head", "alpha", alpha, (1,), x)
     _checks.map_of("head", "bias", bias, (num_streams,), x)
     _checks.at_least("head", 0, norm_eps=norm_eps, pre_eps=pre_eps)
