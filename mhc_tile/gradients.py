@@ -165,7 +165,7 @@ def mapping_backward(
     inv_rms: Tensor,
     *,
     post_scale: float,
-    **_: Any,
+    **unused: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradient of `reference.mapping`.
 
@@ -197,7 +197,7 @@ def pre_backward(
     post_scale: float,
     iters: int,
     sinkhorn_eps: float,
-    **_: Any,
+    **unused: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradient of `reference.pre`, to whose grad_x another gradient of x may be added.
 
@@ -274,7 +274,7 @@ def head_backward(
     inv_rms: Tensor,
     *,
     pre_eps: float,
-    **_: Any,
+    **unused: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradient of `reference.head`.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from .. import _checks
 from ..ops import OpenSublayer, close_sublayer
 from ._arguments import Extras, check_module, split_extras
 from .connections import Connection, ManifoldHyperConnection, Residual, close_by
@@ -62,8 +63,7 @@ class HyperConnectedStack(nn.Module):
 
     def __init__(self, connections: Iterable[nn.Module], *, fused: bool = True) -> None:
         super().__init__()
-        if not isinstance(fused, bool):
-            raise TypeError(f"HyperConnectedStack: fused must be True or False, got {fused!r}")
+        _checks.flag("HyperConnectedStack", fused=fused)
         if not isinstance(connections, Iterable):
             raise TypeError(
                 f"HyperConnectedStack: connections must be an iterable of modules, "

@@ -126,8 +126,10 @@ def kernels_info(
 def _counts(
     op: str, hidden_size: int, tokens: int | Sequence[int], dtype: torch.dtype
 ) -> list[int]:
-    several = isinstance(tokens, Iterable) and getattr(tokens, "ndim", 1)  # a scalar tensor has 0
-    counts = [_checks.whole(op, "tokens", count) for count in (tokens if several else [tokens])]
+    given: Iterable[Any] = [tokens]
+    if isinstance(tokens, Iterable) and getattr(tokens, "ndim", 1) > 0:  # else a scalar tensor
+        given = tokens
+    counts = [_checks.whole(op, "tokens", count) for count in given]
     if not counts:
         raise ValueError(f"{op}: tokens must be a number or some numbers, got {tokens!r}")
     _checks.count(op, hidden_size=hidden_size)

@@ -94,6 +94,8 @@ class OpenSublayer:
 
     Every attribute is a tensor with a true gradient, for any reader. None can be replaced: to merge
     by another h_res, call `merge(state.x, layer_output, state.h_post, other)`.
+    After `next_sublayer` a hook on x, or `torch.autograd.grad` with respect to x, gets the gradients
+    of the readers of `state.x` alone: the ops that merge and read x_next are inside.
 
     Attributes:
         layer_input: [..., C], dtype of x.
@@ -131,7 +133,7 @@ class OpenSublayer:
 
     @property
     def x(self) -> Tensor:
-        """The streams that enter; in compiled code after `next_sublayer` merged again for this."""
+        """The streams that enter. Compiled code after `next_sublayer` merges again for them."""
         return close_sublayer(*self._previous) if self._x is None else self._x  # type: ignore[misc]
 
 
@@ -236,10 +238,10 @@ def next_sublayer(
     if state._x_for_merge is None or not _fuses():
         x_next, *maps = BOUNDARY.call(state.x, *tensors, **constants)[:4]
         return OpenSublayer(maps, x_next)
-    *maps, x_for_merge = (results := _FusedMerge.apply(x, _kept(state), *tensors, constants))[:4]
-    x_next = results[4] if len(results) == 5 else None
-    previous = (state, layer_output) if x_next is None else None
-    return OpenSublayer(maps, x_next, x_for_merge, previous)
+    results = _FusedMerge.apply(x, _kept(state), *tensors, constants)
+    if len(results) == 4:  # compiled
+        return OpenSublayer(results[:3], None, results[3], (state, layer_output))
+    return OpenSublayer(results[:3], results[4], results[3])
 
 
 def close_sublayer(state: OpenSublayer, layer_output: Tensor) -> Tensor:
