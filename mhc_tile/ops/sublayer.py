@@ -94,8 +94,8 @@ class OpenSublayer:
 
     Every attribute is a tensor with a true gradient, for any reader. None can be replaced: to merge
     by another h_res, call `merge(state.x, layer_output, state.h_post, other)`.
-    After `next_sublayer` a hook on x, or `torch.autograd.grad` with respect to x, gets the gradients
-    of the readers of `state.x` alone: the ops that merge and read x_next are inside.
+    After `next_sublayer` a hook on x, or `torch.autograd.grad` with respect to x, gets the
+    gradients of the readers of `state.x` alone: the ops that merge and read x_next are inside.
 
     Attributes:
         layer_input: [..., C], dtype of x.
