@@ -234,7 +234,7 @@ def next_sublayer(
     constants = check_pre(
         name, x, phi, alpha, bias, norm_eps, pre_eps, post_scale, iters, sinkhorn_eps
     )
-    tensors = (layer_output, state.h_post, state.h_res, phi, alpha, bias)
+    tensors = (layer_output, state._h_post, state._h_res, phi, alpha, bias)
     if state._x_for_merge is None or not _fuses():
         x_next, *maps = BOUNDARY.call(state.x, *tensors, **constants)[:4]
         return OpenSublayer(maps, x_next)
@@ -284,7 +284,7 @@ def _open(
 
 def _close(name: str, state: OpenSublayer, layer_output: Tensor) -> Tensor:
     x = _check(name, state, layer_output)
-    tensors = (layer_output, state.h_post, state.h_res)
+    tensors = (layer_output, state._h_post, state._h_res)
     if state._x_for_merge is None or not _fuses():
         return MERGE.call(state.x, *tensors)
     return _FusedMerge.apply(x, _kept(state), *tensors, None, None, None, None)
@@ -295,7 +295,7 @@ def _check(name: str, state: OpenSublayer, layer_output: Tensor) -> Tensor:
     if not isinstance(state, OpenSublayer):
         raise TypeError(f"{name}: state must be an OpenSublayer, got {type(state).__name__}")
     x = state.x if state._x_for_merge is None else state._x_for_merge
-    check_merge(name, x, layer_output, state.h_post, state.h_res)
+    check_merge(name, x, layer_output, state._h_post, state._h_res)
     return x
 
 
