@@ -168,16 +168,10 @@ def _outside_autocast(op: torch._ops.OpOverload, device: str) -> Formula:
 
 
 def derive(function: Formula) -> dict[str, Formula]:
-    """The autograd formula of an op, by differentiating a function that computes the same.
+    """The keywords `setup_context` and `backward` of `define`, by differentiating a function.
 
-    It gives the backward ops their own gradient, so that second derivatives work, and third ones;
-    nothing that trains without them ever runs it.
-
-    Args:
-        function: takes the op's arguments, returns its results, differentiable.
-
-    Returns:
-        The keywords `setup_context` and `backward` of `define`.
+    The function computes what the op computes. It gives the backward ops their own gradients, of
+    any order; nothing that trains without second derivatives runs it.
     """
 
     def setup_context(ctx: Any, inputs: Any, output: Any, keyword_only_inputs: Any = None) -> None:

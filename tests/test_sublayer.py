@@ -98,12 +98,12 @@ def test_the_maps_are_those_of_merge_backward(device):
         assert torch.equal(value, other)
 
 
-def test_the_share_of_merge_is_mixed_before_the_rounding():
+def test_the_gradient_of_merge_is_added_before_the_rounding():
     arguments, others = torch_op_arguments("pre_backward")
     part, mixing = torch.randn_like(arguments[3]), torch.rand_like(arguments[2])
-    mixed = OPS["pre_backward"](*arguments, part, mixing, **others)[0]
+    fused = OPS["pre_backward"](*arguments, part, mixing, **others)[0]
     bare = OPS["pre_backward"](*arguments, **others)[0]
-    assert torch.allclose(mixed, bare + mixing.mT @ part)
+    assert torch.allclose(fused, bare + mixing.mT @ part)
     halves = [v.bfloat16() if i in (0, 3) else v for i, v in enumerate(arguments)]
     constants = {k: v for k, v in others.items() if k != "norm_eps"}
     wide = gradients.pre_backward(*halves, part.bfloat16(), mixing, **constants)[0]

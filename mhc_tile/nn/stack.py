@@ -211,9 +211,7 @@ _SIGNATURES: "weakref.WeakKeyDictionary[Any, Any]" = weakref.WeakKeyDictionary()
 def _signature(function: Any, bound: bool) -> tuple[frozenset[str], bool] | None:
     """The keywords of a `forward` after its input, and whether it takes any other; None: unknown.
 
-    Args:
-        function: without the module that it may be bound to.
-        bound: whether its first argument is that module.
+    The function is not bound; `bound` says whether its first argument is a module.
     """
     with suppress(KeyError, TypeError):  # TypeError: it has no hash or no weak reference
         return _SIGNATURES[function]

@@ -98,17 +98,10 @@ def on_cuda(
     streams: Callable[..., tuple[Tensor, int]],
     dims: int = 2,
 ) -> Callable[..., Any]:
-    """The CUDA implementation of an op: its kernel, or the reference where no kernel fits.
+    """The CUDA implementation of an op: its kernel, or `fallback` where no kernel fits.
 
-    Args:
-        op: the op's name, for the warning.
-        kernel: takes the op's arguments.
-        fallback: takes the same.
-        streams: from the op's arguments, a tensor whose device, dtype and tokens decide, and n.
-        dims: how many of that tensor's last dims are no tokens.
-
-    Returns:
-        The function to register for CUDA.
+    `streams` returns, from the op's arguments, the tensor whose device, dtype and tokens decide, and
+    n. The last `dims` dims of that tensor are no tokens.
     """
     LAUNCHERS[op] = kernel
 
