@@ -100,8 +100,8 @@ def on_cuda(
 ) -> Callable[..., Any]:
     """The CUDA implementation of an op: its kernel, or `fallback` where no kernel fits.
 
-    `streams` returns, from the op's arguments, the tensor whose device, dtype and tokens decide, and
-    n. The last `dims` dims of that tensor are no tokens.
+    `streams` returns, from the op's arguments, the tensor whose device, dtype and tokens decide,
+    and n. The last `dims` dims of that tensor are no tokens.
     """
     LAUNCHERS[op] = kernel
 
