@@ -139,7 +139,7 @@ def one_of(op: str, name: str, value: Any, choices: Collection[str]) -> str:
 
 def whole(op: str, name: str, value: Any, minimum: int = 1, bits: int = 63) -> Any:
     """Check an integer of at least `minimum` and below 2**bits; returns it as Python's int."""
-    found = as_int(value)
+    found = value if type(value) is int else as_int(value)
     rule = f"must be an int of at least {minimum}"
     if found is None:
         raise WrongTypeError(f"{op}: {name} {rule}, got {value!r}")
@@ -152,7 +152,7 @@ def whole(op: str, name: str, value: Any, minimum: int = 1, bits: int = 63) -> A
 
 def number(op: str, name: str, value: Any, minimum: float = 0, *, above: bool = False) -> Any:
     """Check a finite number of at least, or above, `minimum`; returns it as Python's float."""
-    found = as_number(value)
+    found = value if type(value) is float else as_number(value)
     if found is None:
         raise WrongTypeError(f"{op}: {name} must be a number, got {value!r}")
     if not (minimum < found if above else minimum <= found) or not found < math.inf:
