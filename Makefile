@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo tune test test-torch test-gpu sanitize static lint types format doctor clean
+.PHONY: help demo tune test test-torch test-gpu sanitize static lint types docs format doctor clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -48,6 +48,9 @@ lint: $(READY) ## Style and formatting, as CI checks them
 types: $(READY) ## Types, read from the wheel, where the packages have their installed places
 	rm -rf build/types && $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w build/types .
 	cd build/types && ../../$(BIN)/python -m zipfile -e *.whl . && ../../$(BIN)/mypy --config-file ../../pyproject.toml mhc_tile
+
+docs: $(READY) ## The documentation as HTML, in build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build --strict
 
 format: $(READY) ## Format and mend what can be mended
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
