@@ -7,7 +7,7 @@ import griffe
 
 
 class Docstrings(griffe.Extension):
-    """Names the section `Example:` as griffe does, and keeps the asterisk of `n*C` from emphasis."""
+    """Names the section `Example:` as griffe does; the asterisk of `n*C` is no emphasis."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite a docstring; griffe calls it for every object."""
