@@ -12,17 +12,18 @@ import ast
 import functools
 import hashlib
 import importlib
-import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ..kernels.common import toolchain as _toolchain
+from ..kernels.common.files import write
 from ..kernels.common.static import Resources
 from . import cubin, worker
-from .table import write
 
 SECONDS = 300.0  # for one program; the slowest take 10 on one core
 _LIBRARY = "executable.so"  # of a kernel in TileLang's cache, with its cubin
@@ -64,6 +65,14 @@ class Job:
     def __str__(self) -> str:
         """One line for a person."""
         return f"{self.module.rpartition('.')[2]}.{self.name}{self.constants} for {self.arch}"
+
+
+class _Record(msgspec.Struct):
+    """What is kept of a compiled program: for a person, its folder in the cache, its kernels."""
+
+    program: str
+    kernel: str
+    takes: tuple[Resources, ...]
 
 
 @functools.cache
@@ -113,12 +122,11 @@ def _digest(paths: Iterable[Path]) -> str:
 def known(job: Job) -> tuple[Resources, ...] | None:
     """What a compiled program's kernels take; None if it has yet to be compiled here."""
     try:
-        record = json.loads(job.path.read_text(encoding="utf-8"))
-        if not (_toolchain.kernel_cache() / record["kernel"] / _LIBRARY).is_file():
-            return None
-        return tuple(Resources(**values) for values in record["takes"])
-    except (OSError, ValueError, KeyError, TypeError):
+        record = msgspec.json.decode(job.path.read_bytes(), type=_Record)
+    except (OSError, ValueError):
         return None
+    built = _toolchain.kernel_cache() / record.kernel / _LIBRARY
+    return record.takes if built.is_file() else None
 
 
 def compile_all(
@@ -199,9 +207,8 @@ def build(job: Job) -> tuple[Resources, ...]:
         for function in functions
     )
     place = folder.relative_to(_toolchain.kernel_cache())
-    record = {"program": str(job), "kernel": str(place), "takes": [asdict(t) for t in taken]}
     job.path.parent.mkdir(parents=True, exist_ok=True)
-    write(job.path, json.dumps(record, indent=1))
+    write(job.path, msgspec.json.encode(_Record(str(job), str(place), taken)))
     return taken
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from ..kernels.common import toolchain as _toolchain
+from ..kernels.common.problem import Target
 from . import table
 from .configs import decode
 from .device import Device, describe
@@ -150,7 +151,7 @@ def decide(
     """
     from . import registry
 
-    target = registry.Target(arch, tables.device.multiprocessors)
+    target = Target(arch, tables.device.multiprocessors)
     own = registry.default(problem, target, batch_invariant=batch_invariant)
     if why := registry.KERNELS[problem.kernel].untunable(problem):
         return Decision(problem, own, "default", why)
@@ -317,17 +318,19 @@ def explain(asked: Asked) -> Decision:
     return decision
 
 
-def default(asked: Asked) -> Any:
+def default(asked: Asked, target: Target | None = None) -> Any:
     """The configuration that a launcher is to run with where no table has one.
 
     Args:
         asked: as in `config`.
+        target: the GPU; the one that `asked` names if None.
     """
     from . import registry
 
-    problem, device = _problem(asked), of_device(asked[5]).device
-    target = registry.Target(_toolchain.target(device.capability)["arch"], device.multiprocessors)
-    return registry.default(problem, target, batch_invariant=asked[6])
+    if target is None:
+        device = of_device(asked[5]).device
+        target = Target(_toolchain.target(device.capability)["arch"], device.multiprocessors)
+    return registry.default(_problem(asked), target, batch_invariant=asked[6])
 
 
 def _problem(asked: Asked) -> Problem:

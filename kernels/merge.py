@@ -24,6 +24,7 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
+from .common.knobs import knob, knobs_of
 from .common.problem import Problem, Target
 from .common.programs import (
     F32,
@@ -32,10 +33,7 @@ from .common.programs import (
     architecture,
     ceil_div,
     dtype_name,
-    knobs_of,
-    problem_of,
     program,
-    target_of,
 )
 from .common.rows import block_threads, is_block, vector_width
 
@@ -77,8 +75,8 @@ class BackwardConfig:
         min_blocks: blocks a multiprocessor that the registers must allow.
     """
 
-    threads: int = 32
-    vector: int = 8
+    threads: int = knob(32, reduction_order=True)
+    vector: int = knob(8, reduction_order=True)
     min_blocks: int = 1
 
     def __post_init__(self):
@@ -285,7 +283,7 @@ def forward(
     h_post: Tensor,
     h_res: Tensor,
     *,
-    config: ForwardConfig | None = None,
+    config: ForwardConfig,
 ) -> Tensor:
     """The streams after the sublayer (eq. 7).
 
@@ -296,7 +294,7 @@ def forward(
         layer_output: [T, C], dtype of x. What the layer returned.
         h_post: [T, n], fp32. Write-in weights.
         h_res: [T, n, n], fp32. Residual mixing, [out, in].
-        config: launch knobs; `default_config` if None.
+        config: launch knobs.
 
     Returns:
         x_next: [T, n, C] in x's dtype, rounded once.
@@ -305,7 +303,6 @@ def forward(
     x_next = torch.empty_like(x)
     if tokens:
         dtype = dtype_name(x)
-        config = config or default_config(problem_of("merge", x), target_of(x.device))
         constants = (n, channels, dtype, *knobs_of(config))
         kernel = forward_program(architecture(x.device), *constants)
         kernel(x, layer_output, h_post, h_res.view(tokens, n * n), x_next)
@@ -319,7 +316,7 @@ def backward(
     h_post: Tensor,
     h_res: Tensor | None,
     *,
-    config: BackwardConfig | None = None,
+    config: BackwardConfig,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """Gradient of `forward`; the equations are the module's.
 
@@ -329,7 +326,7 @@ def backward(
         layer_output: [T, C], dtype of x.
         h_post: [T, n], fp32.
         h_res: [T, n, n], fp32, [out, in]. None leaves grad_x out: `pre_backward` forms it, too.
-        config: launch knobs; `default_config` if None.
+        config: launch knobs.
 
     Returns:
         grad_x [T, n, C] (None without h_res), grad_layer_output [T, C] in x's dtype; grad_h_post
@@ -341,7 +338,6 @@ def backward(
     grads = (torch.empty_like(layer_output), torch.empty_like(h_post), grad_h_res)
     if tokens:
         dtype = dtype_name(x)
-        config = config or default_config(problem_of("merge_backward", x), target_of(x.device))
         constants = (n, channels, dtype, grad_x is not None, *knobs_of(config))
         kernel = backward_program(architecture(x.device), *constants)
         # what a program leaves alone still has its shape

@@ -21,6 +21,7 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
+from .common.knobs import knob, knobs_of
 from .common.problem import Problem, Target
 from .common.programs import (
     F32,
@@ -29,10 +30,7 @@ from .common.programs import (
     architecture,
     ceil_div,
     dtype_name,
-    knobs_of,
-    problem_of,
     program,
-    target_of,
 )
 from .common.rows import block_threads, is_block, vector_width
 
@@ -70,8 +68,8 @@ class BackwardConfig:
         vector: neighbouring channels that a thread handles in one step.
     """
 
-    threads: int = 32
-    vector: int = 8
+    threads: int = knob(32, reduction_order=True)
+    vector: int = knob(8, reduction_order=True)
 
     def __post_init__(self):
         if self.threads not in (32, 64, 128, 256, 512):
@@ -209,13 +207,13 @@ def backward_program(n: int, channels: int, dtype: str, threads: int, vector: in
     return pre_apply_backward
 
 
-def forward(x: Tensor, h_pre: Tensor, *, config: ForwardConfig | None = None) -> Tensor:
+def forward(x: Tensor, h_pre: Tensor, *, config: ForwardConfig) -> Tensor:
     """What the layer reads: `layer_input[c] = sum_i h_pre[i] * x[i, c]`.
 
     Args:
         x: [T, n, C], bf16, fp16 or fp32, contiguous. The streams.
         h_pre: [T, n], fp32. Read-out weights.
-        config: launch knobs; `default_config` if None.
+        config: launch knobs.
 
     Returns:
         layer_input: [T, C] in x's dtype, rounded once.
@@ -224,14 +222,13 @@ def forward(x: Tensor, h_pre: Tensor, *, config: ForwardConfig | None = None) ->
     layer_input = x.new_empty(tokens, channels)
     if tokens:
         dtype = dtype_name(x)
-        config = config or default_config(problem_of("pre_apply", x), target_of(x.device))
         constants = (n, channels, dtype, *knobs_of(config))
         forward_program(architecture(x.device), *constants)(x, h_pre, layer_input)
     return layer_input
 
 
 def backward(
-    grad_layer_input: Tensor, x: Tensor, h_pre: Tensor, *, config: BackwardConfig | None = None
+    grad_layer_input: Tensor, x: Tensor, h_pre: Tensor, *, config: BackwardConfig
 ) -> tuple[Tensor, Tensor]:
     """Gradient of `forward`; the equations are the module's.
 
@@ -239,7 +236,7 @@ def backward(
         grad_layer_input: [T, C], dtype of x, contiguous.
         x: [T, n, C], bf16, fp16 or fp32. What `forward` read, as is h_pre.
         h_pre: [T, n], fp32.
-        config: launch knobs; `default_config` if None.
+        config: launch knobs.
 
     Returns:
         grad_x [T, n, C] in x's dtype; grad_h_pre [T, n], fp32.
@@ -249,7 +246,6 @@ def backward(
     grad_h_pre = torch.empty_like(h_pre)
     if tokens:
         dtype = dtype_name(x)
-        config = config or default_config(problem_of("pre_apply_backward", x), target_of(x.device))
         constants = (n, channels, dtype, *knobs_of(config))
         kernel = backward_program(architecture(x.device), *constants)
         kernel(grad_layer_input, x, h_pre, grad_x, grad_h_pre)

@@ -127,7 +127,7 @@ def backward_program(n: int, iters: int, eps: float, threads: int) -> Any:
     return sinkhorn_backward
 
 
-def forward(logits: Tensor, *, iters: int, eps: float, config: Config | None = None) -> Tensor:
+def forward(logits: Tensor, *, iters: int, eps: float, config: Config) -> Tensor:
     """Doubly stochastic matrix by `iters` normalisations of columns, then rows (eqs. 9 and 19).
 
     `M = exp(logits)`, then `iters` times: `M[o, i] /= sum_o M[o, i]`, `M[o, i] /= sum_i M[o, i]`.
@@ -136,7 +136,7 @@ def forward(logits: Tensor, *, iters: int, eps: float, config: Config | None = N
         logits: [T, n, n], fp32, contiguous, [out, in].
         iters: at least 1.
         eps: at least 0; added as `reference.sinkhorn` says.
-        config: launch knobs; `default_config` if None.
+        config: launch knobs.
 
     Returns:
         h_res: [T, n, n], fp32, [out, in].
@@ -144,28 +144,25 @@ def forward(logits: Tensor, *, iters: int, eps: float, config: Config | None = N
     tokens, n, _ = logits.shape
     h_res = torch.empty_like(logits)
     if tokens:
-        config = config or Config()
         kernel = forward_program(architecture(logits.device), n, iters, float(eps), config.threads)
         kernel(logits.view(tokens, n * n), h_res.view(tokens, n * n))
     return h_res
 
 
-def fitting(config: Config | None, logits: Tensor, iters: int) -> Config | None:
-    """A table's configuration, measured with some iterations, where it fits so many; else None.
+def fitting(config: Config, logits: Tensor, iters: int) -> Config:
+    """A table's configuration, measured with some iterations, where it fits so many; else default.
 
     Args:
-        config: of the table, or None.
+        config: of the table.
         logits: [T, n, n], on the GPU.
         iters: of the backward.
     """
-    if config is None:
-        return None
     limit = shared_limit(architecture(logits.device))
-    return config if shared_bytes(logits.shape[1], iters, config.threads) <= limit else None
+    return config if shared_bytes(logits.shape[1], iters, config.threads) <= limit else Config()
 
 
 def backward(
-    grad_h_res: Tensor, logits: Tensor, *, iters: int, eps: float, config: Config | None = None
+    grad_h_res: Tensor, logits: Tensor, *, iters: int, eps: float, config: Config
 ) -> Tensor:
     """Gradient of `forward`: replay the iteration, then walk back through it.
 
@@ -174,7 +171,7 @@ def backward(
         logits: [T, n, n], fp32. What `forward` read.
         iters: as in `forward`.
         eps: as in `forward`.
-        config: launch knobs; `default_config` if None.
+        config: launch knobs.
 
     Returns:
         grad_logits: [T, n, n], fp32.
@@ -185,7 +182,6 @@ def backward(
     tokens, n, _ = logits.shape
     grad_logits = torch.empty_like(logits)
     if tokens:
-        config = config or Config()
         arch = architecture(logits.device)
         limit = shared_limit(arch)
         if shared_bytes(n, iters, config.threads) > limit:

@@ -121,7 +121,7 @@ def collapse_program(n: int, channels: int, dtype: str, scale: float, threads: i
     return collapse_forward
 
 
-def expand(hidden: Tensor, num_streams: int, *, config: Config | None = None) -> Tensor:
+def expand(hidden: Tensor, num_streams: int, *, config: Config) -> Tensor:
     """Copy the hidden state into every stream: `x[i, c] = hidden[c]`.
 
     Its gradient is `collapse` with mean=False.
@@ -129,7 +129,7 @@ def expand(hidden: Tensor, num_streams: int, *, config: Config | None = None) ->
     Args:
         hidden: [T, C], bf16, fp16 or fp32, contiguous.
         num_streams: n.
-        config: launch knobs; `default_config` if None.
+        config: launch knobs.
 
     Returns:
         x: [T, n, C] in hidden's dtype.
@@ -138,7 +138,7 @@ def expand(hidden: Tensor, num_streams: int, *, config: Config | None = None) ->
 
 
 def collapse_backward(
-    grad_hidden: Tensor, num_streams: int, *, mean: bool, config: Config | None = None
+    grad_hidden: Tensor, num_streams: int, *, mean: bool, config: Config
 ) -> Tensor:
     """Gradient of `collapse`: `grad_x[i, c] = grad_hidden[c]`, over n for the mean.
 
@@ -146,7 +146,7 @@ def collapse_backward(
         grad_hidden: [T, C], bf16, fp16 or fp32, contiguous.
         num_streams: n.
         mean: whether the streams were averaged, not summed.
-        config: launch knobs; `default_config` if None.
+        config: launch knobs.
 
     Returns:
         grad_x: [T, n, C] in grad_hidden's dtype.
@@ -154,23 +154,22 @@ def collapse_backward(
     return _expand(grad_hidden, num_streams, 1 / num_streams if mean else 1.0, config)
 
 
-def _expand(hidden: Tensor, n: int, scale: float, config: Config | None) -> Tensor:
+def _expand(hidden: Tensor, n: int, scale: float, config: Config) -> Tensor:
     tokens, channels = hidden.shape
     x = hidden.new_empty(tokens, n, channels)
     if tokens:
-        config = config or Config()
         constants = (n, channels, dtype_name(hidden), scale, config.threads)
         expand_program(architecture(hidden.device), *constants)(hidden, x)
     return x
 
 
-def collapse(x: Tensor, *, mean: bool, config: Config | None = None) -> Tensor:
+def collapse(x: Tensor, *, mean: bool, config: Config) -> Tensor:
     """Sum or mean of the streams: `hidden[c] = sum_i x[i, c]`, over n for the mean.
 
     Args:
         x: [T, n, C], bf16, fp16 or fp32, contiguous.
         mean: whether to average instead of summing.
-        config: launch knobs; `default_config` if None.
+        config: launch knobs.
 
     Returns:
         hidden: [T, C] in x's dtype, rounded once.
@@ -178,7 +177,6 @@ def collapse(x: Tensor, *, mean: bool, config: Config | None = None) -> Tensor:
     tokens, n, channels = x.shape
     hidden = x.new_empty(tokens, channels)
     if tokens:
-        config = config or Config()
         constants = (n, channels, dtype_name(x), 1 / n if mean else 1.0, config.threads)
         collapse_program(architecture(x.device), *constants)(x, hidden)
     return hidden

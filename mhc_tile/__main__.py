@@ -8,13 +8,18 @@ from contextlib import suppress
 
 from ._version import __version__
 
+# Commands that parse their own options.
+_TRAINING = {
+    "demo": "train residual, HC and mHC on real text and compare",
+    "train": "train one named model on your own text",
+}
+
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands; each sets `run`, a function of the parsed arguments."""
+    """The parser of the other subcommands; each sets `run`, a function of the parsed arguments."""
     from . import doctor
     from .autotune import cli as autotune
     from .perf import cli as perf
-    from .training import cli
 
     parser = argparse.ArgumentParser(
         prog="mhc-tile",
@@ -22,14 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mhc-tile {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    demo = commands.add_parser("demo", help="train residual, HC and mHC on real text and compare")
-    cli.add_demo_arguments(demo)
-    demo.set_defaults(run=cli.run_demo)
-
-    train = commands.add_parser("train", help="train one named model on your own text")
-    cli.add_train_arguments(train)
-    train.set_defaults(run=cli.run_train)
+    for name, text in _TRAINING.items():
+        commands.add_parser(name, help=text, add_help=False)
 
     tuning = commands.add_parser("autotune", help="fit the kernels to this GPU, once")
     autotune.add_arguments(tuning)
@@ -39,9 +38,18 @@ def build_parser() -> argparse.ArgumentParser:
     perf.add_arguments(measuring)
     measuring.set_defaults(run=perf.run)
 
-    diagnosis = commands.add_parser("doctor", help="versions, GPU, compiler, caches, what to mend")
+    diagnosis = commands.add_parser("doctor", help="versions, GPU, compiler, caches, and remedies")
     diagnosis.set_defaults(run=doctor.run)
     return parser
+
+
+def _run(argv: Sequence[str]) -> int:
+    if argv and argv[0] in _TRAINING:
+        from .training import cli
+
+        return (cli.run_demo if argv[0] == "demo" else cli.run_train)(argv[1:])
+    args = build_parser().parse_args(argv)
+    return args.run(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,8 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .training.progress import settle, write_line
 
         try:
-            args = build_parser().parse_args(argv)
-            return args.run(args)
+            return _run([str(word) for word in (sys.argv[1:] if argv is None else argv)])
         except (ValueError, OSError, MissingExtraError) as error:
             write_line(sys.stderr, f"mhc-tile: {error}")
             return 1

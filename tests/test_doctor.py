@@ -178,7 +178,7 @@ def test_the_table_in_use_is_named(monkeypatch, tmp_path):
 
     path.write_text("{")
     faults = [f for f in doctor.examine() if f.item == "tuning 0" and str(path) in f.found]
-    assert "must be a table in JSON" in faults[0].found
+    assert "must be a whole table in JSON" in faults[0].found
     monkeypatch.setenv(table.VARIABLE, "off")
     assert by_item()["tuning 0"].found == "switched off by MHC_TILE_TABLES=off"
 
@@ -192,7 +192,7 @@ def test_a_gpu_that_does_not_answer_is_a_finding(monkeypatch):
     monkeypatch.setattr("mhc_tile.autotune.device.describe", lost)
     finding = by_item()["GPU 0"]
     assert finding.status == "missing"
-    assert finding.found.startswith("does not answer: CUDA error: unknown error CUDA kernel")
+    assert finding.found.startswith("does not answer: RuntimeError: CUDA error: unknown error CUDA")
     assert "nvidia-smi" in finding.remedy
     assert "tuning 0" not in by_item()
 

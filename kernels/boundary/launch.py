@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from .. import merge
-from ..common import projection_simt as _projection_any
 from ..common.architectures import overlaps
 from ..common.phi import load_macro, scale_macro
 from ..common.problem import Problem
@@ -37,14 +36,12 @@ from ..common.programs import (
     dtype_name,
     logits_per_token,
     multiprocessors,
-    problem_of,
     program,
-    target_of,
 )
 from ..common.projection import WARP, WARP_ROLE_CONFIGS
-from ..mapping import launch as mapping
 from ..pre import launch as pre
 from ..pre import persistent as pre_team
+from ..pre import simt as pre_any
 from ..pre.roles import apply_macro, help_macro, send_macros
 from .roles import CHUNK, MAPS, STREAMS, stream_macros
 
@@ -278,12 +275,12 @@ def forward(
     post_scale: float,
     iters: int,
     sinkhorn_eps: float,
-    config: "Config | pre.Config | pre_team.Config | None" = None,
+    config: "Config | pre.Config | pre_team.Config | pre_any.Config",
 ) -> tuple[Tensor, ...] | None:
     """Merge of a sublayer and everything before the next layer (eqs. 7, 8, 9 and 14-19).
 
     Args:
-        x: [T, n, C], bf16, fp16 or fp32. Residual streams.
+        x: [T, n, C], bf16, fp16 or fp32, as all tensors starting at 16 bytes. Residual streams.
         layer_output: [T, C], dtype of x.
         h_post: [T, n], fp32.
         h_res: [T, n, n], fp32, [out, in].
@@ -296,7 +293,7 @@ def forward(
         iters: see there.
         sinkhorn_eps: see there.
         config: of this launch, or the one that `pre` would have: members and teams are then its
-            own, and all results have the bits of `merge` and `pre`. `pre`'s default if None.
+            own, and all results have the bits of `merge` and `pre`.
 
     Returns:
         x_next [T, n, C] and layer_input [T, C] in x's dtype; h_post_next [T, n], h_res_next
@@ -308,16 +305,11 @@ def forward(
         ValueError: A `Config` of this module does not launch on this GPU.
     """
     tokens, n, channels = x.shape
-    if not tokens or _projection_any.takes(x):
+    if not tokens:
         return None
     arch, available = architecture(x.device), multiprocessors(x.device)
     if not isinstance(config, Config):
-        config = beside(
-            config or pre.default_config(problem_of("pre", x), target_of(x.device)),
-            n,
-            channels,
-            arch,
-        )
+        config = beside(config, n, channels, arch)
         if config is None:
             return None
     pre_team.check("boundary", config, n, channels, arch, available)
@@ -330,8 +322,8 @@ def forward(
     constants = float(norm_eps), float(pre_eps), float(post_scale), int(iters), float(sinkhorn_eps)
     kernel = boundary_program(arch, channels, dtype_name(x), config, *constants, overlaps(arch))
     kernel(
-        *map(mapping.aligned, (x, layer_output, h_post, h_res.view(tokens, n * n))),
-        mapping.aligned(phi).view(rows, n, channels), alpha, bias,
+        x, layer_output, h_post, h_res.view(tokens, n * n),
+        phi.view(rows, n, channels), alpha, bias,
         *pre_team.exchange(config, n, x.device),
         x_next, layer_input, h_post_next, h_res_next, projection, inv_rms,
     )  # fmt: skip

@@ -162,11 +162,6 @@ def dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def knobs_of(config: Any) -> tuple[Any, ...]:
-    """The fields of a dataclass in their order; `dataclasses.astuple` takes seven times as long."""
-    return tuple(vars(config).values())
-
-
 def ceil_div(value: int, divisor: int) -> int:
     """Smallest integer at or above value / divisor."""
     return -(-value // divisor)

@@ -19,6 +19,7 @@ from typing import Any
 
 from . import toolchain as _toolchain
 from .architectures import architecture_of
+from .files import write
 from .lowering import Lowered, lower
 
 FLAGS = "tl.device_compile_flags"  # the pass configuration that holds a program's nvcc options
@@ -191,9 +192,7 @@ def _report(lowered: Lowered, arch: str, flags: tuple[str, ...]) -> str:
     report = _compile(lowered.source, arch, flags)
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False) as file:
-            json.dump(report, file)
-        os.replace(file.name, kept)
+        write(kept, json.dumps(report))
     return report
 
 

@@ -24,17 +24,15 @@ import torch
 from torch import Tensor
 
 from ..common.architectures import overlaps
+from ..common.knobs import knobs_of
 from ..common.problem import Problem
 from ..common.programs import (
     F32,
     ITEM_BYTES,
     architecture,
     dtype_name,
-    knobs_of,
     logits_per_token,
-    problem_of,
     program,
-    target_of,
 )
 from .grad_x_pass import (
     ADDED,
@@ -117,7 +115,8 @@ def gradients_from_records(
     grad_layer_input: Tensor | None = None,
     grad_x_part: Tensor | None = None,
     h_res: Tensor | None = None,
-    config: Config | None = None,
+    *,
+    config: Config,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch `columns_program` and `parts_program`.
 
@@ -129,7 +128,7 @@ def gradients_from_records(
         grad_layer_input: [T, C] in x's dtype. None leaves its term out.
         grad_x_part: [T, n, C] in x's dtype. None leaves its term out.
         h_res: [T, n, n], fp32: `sum_o h_res[o, i] * grad_x_part[o, c]` is added instead.
-        config: launch knobs; `default_config` if None.
+        config: launch knobs.
 
     Returns:
         grad_x [T, n, C] in x's dtype; grad_phi, grad_alpha [3], grad_bias [n*n + 2n], fp32.
@@ -137,8 +136,6 @@ def gradients_from_records(
     tokens, n, channels = x.shape
     logits = phi.shape[0]
     arch = architecture(x.device)
-    if config is None:
-        config = default_config(problem_of("mapping_backward", x), target_of(x.device))
     grad_x = torch.empty_like(x)
     parts = phi.new_empty(config.groups, logits, n, channels)
     part = "" if grad_x_part is None else ADDED if h_res is None else MIXED
@@ -188,7 +185,7 @@ def backward(
     *,
     pre_eps: float,
     post_scale: float,
-    config: Config | None = None,
+    config: Config,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradient of `reference.mapping`; see the module's docstring for the equations.
 
@@ -204,7 +201,7 @@ def backward(
         inv_rms: [T], fp32. As the forward saved it.
         pre_eps: added to the sigmoids of h_pre.
         post_scale: factor of the sigmoids of h_post.
-        config: launch knobs; `default_config` if None.
+        config: launch knobs.
 
     Returns:
         grad_x in x's dtype; grad_phi, grad_alpha, grad_bias, fp32.

@@ -33,6 +33,7 @@ import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
 from ..common.architectures import shared_limit
+from ..common.knobs import knob
 from ..common.problem import Problem, Target
 from ..common.programs import F32, ITEM_BYTES, PASS_CONFIGS, ceil_div, logits_per_token, program
 from ..common.split import rest, round_rest, round_tf32
@@ -58,9 +59,9 @@ class Config:
         min_blocks: blocks that the registers must allow per multiprocessor.
     """
 
-    columns: int = 256
-    tile: int = 32
-    threads: int = 128
+    columns: int = knob(256, reduction_order=True)
+    tile: int = knob(32, reduction_order=True)
+    threads: int = knob(128, reduction_order=True)
     stages: int = 2
     groups: int = 6
     min_blocks: int = 2

@@ -24,8 +24,8 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
-from ..common import projection_simt as _projection_any
 from ..common.architectures import shared_limit
+from ..common.knobs import knob
 from ..common.phi import load_macro, scale_macro
 from ..common.problem import Problem, Target
 from ..common.programs import (
@@ -36,9 +36,7 @@ from ..common.programs import (
     dtype_name,
     logits_per_token,
     macro,
-    problem_of,
     program,
-    target_of,
 )
 from ..common.projection import (
     WARP,
@@ -49,6 +47,7 @@ from ..common.projection import (
     segment_width,
     sigmoid,
 )
+from . import simt
 
 
 @dataclass(frozen=True)
@@ -65,10 +64,10 @@ class Config:
         warps: warps of a block of `finish`.
     """
 
-    members: int
+    members: int = knob(reduction_order=True)
     blocks: int
-    steps: int = 4
-    group: int = 16
+    steps: int = knob(4, reduction_order=True)
+    group: int = knob(16, reduction_order=True)
     ahead: int = 3
     warps: int = 4
 
@@ -95,7 +94,9 @@ class Config:
 
 
 @lru_cache(maxsize=1024)
-def default_config(problem: Problem, target: Target, *, batch_invariant: bool = False) -> Config:
+def default_config(
+    problem: Problem, target: Target, *, batch_invariant: bool = False
+) -> Config | simt.Config:
     """Segments of about 1024 elements (n = 4), as many groups in flight as shared memory allows.
 
     256 channels of every stream at n = 4 are 96 registers a thread for phi. The H200, 2026-11-22,
@@ -104,6 +105,8 @@ def default_config(problem: Problem, target: Target, *, batch_invariant: bool = 
     Raises:
         RuntimeError: the GPU has too little shared memory for any configuration.
     """
+    if not problem.fits_tensor_cores:
+        return simt.default_config(problem, target)
     n, channels = problem.n, problem.channels
     width = max(32, 1024 // n // ceil_div(logits_per_token(n), 24))
     members = ceil_div(channels, width)
@@ -121,11 +124,13 @@ def default_config(problem: Problem, target: Target, *, batch_invariant: bool = 
     )
 
 
-def candidates(problem: Problem, target: Target) -> Iterator[Config]:
+def candidates(problem: Problem, target: Target) -> Iterator[Config | simt.Config]:
     """Every configuration worth timing that can launch."""
     n, channels = problem.n, problem.channels
     default = default_config(problem, target)
     yield default
+    if isinstance(default, simt.Config):
+        return
     smallest = ceil_div(channels, 512)
     counts = {ceil_div(channels, width) for width in (192, 224, 256, 320, 512)}
     for members in sorted(counts | {default.members} if n == 4 else {default.members, smallest}):
@@ -294,11 +299,6 @@ def finish_program(
     return mhc_mapping_finish
 
 
-def aligned(tensor: Tensor) -> Tensor:
-    """The tensor where its first element is 16-byte aligned, else a copy."""
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
 def project(x: Tensor, phi: Tensor, config: Config) -> Tensor:
     """Launch `project_program`.
 
@@ -318,7 +318,7 @@ def project(x: Tensor, phi: Tensor, config: Config) -> Tensor:
     parts = x.new_empty(config.members, tokens, rows + 1, dtype=torch.float32)
     knobs = config.projection()
     kernel = project_program(architecture(x.device), n, channels, dtype_name(x), *knobs)
-    kernel(aligned(x), aligned(phi).view(rows, n, channels), parts)
+    kernel(x, phi.view(rows, n, channels), parts)
     return parts
 
 
@@ -331,20 +331,19 @@ def forward(
     norm_eps: float,
     pre_eps: float,
     post_scale: float,
-    config: Config | None = None,
+    config: Config | simt.Config,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """From the streams to h_pre, h_post and the logits of h_res (eqs. 14-18).
 
     Args:
-        x: [T, n, C], bf16, fp16 or fp32. Residual streams.
+        x: [T, n, C], bf16, fp16 or fp32, as all tensors starting at 16 bytes. Residual streams.
         phi: [n*n + 2n, n*C], fp32.
         alpha: [3], fp32.
         bias: [n*n + 2n], fp32.
         norm_eps: added to the mean of squares, at least 0.
         pre_eps: added to h_pre.
         post_scale: factor of h_post.
-        config: of the launch, `default_config` if None; where x is fp32 or C no multiple of 8, only
-            of `finish`: `_projection_any` has a configuration of its own.
+        config: launch knobs, which choose the projection's form.
 
     Returns:
         h_pre [T, n], h_post [T, n], h_res_logits [T, n, n], projection [T, n*n + 2n], inv_rms [T],
@@ -358,13 +357,12 @@ def forward(
     inv_rms = x.new_empty(tokens, dtype=torch.float32)
     if tokens:
         arch = architecture(x.device)
-        config = config or default_config(problem_of("mapping", x), target_of(x.device))
-        if _projection_any.takes(x):
-            parts = _projection_any.project(aligned(x), aligned(phi))
+        if isinstance(config, simt.Config):
+            parts, warps = simt.project(x, phi, config), config.finish_warps
         else:
-            parts = project(x, phi, config)
+            parts, warps = project(x, phi, config), config.warps
         constants = float(norm_eps), float(pre_eps), float(post_scale)
-        kernel = finish_program(arch, n, channels, parts.shape[0], config.warps, *constants)
+        kernel = finish_program(arch, n, channels, parts.shape[0], warps, *constants)
         kernel(parts, alpha, bias, h_pre, h_post, h_res_logits, projection, inv_rms)
     return h_pre, h_post, h_res_logits.view(tokens, n, n), projection, inv_rms
 

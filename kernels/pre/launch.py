@@ -18,7 +18,6 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
-from ..common import projection_simt as _projection_any
 from ..common.problem import Problem, Target
 from ..common.programs import (
     F32,
@@ -27,9 +26,7 @@ from ..common.programs import (
     ceil_div,
     dtype_name,
     logits_per_token,
-    problem_of,
     program,
-    target_of,
 )
 from ..common.projection import WARP, WARP_ROLE_CONFIGS, sigmoid, sinkhorn_registers
 from ..mapping import launch as mapping
@@ -62,7 +59,7 @@ class Config(mapping.Config):
 @lru_cache(maxsize=1024)
 def default_config(
     problem: Problem, target: Target, *, batch_invariant: bool = False
-) -> "Config | pre_team.Config":
+) -> "Config | pre_team.Config | pre_any.Config":
     """One launch by teams for many tokens where the GPU can run it, else two launches.
 
     H200, 2026-11-24, us, team / two launches: 8192x1280 46 / 56, 8192x2560 77 / 104, 8192x4096
@@ -73,6 +70,8 @@ def default_config(
         target: the GPU.
         batch_invariant: the same form for every number of tokens, that of many.
     """
+    if not problem.fits_tensor_cores:
+        return pre_any.default_config(problem, target)
     team = pre_team.default_config(problem, target)
     if team and (batch_invariant or problem.tokens >= MANY_ROUNDS * team.group * team.teams):
         return team
@@ -91,10 +90,14 @@ def _with_splits(base: mapping.Config, splits: int) -> Config:
     )
 
 
-def candidates(problem: Problem, target: Target) -> Iterator["Config | pre_team.Config"]:
+def candidates(
+    problem: Problem, target: Target
+) -> "Iterator[Config | pre_team.Config | pre_any.Config]":
     """Every configuration worth timing that can launch."""
     default = default_config(problem, target)
     yield default
+    if isinstance(default, pre_any.Config):
+        return
     ahead = mapping.default_config(problem, target).ahead
     teams = pre_team.default_config(problem, target) is not None
     splits = {1, 4, getattr(default, "splits", 1), ceil_div(problem.channels, PIECE)}
@@ -223,13 +226,12 @@ def forward(
     post_scale: float,
     iters: int,
     sinkhorn_eps: float,
-    config: "Config | pre_team.Config | None" = None,
+    config: "Config | pre_team.Config | pre_any.Config",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Everything before the layer (eqs. 8, 9 and 14-19).
 
     Args:
-        x: [T, n, C], bf16, fp16 or fp32. Residual streams; fp32, or C that is no multiple of 8, is
-            for `pre_any`, where config has no effect.
+        x: [T, n, C], bf16, fp16 or fp32, as all tensors starting at 16 bytes. Residual streams.
         phi: [n*n + 2n, n*C], fp32.
         alpha: [3], fp32.
         bias: [n*n + 2n], fp32.
@@ -238,16 +240,16 @@ def forward(
         post_scale: factor of h_post.
         iters: Sinkhorn iterations, at least 1.
         sinkhorn_eps: as in `reference.sinkhorn`.
-        config: of the launch, `default_config` if None; a `pre_team.Config` asks for one launch.
+        config: launch knobs, whose type chooses the form.
 
     Returns:
         layer_input [T, C] in x's dtype; h_post [T, n], h_res [T, n, n], projection [T, n*n + 2n],
         inv_rms [T], fp32.
     """
-    if _projection_any.takes(x):
+    if isinstance(config, pre_any.Config):
         return pre_any.forward(
             x, phi, alpha, bias, norm_eps=norm_eps, pre_eps=pre_eps, post_scale=post_scale,
-            iters=iters, sinkhorn_eps=sinkhorn_eps,
+            iters=iters, sinkhorn_eps=sinkhorn_eps, config=config,
         )  # fmt: skip
     tokens, n, channels = x.shape
     rows = logits_per_token(n)
@@ -260,8 +262,6 @@ def forward(
     constants = float(norm_eps), float(pre_eps), float(post_scale), int(iters), float(sinkhorn_eps)
     if tokens:
         arch = architecture(x.device)
-        config = config or default_config(problem_of("pre", x), target_of(x.device))
-        x, phi = mapping.aligned(x), mapping.aligned(phi)
         if isinstance(config, pre_team.Config):
             pre_team.launch(config, x, phi, alpha, bias, outputs, constants)
         else:

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from ..common.architectures import overlaps, shared_limit
+from ..common.knobs import knob
 from ..common.phi import load_macro, scale_macro
 from ..common.problem import Problem, Target
 from ..common.programs import F32, architecture, ceil_div, dtype_name, logits_per_token, program
@@ -74,13 +75,13 @@ class Config:
             projecting warps take what is left.
     """
 
-    members: int
+    members: int = knob(reduction_order=True)
     teams: int
-    steps: int = 4
-    group: int = 16
+    steps: int = knob(4, reduction_order=True)
+    group: int = knob(16, reduction_order=True)
     ahead: int = 1
     lag: int = 4
-    batches: int = 1
+    batches: int = knob(1, reduction_order=True)
     apply_warps: int = 4
     owners: int = 3
     registers: int = 80

@@ -39,9 +39,7 @@ from ..common.programs import (
     dtype_name,
     logits_per_token,
     multiprocessors,
-    problem_of,
     program,
-    target_of,
 )
 from ..common.rows import WARP, vector_width
 from ..mapping import grad_x_pass as _mapping_columns
@@ -315,7 +313,7 @@ def backward(
     post_scale: float,
     iters: int,
     sinkhorn_eps: float,
-    config: Config | pre_backward_team.Config | None = None,
+    config: Config | pre_backward_team.Config,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradient of `reference.pre`; see the module's docstring for the equations.
 
@@ -335,7 +333,7 @@ def backward(
         post_scale: factor of the sigmoids of h_post.
         iters: of Sinkhorn, at least 1.
         sinkhorn_eps: see `reference.sinkhorn`.
-        config: launch knobs of the columns or of the teams; `default_config` if None.
+        config: launch knobs of the columns or of the teams.
 
     Returns:
         grad_x in x's dtype; grad_phi, grad_alpha, grad_bias, fp32.
@@ -347,8 +345,6 @@ def backward(
         return torch.empty_like(x), *(torch.zeros_like(value) for value in (phi, alpha, bias))
     tokens, n, channels = x.shape
     arch, available = architecture(x.device), multiprocessors(x.device)
-    if config is None:
-        config = default_config(problem_of("pre_backward", x), target_of(x.device))
     if isinstance(config, pre_backward_team.Config):
         more_sums, exchange = config.sums, config.exchange(x.device)
     else:
@@ -368,7 +364,7 @@ def backward(
         return grad_x, *add_parts(parts, block_sums, phi)
     records = finish_records(grad_layer_input, x, projection, inv_rms, alpha, unfinished, own_sums)
     return gradients_from_records(
-        records, block_sums, x, phi, grad_layer_input, grad_x_part, h_res, config
+        records, block_sums, x, phi, grad_layer_input, grad_x_part, h_res, config=config
     )
 
 

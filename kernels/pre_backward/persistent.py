@@ -45,6 +45,7 @@ import torch
 from torch import Tensor
 
 from ..common.architectures import overlaps, shared_limit
+from ..common.knobs import knob
 from ..common.pairs import WORD
 from ..common.problem import Problem, Target
 from ..common.programs import F32, architecture, ceil_div, logits_per_token, program
@@ -92,7 +93,7 @@ class Config:
             mix a part, for at most 16 members.
     """
 
-    members: int
+    members: int = knob(reduction_order=True)
     teams: int
     lag: int = 2
     registers: int = 80

@@ -5,19 +5,23 @@ A sublayer maps [B, S, C] to [B, S, C], starts with its norm, and has `initialis
 Axes: B batch, S sequence, C hidden size, H heads, D head size.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn._parameters import MappingModule, wide_dtype, writable
-from .configs import ModelConfig
+
+if TYPE_CHECKING:
+    from .configs import ModelConfig
 
 INPUT_STD = 0.02
-"""Standard deviation of every matrix at the start, but for those that end a sublayer."""
+"""Initial standard deviation of every matrix, except the last one of a sublayer."""
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm in its input's dtype, so that under autocast the fused kernel serves it."""
+    """RMSNorm in its input's dtype, which lets the fused kernel run under autocast."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalise over C."""
@@ -26,10 +30,10 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Rotary(MappingModule):
-    """Rotary positions: turns channel i with channel i + size / 2, by an angle of the position.
+    """Rotary positions: rotates channels i and i + size / 2 by an angle of the position.
 
-    The tables are made in fp32 (fp64 where that is the default) and stay so when a model is cast
-    to bf16 or fp16: an angle of many turns has no digits left in 16 bits.
+    The tables are computed in fp32 (fp64 where that is the default) and keep that dtype when a
+    model is cast to bf16 or fp16: 16 bits do not resolve an angle of many turns.
 
     Args:
         size: channels of what is rotated; even.
@@ -39,7 +43,7 @@ class Rotary(MappingModule):
     cos_SD: Tensor
     sin_SD: Tensor
 
-    def __init__(self, size: int, config: ModelConfig):
+    def __init__(self, size: int, config: "ModelConfig"):
         super().__init__()
         self.size, self.rope_theta = size, config.rope_theta
         for name in ("cos_SD", "sin_SD"):
@@ -72,7 +76,7 @@ class Attention(nn.Module):
         config: the decoder's shape.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: "ModelConfig"):
         super().__init__()
         inner = config.num_heads * config.head_size
         self.head_size = config.head_size
@@ -82,7 +86,7 @@ class Attention(nn.Module):
         self.rotary = Rotary(config.head_size, config)
 
     def initialise(self, output_std: float) -> None:
-        """Start the matrices again."""
+        """Draw the matrices again."""
         nn.init.normal_(self.project_in.weight, std=INPUT_STD)
         nn.init.normal_(self.project_out.weight, std=output_std)
 
@@ -113,7 +117,7 @@ class SwiGLU(nn.Module):
         self.project_out = nn.Linear(ffn_size, hidden_size, bias=False)
 
     def initialise(self, output_std: float) -> None:
-        """Start the matrices again."""
+        """Draw the matrices again."""
         nn.init.normal_(self.project_in.weight, std=INPUT_STD)
         nn.init.normal_(self.project_out.weight, std=output_std)
 
@@ -130,7 +134,7 @@ class FeedForward(SwiGLU):
         config: the decoder's shape.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: "ModelConfig"):
         super().__init__(config.hidden_size, config.ffn_size)
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
 

@@ -66,13 +66,14 @@ def tuned(kernel: str, x: Tensor, sizes: Sequence[int], launch: Callable[[Any], 
         kernel: a name of `autotune.registry.KERNELS`.
         x: a tensor of the device and the dtype that decide.
         sizes: T, n and C; C is 0 for kernels that see none.
-        launch: from a configuration the results; from None where nothing is launched, as there
-            are no tokens or no GPU.
+        launch: from a configuration the results.
     """
-    if not (sizes[0] and x.is_cuda):
-        return launch(None)
     asked = question(kernel, x, sizes)
-    config = lookup.config(asked)
+    if not x.is_cuda:  # a dry run
+        from ..kernels.common.programs import target_of
+
+        return launch(lookup.default(asked, target_of(x.device)))
+    config = lookup.config(asked) if sizes[0] else lookup.default(asked)
     try:
         return launch(config)
     except torch.OutOfMemoryError:

@@ -18,17 +18,13 @@ class FolderInUseError(ValueError):
 
 
 def full_path(path: str | Path, argument: str) -> Path:
-    """The absolute path, with `~` expanded: it means the same from any working directory.
+    """The absolute path, with `~` expanded, so that the working directory may change.
 
-    Args:
-        path: as the user gave it.
-        argument: what it is, for the message, such as "train: run_dir".
-
-    Returns:
-        The path; links stay in it, but for those before a "..".
+    Links stay in it, except for those before a "..".
 
     Raises:
-        ValueError: It is empty, which as a path would be the working directory.
+        ValueError: It is empty, which as a path would be the working directory. The message names
+            the argument, such as "train: run_dir".
     """
     if not os.fspath(path).strip():
         raise ValueError(f"{argument} must not be empty, got {str(path)!r}")
@@ -39,11 +35,7 @@ def full_path(path: str | Path, argument: str) -> Path:
 
 
 def require_unused(folder: Path, argument: str) -> None:
-    """Refuse a folder that has anything in it.
-
-    Args:
-        folder: it need not exist.
-        argument: what it is, for the message.
+    """Refuse a folder that has anything but a lock in it.
 
     Raises:
         FolderInUseError: It has files, or it is a file.
@@ -62,7 +54,7 @@ def owned(folder: Path, argument: str, *, new: bool = False) -> Iterator[None]:
 
     Args:
         folder: it is made where it does not exist.
-        argument: what it is, for the message.
+        argument: its name in messages.
         new: refuse a folder that has anything in it.
 
     Raises:

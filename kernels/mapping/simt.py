@@ -18,8 +18,9 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
-from .problem import Problem, Target
-from .programs import (
+from ..common.knobs import knob
+from ..common.problem import Problem, Target
+from ..common.programs import (
     F32,
     PASS_CONFIGS,
     architecture,
@@ -27,9 +28,7 @@ from .programs import (
     dtype_name,
     logits_per_token,
     macro,
-    problem_of,
     program,
-    target_of,
 )
 
 WARP = 32
@@ -48,12 +47,14 @@ class Config:
         blocks: blocks that share the tokens, at most.
         warps: of a block; each takes one share of phi's rows and `group` tokens at a time.
         group: tokens of a warp.
+        finish_warps: warps of a block of `finish`.
     """
 
-    members: int
+    members: int = knob(reduction_order=True)
     blocks: int
     warps: int
-    group: int
+    group: int = knob(reduction_order=True)
+    finish_warps: int = 4
 
 
 @lru_cache(maxsize=1024)
@@ -68,11 +69,6 @@ def default_config(problem: Problem, target: Target) -> Config:
     n = problem.n
     members = ceil_div(n * problem.channels, 1024 if n <= 4 else 512)
     return Config(members, max(1, target.multiprocessors // members), 12, 4 if n >= 4 else 8)
-
-
-def takes(x: Tensor) -> bool:
-    """Whether x is for this projection: fp32, or C no multiple of 8."""
-    return x.dtype == torch.float32 or x.shape[-1] % 8 != 0
 
 
 @macro
@@ -164,13 +160,13 @@ def project_program(
     return mhc_project_any
 
 
-def project(x: Tensor, phi: Tensor, config: Config | None = None) -> Tensor:
+def project(x: Tensor, phi: Tensor, config: Config) -> Tensor:
     """Launch `project_program`.
 
     Args:
         x: [T, n, C], bf16, fp16 or fp32, T at least 1, starting at 16 bytes.
         phi: [n*n + 2n, n*C], fp32, starting at 16 bytes.
-        config: of the launch; `default_config` if None.
+        config: of the launch.
 
     Returns:
         parts [members, T, 1 + n*n + 2n], fp32.
@@ -178,7 +174,6 @@ def project(x: Tensor, phi: Tensor, config: Config | None = None) -> Tensor:
     tokens, n, channels = x.shape
     rows = logits_per_token(n)
     assert phi.shape == (rows, n * channels)
-    config = config or default_config(problem_of("mapping", x), target_of(x.device))
     parts = x.new_empty(config.members, tokens, rows + 1, dtype=torch.float32)
     knobs = config.members, config.blocks, config.warps, config.group
     kernel = project_program(architecture(x.device), n, channels, dtype_name(x), *knobs)
