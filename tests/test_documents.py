@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -91,6 +92,20 @@ def test_code_runs_and_prints_what_stands_behind_it(path):
         with contextlib.redirect_stdout(printed):
             exec(compile(code, path.name, "exec"), names)
         assert printed.getvalue() == expected
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "perf" / "baselines").glob("*.json")), ids=str)
+def test_every_baseline_becomes_a_table(path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import baselines
+
+    page = (ROOT / "docs" / "performance.md").read_text()
+    assert f"\n{{{{ baseline {path.stem} }}}}\n" in page
+    table = baselines.on_page_markdown(page)
+    assert "{{" not in table
+    for row in json.loads(path.read_text())["rows"]:
+        assert f"| `{row['op']}` | {row['mode']} |" in table
+        assert f" | {row['us']:.1f} | " in table
 
 
 def test_every_switch_is_in_the_table_of_the_environment():

@@ -20,10 +20,11 @@ def baseline(gpu: str) -> str:
     """What was measured, and a table: op, mode, shape, time, floor and percent of the floor."""
     result = json.loads((BASELINES / f"{gpu}.json").read_text())
     where, copy = result["environment"], result["environment"]["copy_bytes_per_s"]
+    command = " ".join(where["command"]).partition(" --out ")[0]
     lines = [
         f"{where['gpu']}, {where['date'][:10]}, torch {where['torch']}, TileLang "
         f"{where['packages']['tilelang']}, commit {where['commit']}. A copy moves "
-        f"{copy / 1e12:.2f} TB/s. Command: `mhc-tile perf run --contender mhc_tile`.",
+        f"{copy / 1e12:.2f} TB/s. Command: `{command}`.",
         "",
         "| op | mode | T x C | us | floor, us | percent of the floor | launches |",
         "|---|---|---|---:|---:|---:|---:|",
