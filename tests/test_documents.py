@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mhc_tile import models, nn, ops, training
 from test_layout import ROOT
 
 DOCUMENTS = sorted(
@@ -46,7 +47,8 @@ def anchors(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_point_at_files_and_headings(path):
-    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if target.startswith("http"):
             continue
         file, _, anchor = target.partition("#")
@@ -92,6 +94,13 @@ def test_code_runs_and_prints_what_stands_behind_it(path):
         with contextlib.redirect_stdout(printed):
             exec(compile(code, path.name, "exec"), names)
         assert printed.getvalue() == expected
+
+
+@pytest.mark.parametrize("module", [ops, nn, models, training])
+def test_the_reference_has_every_public_name(module):
+    page = (ROOT / "docs" / "reference" / f"{module.__name__.partition('.')[2]}.md").read_text()
+    names = set(re.findall(r"^::: [\w.]+\.(\w+)$", page, re.M))
+    assert names == set(module.__all__) - {"RESIDUALS"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "perf" / "baselines").glob("*.json")), ids=str)
