@@ -51,6 +51,7 @@ types: $(READY) ## Check types, in the wheel unpacked in build/types
 
 docs: $(READY) ## Build the documentation in build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build --strict
+	@! grep -rlE '<(script|link|img|iframe)[^>]+(src|href)="https?:' build/docs || { echo "docs: pages must load nothing from the network"; exit 1; }
 
 format: $(READY) ## Format, and fix what can be fixed
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
