@@ -52,7 +52,7 @@ def test_readme_examples_run():
 
 def test_readme_is_short_and_starts_with_an_example():
     lines = README.splitlines()
-    assert len(lines) <= 150
+    assert len(lines) <= 90
     assert any(line.startswith("```python") for line in lines[:30])
     for command in ("make demo", "make test"):
         assert command in README
