@@ -51,7 +51,7 @@ types: $(READY) ## Check types, in links that give every package its installed p
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml mhc_tile
 
 docs: $(READY) ## Build the documentation in build/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@! grep -rlE '<(script|link|img|iframe)[^>]+(src|href)="https?:' build/docs || { echo "docs: pages must load nothing from the network"; exit 1; }
 
 format: $(READY) ## Format, and fix what can be fixed
