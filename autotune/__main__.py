@@ -1,6 +1,5 @@
 """`python -m mhc_tile.autotune`, the same as `mhc-tile autotune`."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 
@@ -17,18 +16,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 for an error that was printed, 2 for wrong usage, 130 after Ctrl-C.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m mhc_tile.autotune", description="Fit the kernels to this GPU."
-    )
-    cli.add_arguments(parser)
-    args = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
     try:
-        return cli.run(args)
+        return cli.main(words, "python -m mhc_tile.autotune")
     except (ValueError, OSError, MissingExtraError) as error:
         sys.stderr.write(f"autotune: {str(error).removeprefix('autotune: ')}\n")
         return 1
     except KeyboardInterrupt:
-        same = "the same command without --force" if args.force else "the same command"
+        same = "the same command without --force" if "--force" in words else "the same command"
         sys.stderr.write(f"\nautotune: interrupted; {same} goes on from here\n")
         return 130
 

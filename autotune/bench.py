@@ -1,8 +1,11 @@
-"""Running and timing one problem's candidates on a GPU."""
+"""Calls on a GPU: captured in CUDA graphs, timed by events, checked against other results.
+
+`capture`, `repeated`, `elapsed_us`, `rotated_sets` and `is_healthy` serve `perf` as well.
+"""
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +24,87 @@ WARM_S = 0.2  # before a copy counts; after 3 ms it was a tenth slower now and t
 RUNS = 3  # of a check: races show as bits that differ
 
 
+def rotated_sets(nbytes: int) -> int:
+    """How many input sets of a size are together larger than the L2 cache, at most `MOST_SETS`.
+
+    Example:
+        >>> [rotated_sets(size * 2**20) for size in (1, 10, 160, 2000)]
+        [32, 29, 2, 1]
+    """
+    return min(MOST_SETS, int(ROTATED_BYTES / max(nbytes, 1)) + 1)
+
+
+def capture(
+    function: Callable[..., Any],
+    sets: Sequence[Sequence[Any]],
+    stream: torch.cuda.Stream,
+    *,
+    pool: Any = None,
+    keep: bool = False,
+    keep_graph: bool = False,
+) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of one call on every input set, after one or two calls to warm up.
+
+    Args:
+        function: called with the values of a set.
+        sets: at least one.
+        stream: to warm up and capture on.
+        pool: of the graph's memory; a new one if None.
+        keep: whether each result has memory of its own; else a call may write where an earlier one
+            has just written.
+        keep_graph: as `torch.cuda.CUDAGraph` takes it; the caller then instantiates the graph.
+
+    Raises:
+        RuntimeError: The function cannot be captured.
+    """
+    graph, kept = torch.cuda.CUDAGraph(keep_graph=keep_graph), []
+    with torch.cuda.stream(stream):
+        for values in sets[:2]:
+            function(*values)
+        stream.synchronize()
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            for values in sets:
+                if keep:
+                    kept.append(function(*values))
+                else:
+                    function(*values)
+    return graph
+
+
+def elapsed_us(function: Callable[[], Any], stream: torch.cuda.Stream, times: int = 1) -> float:
+    """Microseconds that a function takes on a stream, the mean of several times in a row."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.stream(stream):
+        begin.record()
+        for _ in range(times):
+            function()
+        end.record()
+    stream.synchronize()
+    return begin.elapsed_time(end) * 1000 / times
+
+
+def repeated(function: Callable[[], Any], stream: torch.cuda.Stream, calls: int = 1) -> Timer:
+    """A timer whose turn repeats a function until it has lasted about `TURN_US`.
+
+    Args:
+        function: such as a graph's `replay`.
+        stream: to run on.
+        calls: that the function makes; the timer returns microseconds of one.
+    """
+    once = impression(lambda: elapsed_us(function, stream))
+    repeats = max(1, min(MOST_REPLAYS, round(TURN_US / once)))
+    return lambda: elapsed_us(function, stream, repeats) / calls
+
+
+def is_healthy() -> bool:
+    """Whether the GPU still answers; after some errors this process's context never does."""
+    try:
+        torch.cuda.synchronize()
+        return bool(torch.ones(1, device="cuda").item() == 1)
+    except RuntimeError:
+        return False
+
+
 class CudaBench:
     """The inputs of one problem on the current GPU, and calls on them.
 
@@ -32,8 +116,7 @@ class CudaBench:
         self._kernel = KERNELS[problem.kernel]
         self._others = self._kernel.others(problem)
         first = self._kernel.samples(problem, "cuda")
-        size = sum(value.nbytes for value in first if isinstance(value, Tensor))
-        count = max(1, min(MOST_SETS, int(ROTATED_BYTES / size) + 1))
+        count = rotated_sets(sum(value.nbytes for value in first if isinstance(value, Tensor)))
         more = (self._kernel.samples(problem, "cuda", seed) for seed in range(1, count))
         self._sets = [first, *more]
         self._pool = torch.cuda.graph_pool_handle()
@@ -49,38 +132,16 @@ class CudaBench:
 
     def timer(self, config: Any) -> Timer:
         """A timer of a graph that calls the kernel once on every set of inputs."""
-        call, others = self._kernel.call, self._others
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
-            call(self._sets[0], others, config)
-            self._stream.synchronize()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-                # kept until the end, so that no call writes where another has just written
-                kept = [call(values, others, config) for values in self._sets]
-        del kept
-        count = len(self._sets)
 
-        def replays(times: int) -> float:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            with torch.cuda.stream(self._stream):
-                begin.record()
-                for _ in range(times):
-                    graph.replay()
-                end.record()
-            self._stream.synchronize()
-            return begin.elapsed_time(end) * 1000 / times
+        def call(*values: Tensor) -> Any:
+            return self._kernel.call(values, self._others, config)
 
-        once = impression(lambda: replays(1))
-        repeats = max(1, min(MOST_REPLAYS, round(TURN_US / once)))
-        return lambda: replays(repeats) / count
+        graph = capture(call, self._sets, self._stream, pool=self._pool, keep=True)
+        return repeated(graph.replay, self._stream, len(self._sets))
 
     def healthy(self) -> bool:
-        """Whether the GPU still answers; after some errors this process's context never does."""
-        try:
-            torch.cuda.synchronize()
-            return bool(torch.ones(1, device="cuda").item() == 1)
-        except RuntimeError:
-            return False
+        """As `is_healthy`."""
+        return is_healthy()
 
 
 @contextlib.contextmanager
@@ -136,8 +197,7 @@ def _relative_rms(actual: Tensor, expected: Tensor) -> float:
 def copy_bandwidth() -> float:
     """Bytes read and written per second by a large copy kernel: the fastest of several.
 
-    One alone was 7 to 11% slower now and then than another a minute later, for no known reason;
-    what a GPU can do is what its best copy does.
+    A single copy is 7 to 11% slower now and then.
     """
     buffers = [torch.randn(256 * 2**20, device="cuda") for _ in range(BUFFERS)]
     targets = [*buffers[1:], buffers[0]]
@@ -146,24 +206,10 @@ def copy_bandwidth() -> float:
 
 
 def _copy_us(source: Tensor, target: Tensor) -> float:
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.mul(source, 1.0, out=target)
-        stream.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
-            torch.mul(source, 1.0, out=target)
-
-    def turn() -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with torch.cuda.stream(stream):
-            begin.record()
-            graph.replay()
-            end.record()
-        stream.synchronize()
-        return begin.elapsed_time(end) * 1000
-
+    graph = capture(lambda: torch.mul(source, 1.0, out=target), [()], stream)
     begun = time.monotonic()
     while time.monotonic() - begun < WARM_S:
-        turn()
-    return impression(turn)
+        elapsed_us(graph.replay, stream)
+    return impression(lambda: elapsed_us(graph.replay, stream))

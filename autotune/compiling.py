@@ -1,28 +1,28 @@
 """The first phase: every program of every candidate, compiled by several processes.
 
-TileLang's disk cache keeps the kernels, under a key that names the architecture, so the phase runs
-on a machine without a GPU as well and the cache can be copied. What each kernel takes is kept
-beside them, in `mhc_tile/` of the cache: candidates are pruned by it, and a program with such a
-record is not compiled again. Processes, not `tilelang.par_compile`'s threads: tracing and lowering,
-half of the time, hold the interpreter's lock, and a compiler that crashes takes one program with
-it.
+TileLang's disk cache keeps the kernels, under a key that names the architecture: the phase needs no
+GPU, and the cache can be copied. A record in `mhc_tile/` of the cache says what each kernel takes.
+Candidates are pruned by it, and a program with a record is not compiled again. Processes are used,
+not the threads of `tilelang.par_compile`: tracing and lowering, half of the time, hold the
+interpreter's lock, and a compiler that crashes then ends one program.
 """
 
 import ast
 import functools
 import hashlib
 import importlib
-import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ..kernels.common import toolchain as _toolchain
+from ..kernels.common.files import write
 from ..kernels.common.static import Resources
 from . import cubin, worker
-from .table import write
 
 SECONDS = 300.0  # for one program; the slowest take 10 on one core
 _LIBRARY = "executable.so"  # of a kernel in TileLang's cache, with its cubin
@@ -66,6 +66,14 @@ class Job:
         return f"{self.module.rpartition('.')[2]}.{self.name}{self.constants} for {self.arch}"
 
 
+class _Record(msgspec.Struct):
+    """What is kept of a compiled program: for a person, its folder in the cache, its kernels."""
+
+    program: str
+    kernel: str
+    takes: tuple[Resources, ...]
+
+
 @functools.cache
 def fingerprint() -> str:
     """A digest of TileLang's version and the kernels' sources: when it changes, so may the code."""
@@ -77,8 +85,7 @@ def program_fingerprint(module: str) -> str:
     """The same of what one module of kernels is made of: itself and all that it imports there.
 
     Args:
-        module: dotted name of a module of `mhc_tile.kernels`, or of any other, which then stands
-            for itself.
+        module: dotted name of a module of `mhc_tile.kernels`; any other counts as made of nothing.
     """
     found: set[str] = set()
     left = {module} if _source(module).is_file() else set()
@@ -113,12 +120,11 @@ def _digest(paths: Iterable[Path]) -> str:
 def known(job: Job) -> tuple[Resources, ...] | None:
     """What a compiled program's kernels take; None if it has yet to be compiled here."""
     try:
-        record = json.loads(job.path.read_text(encoding="utf-8"))
-        if not (_toolchain.kernel_cache() / record["kernel"] / _LIBRARY).is_file():
-            return None
-        return tuple(Resources(**values) for values in record["takes"])
-    except (OSError, ValueError, KeyError, TypeError):
+        record = msgspec.json.decode(job.path.read_bytes(), type=_Record)
+    except (OSError, ValueError):
         return None
+    built = _toolchain.kernel_cache() / record.kernel / _LIBRARY
+    return record.takes if built.is_file() else None
 
 
 def compile_all(
@@ -185,24 +191,18 @@ def build(job: Job) -> tuple[Resources, ...]:
         functions = _lowering.lower(prim_func, job.arch, program.pass_configs).functions
     folder = Path(kernel._tilelang_cache_path)
     usage = cubin.usage((folder / _LIBRARY).read_bytes())
-    taken = tuple(
-        Resources(
-            kernel=function.name,
-            registers=usage[function.name].registers,
-            spill_stores=0,  # a cubin does not tell; what spills has a stack
-            spill_loads=0,
-            stack=usage[function.name].stack,
-            static_smem=usage[function.name].static_smem,
-            dynamic_smem=function.dynamic_shared,
-            threads=function.threads,
+    taken = []
+    for function in functions:
+        used = usage[function.name]
+        spills = 0, 0  # a cubin does not tell; what spills has a stack
+        shared = used.static_smem, function.dynamic_shared
+        taken.append(
+            Resources(function.name, used.registers, *spills, used.stack, *shared, function.threads)
         )
-        for function in functions
-    )
     place = folder.relative_to(_toolchain.kernel_cache())
-    record = {"program": str(job), "kernel": str(place), "takes": [asdict(t) for t in taken]}
     job.path.parent.mkdir(parents=True, exist_ok=True)
-    write(job.path, json.dumps(record, indent=1))
-    return taken
+    write(job.path, msgspec.json.encode(_Record(str(job), str(place), tuple(taken))))
+    return tuple(taken)
 
 
 def faults(taken: Iterable[Resources], arch: str) -> list[str]:

@@ -5,7 +5,7 @@ import importlib
 import re
 from typing import Any
 
-# Types by the names they had before version 0.4, which tables of that time hold.
+# Types by the names that they had while every kernel was one file; older tables hold these.
 _FORMER = {
     "mapping.Config": "mapping.launch.Config",
     "_mapping_columns.Config": "mapping.grad_x_pass.Config",

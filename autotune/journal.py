@@ -1,22 +1,22 @@
 """What has been measured so far: a file to which every outcome is appended as soon as it is known.
 
-A run that is killed loses the candidate in flight; the next one goes on behind it. A line is one
+A run that is killed loses the candidate in flight; the next one goes on after it. A line is one
 write, so several tuners may share a file. Lines of other kernel sources or another TileLang are
-passed over.
+ignored.
 """
 
 import datetime
 import json
 import os
 from collections import defaultdict
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from .device import Device
 from .measuring import Outcome
 from .problems import Problem
-from .timing import Sample
 
 
 def folder() -> Path:
@@ -34,6 +34,22 @@ def path_of(device: Device) -> Path:
 def name_of(config: dict[str, Any]) -> str:
     """An encoded configuration as a key."""
     return json.dumps(config, sort_keys=True)
+
+
+class _Line(msgspec.Struct, omit_defaults=True):
+    """A bandwidth, a problem's outcome, or whether a problem is complete."""
+
+    code: str
+    bandwidth: float | None = None
+    problem: Problem | None = None
+    config: dict[str, Any] | None = None
+    outcome: Outcome | None = None
+    complete: bool | None = None
+    date: str = "unknown"
+    driver: str = "unknown"
+
+
+_DECODER = msgspec.json.Decoder(_Line)
 
 
 class Journal:
@@ -88,26 +104,23 @@ class Journal:
 
     def add(self, problem: Problem, config: dict[str, Any], outcome: Outcome) -> None:
         """Keep an outcome; a later one replaces an earlier one."""
-        self._append({"config": config, "outcome": asdict(outcome)}, problem)
+        self._append(problem=problem, config=config, outcome=outcome)
 
     def finish(self, problem: Problem, driver: str = "") -> None:
         """Note that a problem is measured to the end, today, with this version of the driver."""
         date = datetime.date.today().isoformat()
-        self._append({"complete": True, "date": date, "driver": driver}, problem)
+        self._append(problem=problem, complete=True, date=date, driver=driver)
 
     def forget(self, problem: Problem) -> None:
         """Note that what came before is not to be used."""
-        self._append({"complete": False}, problem)
+        self._append(problem=problem, complete=False)
 
     def note_bandwidth(self, bandwidth: float) -> None:
         """Keep the bandwidth of a large copy."""
-        self._write({"code": self._code, "bandwidth": bandwidth})
+        self._append(bandwidth=bandwidth)
 
-    def _append(self, values: dict[str, Any], problem: Problem) -> None:
-        self._write({"code": self._code, "problem": asdict(problem), **values})
-
-    def _write(self, values: dict[str, Any]) -> None:
-        line = json.dumps(values).encode() + b"\n"
+    def _append(self, **values: Any) -> None:
+        line = msgspec.json.encode(_Line(self._code, **values)) + b"\n"
         if os.write(self._file, line) != len(line):  # a full disk; else it reaches the file whole
             os.write(self._file, b"\n")  # the next line is one of its own
             raise OSError(
@@ -115,25 +128,19 @@ class Journal:
             )
         self.refresh()
 
-    def _read(self, line: bytes) -> None:
+    def _read(self, text: bytes) -> None:
         try:
-            values = json.loads(line)
-            if values["code"] != self._code:
-                return
-            if "bandwidth" in values:
-                self.bandwidth = float(values["bandwidth"])
-                return
-            problem = Problem(**values["problem"])
-            if "outcome" in values:
-                fields = dict(values["outcome"])
-                sample = fields.pop("sample")
-                outcome = Outcome(**fields, sample=Sample(**sample) if sample else None)
-                self._outcomes[problem][name_of(values["config"])] = outcome
-            elif values["complete"]:
-                measured = str(values.get("date", "unknown")), str(values.get("driver", "unknown"))
-                self._complete[problem] = measured
-            else:
-                self._complete.pop(problem, None)
-                self._outcomes.pop(problem, None)
-        except (ValueError, KeyError, TypeError):
+            line = _DECODER.decode(text)
+        except (ValueError, RecursionError):
             return  # the torn line of a writer that was killed
+        if line.code != self._code:
+            return
+        if line.bandwidth is not None:
+            self.bandwidth = line.bandwidth
+        elif line.problem and line.outcome:
+            self._outcomes[line.problem][name_of(line.config or {})] = line.outcome
+        elif line.problem and line.complete:
+            self._complete[line.problem] = line.date, line.driver
+        elif line.problem:
+            self._complete.pop(line.problem, None)
+            self._outcomes.pop(line.problem, None)

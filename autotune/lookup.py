@@ -3,19 +3,19 @@
 Decided once for each kernel, shape and GPU, then remembered under a tuple of plain values: a call
 costs one lookup in a dict. Nothing is compiled or measured here.
 
-A table never makes a token's bits follow the number of tokens more than the defaults do. Within a
-family all configurations form sums in one order; a regime of few tokens and one of many have
-families of their own where the default has such regimes; with batch invariance the family of many
-serves every number of tokens. Of a neighbouring C the family's order is carried over once, from its
-entry of most tokens, and every number of tokens keeps to that; kernels whose blocks share a token's
-C keep their default's order at a C of no table (H200: 32768 x 6144 was 12% slower with 7168's).
+With a table a token's bits depend on the number of tokens no more than with the defaults. All
+configurations of a family have one reduction order. Regimes of few and of many tokens have families
+of their own where the default has such regimes; with batch invariance the family of many serves
+every number of tokens. The family of a neighbouring C gives its order once, from its entry of most
+tokens, and every number of tokens keeps to that. Kernels whose blocks share a token's C keep their
+default's order at a C that is in no table.
 """
 
 import math
 import os
 import threading
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from ..kernels.common import toolchain as _toolchain
+from ..kernels.common.problem import Target
 from . import table
 from .configs import decode
 from .device import Device, describe
@@ -59,17 +60,6 @@ class Decision:
         return f"{self.problem}: {self.config or 'no kernel'} ({self.why}: {self.detail}{source})"
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A decision for every number of tokens of a bucket; config None is the default of each."""
-
-    config: Any
-    why: str
-    detail: str
-    source: str = ""
-    family: table.Key | None = None
-
-
 @dataclass
 class Tables:
     """What all tables together say about one GPU.
@@ -78,29 +68,29 @@ class Tables:
         device: the GPU.
         families: by key, each from the file that counts most.
         files: those that were read, the one that counts most first.
-        faults: why files or families are bypassed, each beginning with the file's name.
-        plans: what was decided for a bucket of tokens and a regime, without the default's part.
-        banned: families, and the C at which they do not work.
+        faults: why files or families are not used, each beginning with the file's name.
+        plans: what was decided for a bucket of tokens and a regime; config None is the default's.
+        blocklist: families, and the C at which they do not work.
     """
 
     device: Device
     families: dict[table.Key, table.Family] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
-    plans: dict[tuple[Problem, str], "Plan"] = field(default_factory=dict)
-    banned: set[tuple[table.Key, int]] = field(default_factory=set)
+    plans: dict[tuple[Problem, str], Decision] = field(default_factory=dict)
+    blocklist: set[tuple[table.Key, int]] = field(default_factory=set)
 
-    def ban(self, key: table.Key, channels: int, why: str) -> None:
-        """Bypass a family at a C, for every number of tokens, so that all keep one order of sums.
+    def block(self, key: table.Key, channels: int, why: str) -> None:
+        """Do not use a family at a C, for any number of tokens: all keep one reduction order.
 
         Args:
             key: of the family.
             channels: C.
             why: a fault, without the file's name.
         """
-        self.banned.add((key, channels))
+        self.blocklist.add((key, channels))
         self.plans.clear()
-        self.faults.append(f"{self.families[key].source}: {key}: {why}; it is bypassed")
+        self.faults.append(f"{self.families[key].source}: {key}: {why}; it is not used")
 
     @property
     def other_tilelang(self) -> list[str]:
@@ -121,14 +111,14 @@ def load(device: Device) -> Tables:
     """
     found = Tables(device)
     if why := table.misnamed():
-        found.faults.append(f"{why}; it is bypassed")
+        found.faults.append(f"{why}; it is not used")
     for path in table.sources(device):
         if not os.path.isfile(path):  # nor where a folder may not be looked into
             continue
         try:
             families = table.read(path, device).families
         except (table.TableError, OSError) as error:
-            found.faults.append(f"{error}; it is bypassed")
+            found.faults.append(f"{error}; it is not used")
             continue
         found.files.append(path)
         for key, family in families.items():
@@ -150,7 +140,7 @@ def decide(
     """
     from . import registry
 
-    target = registry.Target(arch, tables.device.multiprocessors)
+    target = Target(arch, tables.device.multiprocessors)
     own = registry.default(problem, target, batch_invariant=batch_invariant)
     if why := registry.KERNELS[problem.kernel].untunable(problem):
         return Decision(problem, own, "default", why)
@@ -159,22 +149,19 @@ def decide(
     if key not in tables.plans:
         tables.plans[key] = _plan(tables, *key, own, target)
     plan = tables.plans[key]
-    if plan.why == "default":
-        return Decision(problem, own, "default", plan.detail)
-    config = own if plan.config is None else plan.config
-    return Decision(problem, config, plan.why, plan.detail, plan.source, plan.family)
+    return replace(plan, problem=problem, config=own if plan.config is None else plan.config)
 
 
-def _plan(tables: Tables, problem: Problem, regime: str, own: Any, target: Any) -> Plan:
+def _plan(tables: Tables, problem: Problem, regime: str, own: Any, target: Any) -> Decision:
     """What is decided for all numbers of tokens of a bucket and a regime."""
     family = _closest(tables, problem, regime)
     if family is None:
-        return Plan(None, "default", "no table has this kernel near this shape")
+        return Decision(problem, None, "default", "no table has this kernel near this shape")
     tokens = _nearest(family.entries, problem.tokens)
     try:
         config = _adapted(family, tokens, problem, own, target)
     except (ValueError, ArithmeticError, TypeError) as error:  # whatever is in a file
-        tables.ban(family.key, problem.channels, str(error))
+        tables.block(family.key, problem.channels, str(error))
         return _plan(tables, problem, regime, own, target)
     entry = family.entries[tokens]
     exact = family.key.channels == problem.channels and tokens == problem.tokens
@@ -182,7 +169,7 @@ def _plan(tables: Tables, problem: Problem, regime: str, own: Any, target: Any) 
     if exact and config not in (None, decode(entry.config)):
         exact, detail = False, f"{detail}, adapted to what the kernel offers"
     source = entry.source or family.source
-    return Plan(config, "exact" if exact else "nearest", detail, source, family.key)
+    return Decision(problem, config, "exact" if exact else "nearest", detail, source, family.key)
 
 
 def _closest(tables: Tables, problem: Problem, regime: str) -> table.Family | None:
@@ -199,7 +186,7 @@ def _closest(tables: Tables, problem: Problem, regime: str) -> table.Family | No
         for key in tables.families
         if (key.kernel, key.n, key.dtype, key.regime) == same
         and distance(key) <= FARTHEST
-        and (key, problem.channels) not in tables.banned
+        and (key, problem.channels) not in tables.blocklist
     ]
     best = min(near, key=lambda key: (distance(key), key.channels), default=None)
     return tables.families[best] if best else None
@@ -231,7 +218,7 @@ def _adapted(family: table.Family, tokens: int, problem: Problem, own: Any, targ
 
 
 def _order(family: table.Family, problem: Problem, own: Any, target: Any) -> Any:
-    """The order of sums that a family stands for at a shape's C, whatever its tokens.
+    """The reduction order of a family at a shape's C, for all numbers of tokens.
 
     Raises:
         ValueError: The family's entries are not of one order.
@@ -239,13 +226,12 @@ def _order(family: table.Family, problem: Problem, own: Any, target: Any) -> Any
     from . import registry
 
     kernel, key = registry.KERNELS[problem.kernel], family.key
-    measured = Problem(key.kernel, key.n, key.channels, key.dtype, 1)
     pin = key.regime == "many"
     orders = set()
     for tokens, entry in family.entries.items():
         config = decode(entry.config)
         if entry.default:
-            config = registry.default(measured.at(tokens), target, batch_invariant=pin)
+            config = registry.default(key.problem(tokens), target, batch_invariant=pin)
         orders.add(kernel.order(config))
     if len(orders) > 1:
         raise ValueError("its entries must form sums in one order, got several")
@@ -317,17 +303,19 @@ def explain(asked: Asked) -> Decision:
     return decision
 
 
-def default(asked: Asked) -> Any:
+def default(asked: Asked, target: Target | None = None) -> Any:
     """The configuration that a launcher is to run with where no table has one.
 
     Args:
         asked: as in `config`.
+        target: the GPU; the one that `asked` names if None.
     """
     from . import registry
 
-    problem, device = _problem(asked), of_device(asked[5]).device
-    target = registry.Target(_toolchain.target(device.capability)["arch"], device.multiprocessors)
-    return registry.default(problem, target, batch_invariant=asked[6])
+    if target is None:
+        device = of_device(asked[5]).device
+        target = Target(_toolchain.target(device.capability)["arch"], device.multiprocessors)
+    return registry.default(_problem(asked), target, batch_invariant=asked[6])
 
 
 def _problem(asked: Asked) -> Problem:
@@ -336,7 +324,7 @@ def _problem(asked: Asked) -> Problem:
 
 
 def reject(asked: Asked, error: Exception) -> None:
-    """Bypass the family that answered: its configuration failed where the default did not.
+    """Do not use the family that answered: its configuration failed where the default did not.
 
     Args:
         asked: as in `config`.
@@ -347,7 +335,7 @@ def reject(asked: Asked, error: Exception) -> None:
         tables = of_device(asked[5])
         if decision.family is not None:
             why = f"{decision.config} must launch, got {error}"
-            tables.ban(decision.family, decision.problem.channels, why)
+            tables.block(decision.family, decision.problem.channels, why)
             _report(tables.faults[-1:])
         _known.clear()
 

@@ -2,17 +2,15 @@
 
 In the worker process `measure` tries one candidate after another: its results must be the
 default's, and a first impression of its time must not be hopeless. The best then take turns with
-the default. In the tuner's process `Measurer` listens, kills a worker that hangs, replaces one that
-died, and goes on with the next candidate.
+the default. In the tuner's process `Measurer` listens and replaces a worker that hangs or dies.
 """
 
-import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from .bench import difference
 from .problems import Problem
@@ -20,7 +18,7 @@ from .timing import HOPELESS, Sample, Timer, impression, interleaved
 from .worker import Worker, WorkerDied, WorkerHung
 
 CUDA = f"{__package__}.bench:CudaBench"
-FINALISTS = 4  # of the default's order of sums, and the best of every other order
+FINALISTS = 4  # of the default's reduction order, and the best of every other order
 RESTARTS = 2  # of a worker that failed without a candidate to blame
 _HANDLER = f"{__name__}:handler"
 
@@ -38,14 +36,8 @@ class Bench(Protocol):
         """Whether it can go on after an error."""
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One configuration to measure.
-
-    Attributes:
-        config: launch knobs.
-        order: how it forms a token's sums; where it is the default's, so must be the bits.
-    """
+class Candidate(NamedTuple):
+    """Launch knobs, and their reduction order: of the default's order, they have its bits."""
 
     config: Any
     order: Any
@@ -68,15 +60,14 @@ class Outcome:
     sample: Sample | None = None
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """A problem for a worker.
 
     Attributes:
         problem: kernel and shape.
         candidates: the default first.
         known: outcomes of earlier attempts, by index.
-        parameter_grads: results, the last ones, that sum over tokens: their bits are nobody's.
+        parameter_grads: results, the last ones, that sum over tokens: their bits may differ.
     """
 
     problem: Problem
@@ -85,30 +76,12 @@ class Task:
     parameter_grads: int = 0
 
 
-@dataclass(frozen=True)
-class Trying:
-    """A worker begins with a candidate: if nothing follows, this is to blame."""
-
-    index: int
-
-
-@dataclass(frozen=True)
-class Broken:
-    """The default fails, which ends the problem; why, for a person."""
-
-    why: str
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a worker found out about a candidate; a later one replaces an earlier one."""
-
-    index: int
-    outcome: Outcome
+Message = tuple[int, Outcome | None]
+"""A candidate's index and what became of it; None before whatever may end the process."""
 
 
 def handler(bench: str) -> Callable[[Any], Iterator[Any]]:
-    """What a worker process runs: tasks to `Trying` and `Found`, or a function's name to its value.
+    """What a worker process runs: from a task to messages, or from a function's name to its value.
 
     Args:
         bench: "module:class" of a `Bench`.
@@ -129,9 +102,7 @@ def resolve(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def measure(
-    task: Task, open_bench: Callable[[Problem], Bench]
-) -> Iterator[Trying | Broken | Found]:
+def measure(task: Task, open_bench: Callable[[Problem], Bench]) -> Iterator[Message]:
     """Check and time the candidates of a problem.
 
     Args:
@@ -139,27 +110,27 @@ def measure(
         open_bench: a `Bench` for a problem.
 
     Yields:
-        `Trying` before whatever may fail, `Found` for each candidate, again for each finalist;
-        `Broken` before the default's error.
+        (index, None) before whatever may fail, (index, outcome) for each candidate, again for each
+        finalist. The default is "rejected" before its error is raised.
 
     Raises:
         RuntimeError: The default fails, or an error after which nothing runs: the process must end.
     """
-    yield Trying(0)
+    yield 0, None
     try:
         bench = open_bench(task.problem)
         expected = _repeated(bench, task.candidates[0].config)
         timers = {0: bench.timer(task.candidates[0].config)}
         default = impression(timers[0])
     except Exception as error:
-        yield Broken(_brief(error))
+        yield 0, Outcome("rejected", _brief(error))
         raise
     outcomes = {0: Outcome("slow", ratio=1.0), **task.known}
-    yield Found(0, outcomes[0])
+    yield 0, outcomes[0]
     for index, candidate in enumerate(task.candidates):
         if index in outcomes:
             continue
-        yield Trying(index)
+        yield index, None
         try:
             same_order = candidate.order == task.candidates[0].order
             same_bits = len(expected) - task.parameter_grads if same_order else 0
@@ -173,15 +144,15 @@ def measure(
                 outcomes[index] = Outcome("slow", why, ratio)
         except Exception as error:
             outcomes[index] = Outcome("rejected", f"crashed: {_brief(error)}")
-            yield Found(index, outcomes[index])
+            yield index, outcomes[index]
             if not bench.healthy():
                 raise
         else:
-            yield Found(index, outcomes[index])
+            yield index, outcomes[index]
     finalists = _finalists(task.candidates, outcomes)
     for index in finalists:
         if index not in timers:
-            yield Trying(index)
+            yield index, None
             timers[index] = bench.timer(task.candidates[index].config)
     running = 0
 
@@ -193,11 +164,10 @@ def measure(
     try:
         samples = interleaved([functools.partial(turn, index) for index in finalists])
     except Exception as error:  # it worked at first sight: the others are timed in a new process
-        why = _brief(error)
-        yield Found(running, Outcome("rejected", f"crashed: {why}")) if running else Broken(why)
+        yield running, Outcome("rejected", f"{'crashed: ' if running else ''}{_brief(error)}")
         raise
     for index, sample in zip(finalists, samples, strict=True):
-        yield Found(index, Outcome("measured", ratio=outcomes[index].ratio, sample=sample))
+        yield index, Outcome("measured", ratio=outcomes[index].ratio, sample=sample)
 
 
 def _brief(error: Exception) -> str:
@@ -233,7 +203,7 @@ def _fastest(outcomes: dict[int, Outcome]) -> float:
 
 
 def _finalists(candidates: tuple[Candidate, ...], outcomes: dict[int, Outcome]) -> list[int]:
-    """The default, the best few of its order of sums, and the best of every other order."""
+    """The default, the best few of its reduction order, and the best of every other order."""
     limit = HOPELESS * _fastest(outcomes)
     ranked = sorted(
         (o.ratio, index) for index, o in outcomes.items() if index and 0 < o.ratio <= limit
@@ -298,21 +268,24 @@ class Measurer:
         """
         outcomes = dict(known)
         restarts = 0
+
+        def found(index: int, outcome: Outcome) -> None:
+            outcomes[index] = outcome
+            keep(index, outcome)
+
         while True:
             trying: int | None = None
             broken, rejected = "", False
             try:
                 task = Task(problem, candidates, outcomes, parameter_grads)
-                for message in self._messages(task):
-                    if isinstance(message, Trying):
-                        trying = message.index
-                        continue
-                    if isinstance(message, Broken):
-                        broken = message.why
-                        continue
-                    trying, rejected = None, message.outcome.status == "rejected"
-                    outcomes[message.index] = message.outcome
-                    keep(message.index, message.outcome)
+                for index, outcome in self._messages(task):
+                    if outcome is None:
+                        trying = index
+                    elif index == 0 and outcome.status == "rejected":
+                        broken = outcome.why
+                    else:
+                        trying, rejected = None, outcome.status == "rejected"
+                        found(index, outcome)
                 return outcomes
             except (WorkerDied, WorkerHung) as error:
                 if broken or trying == 0:
@@ -320,14 +293,11 @@ class Measurer:
                     raise RuntimeError(f"{problem}: the default must run, got {why}") from error
                 if trying is not None:
                     kind = "hung" if isinstance(error, WorkerHung) else "crashed"
-                    outcomes[trying] = Outcome("rejected", f"{kind}: {error}")
-                    keep(trying, outcomes[trying])
-                    continue
-                if rejected:  # what broke the process is known and is not tried again
-                    continue
-                restarts += 1
-                if restarts > RESTARTS:
-                    raise RuntimeError(f"{problem}: measuring must end, got {error}") from error
+                    found(trying, Outcome("rejected", f"{kind}: {error}"))
+                elif not rejected:  # else what broke the process is known and is not tried again
+                    restarts += 1
+                    if restarts > RESTARTS:
+                        raise RuntimeError(f"{problem}: measuring must end, got {error}") from error
 
     def _messages(self, task: Any) -> Iterator[Any]:
         worker = self._worker = self._worker or Worker(_HANDLER, (self._bench,), self._log)
@@ -336,6 +306,5 @@ class Measurer:
             yield from worker.messages(self._seconds)
         except BaseException:
             self._worker = None
-            with contextlib.suppress(ValueError, OSError):
-                worker.kill()
+            worker.kill()
             raise

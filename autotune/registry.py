@@ -3,12 +3,10 @@
 The kernel modules own `default_config`, `candidates` and `traffic`, of a `Problem` and a `Target`,
 and know nothing of this. Nothing is imported from TileLang before it is needed.
 
-What a configuration may change is speed, and for some of its fields the order in which a token's
-sums are formed: `Kernel.order` tells these apart, so that a table can keep one order for every
-number of tokens.
+A configuration changes speed, and some of its fields the order in which a token's sums are formed:
+`knob` marks these, and by `Kernel.order` a table keeps one order for every number of tokens.
 """
 
-import dataclasses
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,17 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.common.knobs import reduction_order
 from ..kernels.common.problem import Target
 from ..kernels.common.quantities import Samples
 from .configs import type_name
 from .problems import Problem
 
-# Fields of configurations that decide who computes when, not in which order a token's sums are
-# formed. A field that is not here counts as one that does.
-SCHEDULING = frozenset(
-    {"ahead", "apply_warps", "blocks", "groups", "lag", "min_blocks", "owners", "registers"}
-    | {"splits", "stages", "teams", "warps"}
-)
 MANY = 1 << 17  # tokens: beyond every threshold between few and many
 # The paper's constants, as `MHCConfig.paper()`: what is compiled here is what its models run.
 _MAPPING = {"norm_eps": 1e-20, "pre_eps": 0.0, "post_scale": 2.0}
@@ -49,7 +42,6 @@ class Kernel:
         launch: from the module, these tensors, the other arguments by name and a configuration,
             the results as a tuple.
         constants: the other arguments that are compiled and timed.
-        sums: whether a configuration can change the order of a token's sums.
         parameter_grads: results, the last ones, that sum over tokens.
         of_channels: whether C and dtype matter.
         tensor_cores: whether x in fp32, or a C that is no multiple of 8, takes another kernel.
@@ -61,7 +53,6 @@ class Kernel:
     tensors: tuple[str, ...]
     launch: Callable[[ModuleType, Sequence[Any], dict[str, Any], Any], tuple[Tensor, ...]]
     constants: dict[str, Any] = field(default_factory=dict)
-    sums: bool = False
     parameter_grads: int = 0
     of_channels: bool = True
     tensor_cores: bool = False
@@ -81,7 +72,7 @@ class Kernel:
         Args:
             tensors: in the order of `tensors`, with one dim for the tokens.
             others: the other arguments by name.
-            config: launch knobs; None for the launcher's default.
+            config: launch knobs.
         """
         return self.launch(self.load(), tensors, others, config)
 
@@ -102,16 +93,14 @@ class Kernel:
 
     def untunable(self, problem: Problem) -> str | None:
         """Why a problem has nothing to tune; None if it has."""
-        if self.tensor_cores and (problem.dtype == "float32" or problem.channels % 8):
+        if self.tensor_cores and not problem.fits_tensor_cores:
             return "x in float32, or C no multiple of 8, takes a kernel of one configuration"
         return None
 
     def order(self, config: Any) -> Order:
         """What decides the order in which a token's sums are formed: equal orders, equal bits."""
-        if not self.sums:
-            return ()
-        fields = dataclasses.asdict(config).items()
-        return type_name(config), *(item for item in fields if item[0] not in SCHEDULING)
+        marked = reduction_order(config)
+        return (type_name(config), *marked) if marked else ()
 
 
 def _forward(kernel: ModuleType, tensors: Sequence[Any], others: Any, config: Any) -> Any:
@@ -141,19 +130,17 @@ KERNELS: dict[str, Kernel] = {
     "merge": Kernel("merge", _MERGED, _forward),
     "merge_backward": Kernel(
         "merge", ("grad_x_next", *_MERGED), _backward,
-        sums=True,
     ),
     "merge_backward_maps": Kernel(
         "merge",
         ("grad_x_next", *_MERGED[:-1]),
         lambda kernel, tensors, _, config: kernel.backward(*tensors, None, config=config)[1:],
-        sums=True,
     ),
     "pre_apply": Kernel(
         "pre_apply", ("x", "h_pre"), _forward
     ),
     "pre_apply_backward": Kernel(
-        "pre_apply", ("grad_layer_input", "x", "h_pre"), _backward, sums=True,
+        "pre_apply", ("grad_layer_input", "x", "h_pre"), _backward,
     ),
     "expand": Kernel(
         "streams",
@@ -195,17 +182,17 @@ KERNELS: dict[str, Kernel] = {
     ),
     "mapping": Kernel(
         "mapping.launch", _PROJECTED, _mapped, _MAPPING,
-        sums=True, tensor_cores=True, divides_channels=True,
+        tensor_cores=True, divides_channels=True,
     ),
     "mapping_backward": Kernel(
         "mapping.backward",
         ("grad_h_pre", "grad_h_post", "grad_h_res_logits", *_PROJECTED, *_SAVED),
         _mapped_backward, _MAPPING,
-        sums=True, parameter_grads=3,
+        parameter_grads=3,
     ),
     "pre": Kernel(
         "pre.launch", _PROJECTED, _mapped, _PRE,
-        sums=True, tensor_cores=True, divides_channels=True,
+        tensor_cores=True, divides_channels=True,
     ),
     "pre_backward": Kernel(
         "pre_backward.launch",
@@ -214,7 +201,7 @@ KERNELS: dict[str, Kernel] = {
             "grad_x_part", "h_res",
         ),
         _mapped_backward, _PRE,
-        sums=True, parameter_grads=3,
+        parameter_grads=3,
     ),
 }  # fmt: skip
 """Every tunable kernel by name; `<name>_backward` is the gradient of `<name>`."""
@@ -239,7 +226,7 @@ def regime(problem: Problem, target: Target, *, batch_invariant: bool = False) -
     many does. Kernels with one order for all have one regime, "many".
     """
     kernel = KERNELS[problem.kernel]
-    if batch_invariant or not kernel.sums:
+    if batch_invariant:
         return "many"
     pinned = default(problem.at(MANY), target, batch_invariant=True)
     return "many" if kernel.order(default(problem, target)) == kernel.order(pinned) else "few"
@@ -274,11 +261,11 @@ def programs(problem: Problem, config: Any, target: Target) -> list[tuple[Any, t
     Raises:
         ValueError: The launcher refuses the configuration, as does RuntimeError.
     """
-    from ..kernels.common.programs import catalogue
+    from ..kernels.common.programs import dry_run
 
     kernel = KERNELS[problem.kernel]
     tensors = kernel.samples(problem, "meta")
-    with catalogue(target.arch, target.multiprocessors) as asked:
+    with dry_run(target.arch, target.multiprocessors) as asked:
         kernel.call(tensors, kernel.others(problem), config)
     return [
         (getattr(importlib.import_module(factory.__module__), factory.__name__), constants)

@@ -10,13 +10,12 @@ from . import table
 from ._extras import require
 from .problems import Problem
 from .registry import KERNELS
-from .resources import occupancy
 from .tuner import Option, Plan
 
 
-def short(config: Any) -> str:
-    """A configuration on one line: "10 members, 13 blocks" of a type that goes without saying."""
-    return " ".join(f"{name}={value}" for name, value in vars(config).items())
+def short(config: dict[str, Any]) -> str:
+    """A configuration's values on one line, after its type if that is among them."""
+    return " ".join(str(v) if k == "type" else f"{k}={v}" for k, v in config.items())
 
 
 def listing(plans: Sequence[Plan], arch: str) -> str:
@@ -47,13 +46,12 @@ def _row(plan: Plan, option: Option, arch: str) -> tuple[str, ...]:
     if option.pruned:
         verdict = f"{verdict} pruned: {option.pruned}".strip()
     if not option.takes:
-        return short(option.config), "", "", "", verdict
-    shares = [share for t in option.takes if (share := occupancy(t, arch)) is not None]
+        return short(vars(option.config)), "", "", "", verdict
     return (
-        short(option.config),
+        short(vars(option.config)),
         str(max(t.registers for t in option.takes)),
         str(max(t.dynamic_smem + t.static_smem for t in option.takes)),
-        f"{min(shares):.0%}" if shares else "",
+        f"{min(t.occupancy(arch) for t in option.takes):.0%}",
         verdict,
     )
 
@@ -83,9 +81,8 @@ def rows(families: Sequence[table.Family], bandwidth: float) -> list[Row]:
     for family in families:
         key = family.key
         for tokens, entry in family.entries.items():
-            problem = Problem(key.kernel, key.n, key.channels, key.dtype, tokens)
-            kernel = KERNELS[key.kernel]
-            moved = kernel.traffic(problem)
+            problem = key.problem(tokens)
+            moved = KERNELS[key.kernel].traffic(problem)
             found.append(Row(problem, entry, moved / bandwidth * 1e6 if bandwidth else 0.0))
     return sorted(found, key=lambda row: row.problem)
 
@@ -109,7 +106,7 @@ def closing(found: Sequence[Row]) -> str:
             f"{row.entry.us:.1f}",
             f"{row.gain - 1:+.1%}",
             f"{row.floor_us / row.entry.us:.0%}" if row.floor_us else "",
-            "default" if row.entry.default else _knobs(row.entry.config),
+            "default" if row.entry.default else short(row.entry.config),
         )
         for row in found
     ]
@@ -119,10 +116,6 @@ def closing(found: Sequence[Row]) -> str:
     text = tabulate(lines, headers, disable_numparse=True, colalign=align)
     summary = f"{changed} of {len(found)} differ from the default; geometric mean {mean - 1:+.1%}"
     return f"{text}\n\n{summary}"
-
-
-def _knobs(config: dict[str, Any]) -> str:
-    return " ".join(str(v) if k == "type" else f"{k}={v}" for k, v in config.items())
 
 
 def draw(found: Sequence[Row], path: Path, title: str) -> None:

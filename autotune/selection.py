@@ -1,44 +1,27 @@
 """The third phase: from times to the entries of a table, the same from the same times.
 
 A candidate replaces the default only where it is faster beyond the noise (`timing.faster`). All
-numbers of tokens of a family keep one order of sums: that of the default, unless with another one
-the whole family is faster and none of its entries slower.
+numbers of tokens of a family keep one reduction order: that of the default, unless with another
+order the whole family is faster and none of its entries slower.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .timing import MARGIN, Sample, faster
 
 
-@dataclass(frozen=True)
-class Timed:
-    """A candidate that was measured to the end.
-
-    Attributes:
-        config: launch knobs.
-        order: how it forms a token's sums.
-        sample: its time.
-    """
+class Timed(NamedTuple):
+    """A candidate that was measured to the end: launch knobs, reduction order, time."""
 
     config: Any
     order: Any
     sample: Sample
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The configuration for one number of tokens.
-
-    Attributes:
-        config: launch knobs.
-        order: how it forms a token's sums.
-        default: whether it is the default.
-        us: its time.
-        default_us: the default's time, measured beside it.
-    """
+class Choice(NamedTuple):
+    """The configuration for one number of tokens, its time, and the default's time beside it."""
 
     config: Any
     order: Any
@@ -55,7 +38,7 @@ def select(family: Mapping[int, Sequence[Timed]]) -> dict[int, Choice]:
             order in which the kernel offers candidates.
 
     Returns:
-        A choice for each number of tokens, all of one order of sums; none if the defaults
+        A choice for each number of tokens, all of one reduction order; none if the defaults
         themselves have several.
     """
     own = {tokens: timed[0] for tokens, timed in family.items()}
@@ -64,9 +47,9 @@ def select(family: Mapping[int, Sequence[Timed]]) -> dict[int, Choice]:
         return {}
     choices = {tokens: _pick(timed, own[tokens].order) for tokens, timed in family.items()}
     best, best_score = choices, _score(choices.values())
-    others = dict.fromkeys(t.order for timed in family.values() for t in timed)
-    for order in others:
-        if order in orders or not all(_has(timed, order) for timed in family.values()):
+    found = [dict.fromkeys(one.order for one in timed) for timed in family.values()]
+    for order in found[0] if found else ():
+        if order in orders or not all(order in known for known in found):
             continue
         rival = {tokens: _pick(timed, order) for tokens, timed in family.items()}
         slower = any(choice.us > choice.default_us for choice in rival.values())
@@ -76,15 +59,11 @@ def select(family: Mapping[int, Sequence[Timed]]) -> dict[int, Choice]:
     return best
 
 
-def _has(timed: Iterable[Timed], order: Any) -> bool:
-    return any(one.order == order for one in timed)
-
-
 def _pick(timed: Sequence[Timed], order: Any) -> Choice:
     """The first of an order that the best of it does not beat; the default comes first.
 
-    In the default's order only what beats the default itself stands beside it: what scatters too
-    much to be beaten is no gain.
+    In the default's order a candidate must beat the default itself: what scatters too much to be
+    beaten is no gain.
     """
     same = [one for one in timed if one.order == order]
     if order == timed[0].order:

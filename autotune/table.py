@@ -1,28 +1,28 @@
 """Tables of tuned configurations: the file format, where files are, reading, and safe writing.
 
 A table belongs to one GPU model. It holds families: the entries of one kernel, n, C, dtype and
-regime (few tokens or many), by number of tokens, a power of two. All entries of a family form a
-token's sums in one order, so that its bits do not follow the number of tokens; a family is
-therefore replaced as a whole by one of another order. README.md beside this file has an example.
-
-Writing takes a lock, merges with what is there, and replaces the file in one step: a killed writer
-leaves the old table, and of two writers neither loses what it wrote.
+regime (few tokens or many), by number of tokens, a power of two. All entries of a family have one
+reduction order, so a family is replaced as a whole by one of another order. README.md beside this
+file has an example.
 """
 
 import contextlib
 import errno
 import itertools
 import json
-import math
 import os
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import msgspec
+
+from ..kernels.common.files import write
 from ._switches import NO
 from .device import Device
+from .problems import Problem
 
 SCHEMA = 1
 SHIPPED = Path(__file__).parent / "tables"
@@ -46,6 +46,10 @@ class Key(NamedTuple):
     channels: int
     dtype: str
     regime: str
+
+    def problem(self, tokens: int) -> Problem:
+        """The kernel and the shape at a number of tokens."""
+        return Problem(self.kernel, self.n, self.channels, self.dtype, tokens)
 
     def __str__(self) -> str:
         """One line for a person."""
@@ -185,6 +189,38 @@ def sources(device: Device) -> list[Path]:
     return found
 
 
+class _Head(msgspec.Struct):
+    """What a file of any schema has."""
+
+    schema: int
+
+
+_Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class _Family(msgspec.Struct):
+    """A family as the file has it."""
+
+    kernel: str
+    n: _Count
+    C: Annotated[int, msgspec.Meta(ge=0)]
+    dtype: str
+    regime: str
+    order: str
+    tilelang: str
+    driver: str
+    date: str
+    tokens: Annotated[dict[_Count, Entry], msgspec.Meta(min_length=1)]
+
+
+class _File(msgspec.Struct):
+    """A file of schema 1."""
+
+    gpu: str
+    multiprocessors: int
+    families: list[_Family]
+
+
 def read(path: Path, device: Device | None = None) -> Table:
     """Read a table.
 
@@ -196,47 +232,25 @@ def read(path: Path, device: Device | None = None) -> Table:
         TableError: It is corrupt, of a newer schema, or for another GPU.
         OSError: It cannot be read.
     """
+    text = path.read_bytes()
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        schema = values["schema"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UnreadableError(f"{path}: must be a table in JSON, got {error!r}") from error
-    if schema != SCHEMA:
-        raise TableError(f"{path}: schema must be {SCHEMA}, got {schema!r}; update mhc-tile")
-    try:
-        table = Table(str(values["gpu"]), int(values["multiprocessors"]))
-        for item in values["families"]:
-            family = _family(item, str(path))
-            table.families[family.key] = family
-    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
-        raise UnreadableError(f"{path}: must be a whole table, got {error!r}") from error
-    own = (table.gpu, table.multiprocessors)
-    if device is not None and own != (device.name, device.multiprocessors):
+        schema = msgspec.json.decode(text, type=_Head).schema
+        if schema != SCHEMA:
+            raise TableError(f"{path}: schema must be {SCHEMA}, got {schema!r}; update mhc-tile")
+        found = msgspec.json.decode(text, type=_File)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise UnreadableError(f"{path}: must be a table in JSON, got: {error}") from error
+    if device and (found.gpu, found.multiprocessors) != (device.name, device.multiprocessors):
         raise TableError(
             f"{path}: must be for {device.name} with {device.multiprocessors} multiprocessors, "
-            f"got one for {own[0]} with {own[1]}"
+            f"got one for {found.gpu} with {found.multiprocessors}"
         )
+    table = Table(found.gpu, found.multiprocessors)
+    for row in found.families:
+        key = Key(row.kernel, row.n, row.C, row.dtype, row.regime)
+        made = row.tilelang, row.driver, row.date
+        table.families[key] = Family(key, row.order, *made, row.tokens, str(path))
     return table
-
-
-def _family(item: dict[str, Any], source: str) -> Family:
-    key = Key(
-        str(item["kernel"]), int(item["n"]), int(item["C"]), str(item["dtype"]), str(item["regime"])
-    )
-    entries = {}
-    for tokens, entry in item["tokens"].items():
-        config = dict(entry["config"])
-        numbers = float(entry["us"]), float(entry["default_us"])
-        if not all(math.isfinite(number) for number in numbers):
-            raise ValueError(f"entries of {key} with times {numbers}")
-        tilelang = str(entry.get("tilelang", ""))
-        entries[int(tokens)] = Entry(config, bool(entry["default"]), *numbers, tilelang)
-    if not entries or min(entries) < 1 or key.n < 1 or key.channels < 0:
-        raise ValueError(f"entries of {key} at {sorted(entries)} tokens")
-    order, tilelang, driver, date = (
-        str(item[name]) for name in ("order", "tilelang", "driver", "date")
-    )
-    return Family(key, order, tilelang, driver, date, entries, source)
 
 
 def render(table: Table) -> str:
@@ -247,7 +261,7 @@ def render(table: Table) -> str:
         head |= {"regime": key.regime, "order": family.order, "tilelang": family.tilelang}
         head |= {"driver": family.driver, "date": family.date}
         entries = ",\n".join(
-            f"   {json.dumps(str(tokens))}: {json.dumps(_values(entry))}"
+            f'   "{tokens}": {json.dumps(_values(entry))}'
             for tokens, entry in sorted(family.entries.items())
         )
         families.append(f'  {json.dumps(head)[:-1]}, "tokens": {{\n{entries}\n  }}}}')
@@ -258,11 +272,8 @@ def render(table: Table) -> str:
 
 def _values(entry: Entry) -> dict[str, Any]:
     """What the file has of an entry."""
-    values = asdict(entry)
-    del values["source"]
-    if not entry.tilelang:
-        del values["tilelang"]
-    return values
+    values = asdict(replace(entry, source=""))
+    return {name: value for name, value in values.items() if value != ""}
 
 
 def check(path: Path, device: Device) -> None:
@@ -325,25 +336,3 @@ def update(path: Path, device: Device, families: Iterable[Family]) -> Table:
         table.add(families)
         write(path, render(table))
     return table
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file in one step: a reader, or a crash, sees the old text or the new.
-
-    Raises:
-        OSError: It cannot be written, or is a device or another thing that is no file: the step
-            would put a file in its place.
-    """
-    if path.exists() and not path.is_file():
-        raise FileExistsError(f"{path} must be a file, got something else of that name")
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp's files are their owner's alone
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -1,9 +1,7 @@
 """Times that can be compared: medians with a spread, taken in turns, and what counts as faster.
 
-A timer is a function that runs a call once or more and returns microseconds a call; on a GPU it
-replays a CUDA graph (`bench.CudaBench.timer`). `tilelang.profiler.do_bench` times one function
-after another and averages; here candidates take turns with the default, so that a clock that drifts
-drifts for all of them, and medians of equal numbers of turns are compared.
+A timer is a function that runs a call once or more and returns microseconds of one call. Candidates
+take turns with the default, so that a clock that drifts drifts for all of them.
 """
 
 import math
@@ -88,7 +86,7 @@ def rounds(
 ) -> Iterator[dict[str, Sample]]:
     """Let timers take turns, each round beginning with another one, every second one backwards.
 
-    What a GPU has just run decides how fast it is for a moment: so none always follows the same.
+    A GPU's speed depends for a moment on what it has just run, so no timer always follows the same.
 
     Args:
         timers: by name.

@@ -1,9 +1,9 @@
 """The three phases: compile the candidates, measure them, write the table.
 
 Each can run alone and begins where an earlier run ended: compiled programs are in TileLang's cache,
-outcomes in the journal, and a table is made from the journal. TileLang's own AutoTuner tunes again
-in every process where sizes are dynamic, knows no GPU's name and does not check results that are
-written in place, so selection, checking and persistence are here.
+outcomes in the journal, and a table is made from the journal. TileLang's own AutoTuner is not used:
+where sizes are dynamic it tunes again in every process, and it does not check results that are
+written in place.
 """
 
 import itertools
@@ -184,11 +184,8 @@ def measure_plans(
     report, begin = Report(), time.monotonic()
     active = [plan for plan in plans if not plan.idle]
 
-    def shape(plan: Plan) -> Problem:
-        return plan.problem.at(1)
-
     steps = progress(active, len(active), "measure")
-    for _, group in itertools.groupby(steps, key=shape):
+    for _, group in itertools.groupby(steps, key=lambda plan: plan.problem.at(1)):
         members = []
         for plan in group:
             problem = plan.problem
@@ -223,11 +220,8 @@ def _measure(plan: Plan, journal: Journal, measurer: Measurer) -> None:
     options = plan.candidates
     encoded = [encode(option.config) for option in options]
     earlier = journal.outcomes(plan.problem)
-    known = {
-        index: earlier[name_of(config)]
-        for index, config in enumerate(encoded)
-        if index and name_of(config) in earlier
-    }
+    names = enumerate(map(name_of, encoded))
+    known = {index: earlier[name] for index, name in names if index and name in earlier}
 
     def keep(index: int, outcome: Outcome) -> None:
         journal.add(plan.problem, encoded[index], outcome)
@@ -266,8 +260,7 @@ def families(journal: Journal, shapes: Iterable[Problem], target: Target) -> lis
         if choices := select(by_tokens):
             order = repr(next(iter(choices.values())).order)
             entries = {tokens: _entry(choice) for tokens, choice in choices.items()}
-            whole = Problem(key.kernel, key.n, key.channels, key.dtype, 1)
-            date, driver = max(journal.measured(whole.at(tokens)) for tokens in choices)
+            date, driver = max(journal.measured(key.problem(tokens)) for tokens in choices)
             found.append(table.Family(key, order, version, driver, date, entries))
     return found
 

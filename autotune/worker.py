@@ -1,30 +1,31 @@
 """Processes that do what may crash or hang: compile, launch, measure.
 
-A worker is a fresh process (spawned, so that it has a CUDA context of its own) that handles one
-task after another and answers each with messages; it waits until a message has been dealt with. One
-that says nothing for too long is killed, one that dies is noticed; the caller goes on with a new
-one.
+A worker is a process of its own, with a CUDA context of its own, that handles one task after
+another and answers each with messages; it waits until a message has been dealt with. A worker that
+says nothing for too long is killed, and the caller goes on with a new one.
 """
 
 import contextlib
-import ctypes
 import importlib
 import multiprocessing
 import os
 import signal
 import sys
-import time
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-DONE_SECONDS = 60.0  # from the answer to a task until the worker can take another
 START_SECONDS = 180.0  # to import torch and TileLang and to open the GPU, on a busy machine
 DONE = "done"
 GO_ON = "go on"
 READY = "ready"
+# What a new process finds imported: it is forked from a server that imports torch once. TileLang's
+# import asks CUDA for its devices, and CUDA works in no fork of a process that has done so.
+PRELOAD = ["torch"]
 
 
 class WorkerDied(RuntimeError):
@@ -48,11 +49,13 @@ class Worker:
     def __init__(
         self, handler: str, arguments: tuple[Any, ...] = (), log: Path | None = None
     ) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(theirs, handler, arguments, log), daemon=True
-        )
+        forks = "forkserver" in multiprocessing.get_all_start_methods()
+        context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
+        if forks:
+            context.set_forkserver_preload(PRELOAD)
+        self._connection, theirs = context.Pipe()
+        given = theirs, dict(os.environ), handler, arguments, log
+        self._process = context.Process(target=_serve, args=given, daemon=True)
         with _deaf_to_ctrl_c():
             self._process.start()
         theirs.close()
@@ -70,7 +73,7 @@ class Worker:
             WorkerDied: It is gone.
         """
         try:
-            self.connection.send(task)
+            self._connection.send(task)
         except OSError as error:
             raise WorkerDied(self._epitaph()) from error
 
@@ -85,7 +88,7 @@ class Worker:
             WorkerHung: It said nothing in time; it has been killed.
         """
         if not self._ready:
-            self._expect(READY, START_SECONDS)
+            self.message(START_SECONDS)
             self._ready = True
         while (said := self.message(seconds)) != DONE:
             yield said
@@ -102,19 +105,12 @@ class Worker:
             WorkerHung: It said nothing in time; it has been killed.
         """
         try:
-            if not self.connection.poll(seconds):
+            if not self._connection.poll(seconds):
                 self.kill()
-                raise WorkerHung(
-                    f"no answer for {seconds:.0f} s" if seconds else "no answer in time"
-                )
-            return self.connection.recv()
+                raise WorkerHung(f"no answer for {seconds:.0f} s")
+            return self._connection.recv()
         except (EOFError, OSError) as error:
             raise WorkerDied(self._epitaph()) from error
-
-    def _expect(self, wanted: str, seconds: float) -> None:
-        if (said := self.message(seconds)) != wanted:
-            self.kill()
-            raise WorkerDied(f"the process said {said!r} where {wanted!r} was its turn")
 
     def _epitaph(self) -> str:
         self._process.join(5)
@@ -126,17 +122,9 @@ class Worker:
 
     def kill(self) -> None:
         """End it at once."""
-        if self._process.is_alive():
-            self._process.kill()
+        self._process.kill()
         self._process.join()
-        self.connection.close()
-
-    def close(self) -> None:
-        """End it when it is idle."""
-        with contextlib.suppress(OSError, ValueError):
-            self.connection.send(None)
-            self._process.join(5)
-        self.kill()
+        self._connection.close()
 
 
 def pooled(
@@ -162,72 +150,66 @@ def pooled(
         (task, its message), in the order of completion; the message is a `WorkerDied` or a
         `WorkerHung` where the process failed.
     """
-    left = list(tasks)[::-1]
-    busy: dict[Any, tuple[Worker, Any, float]] = {}  # by connection: worker, task, its time
+    started: list[Worker] = []
+    idle: list[Worker] = []
+    ended = False
 
-    def start(worker: Worker | None) -> None:
-        fresh = worker or Worker(handler, arguments, log)
-        task = left.pop()
-        busy[fresh.connection] = fresh, task, time.monotonic() + seconds + START_SECONDS
-        with contextlib.suppress(WorkerDied):  # noticed when its answer is read
-            fresh.send(task)
-
-    def answer(worker: Worker) -> tuple[Any, Worker | None]:
-        """What it says now, and the worker if it can take another task after that."""
+    def answer(task: Any) -> Any:
         try:
-            said = worker.message(0.0)
+            worker = idle.pop()
+        except IndexError:
+            worker = Worker(handler, arguments, log)
+            started.append(worker)
+        if ended:
+            worker.kill()
+        said = None
+        try:
+            worker.send(task)
+            for message in worker.messages(seconds):
+                said = message
         except (WorkerDied, WorkerHung) as error:
-            return error, None
-        if said != READY:
-            try:
-                worker.send(GO_ON)
-                worker._expect(DONE, DONE_SECONDS)  # tasks of a pool have one answer
-            except (WorkerDied, WorkerHung):
-                return said, None
-        return said, worker
+            return error if said is None else said
+        idle.append(worker)
+        return said
 
+    threads = ThreadPoolExecutor(jobs)
     try:
-        while left and len(busy) < jobs:
-            start(None)
-        while busy:
-            soonest = min(time_ for *_, time_ in busy.values())
-            heard = wait(list(busy), timeout=max(0.0, soonest - time.monotonic()))
-            late = [at for at, entry in busy.items() if entry[2] <= time.monotonic()]
-            for connection in dict.fromkeys((*heard, *late)):
-                worker, task, _ = busy[connection]  # there until it has answered, to be killed
-                said, alive = answer(worker)
-                if said == READY:
-                    busy[connection] = worker, task, time.monotonic() + seconds
-                    continue
-                del busy[connection]
-                if left:
-                    start(alive)
-                elif alive:
-                    alive.close()
-                yield task, said
+        asked = {threads.submit(answer, task): task for task in tasks}
+        for future in as_completed(asked):
+            yield asked[future], future.result()
     finally:
-        for worker, *_ in busy.values():
+        ended = True
+        threads.shutdown(wait=False, cancel_futures=True)
+        for worker in started:
             worker.kill()
 
 
 def _serve(
-    connection: Connection, handler: str, arguments: tuple[Any, ...], log: Path | None
+    connection: Connection,
+    environment: dict[str, str],
+    handler: str,
+    arguments: tuple[Any, ...],
+    log: Path | None,
 ) -> None:
-    """The process: answers tasks until None comes or the other end is gone."""
-    _die_with_parent()
+    """The process: answers tasks until the other end is gone."""
+    threading.Thread(target=_die_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     target = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for stream in (sys.stdout, sys.stderr):
+    streams: tuple[Any, ...] = (sys.stdout, sys.stderr)
+    for stream in streams:
         os.dup2(target, stream.fileno())
+        stream.reconfigure(line_buffering=True)  # what is printed is there when it is killed
+    os.environ.clear()  # a forked process has the environment with which the server began
+    os.environ.update(environment)
     os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")
     module, _, name = handler.partition(":")
     handle: Callable[[Any], Iterable[Any]] = getattr(importlib.import_module(module), name)(
         *arguments
     )
     connection.send(READY)
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
-        while (task := connection.recv()) is not None:
-            for message in handle(task):
+    with contextlib.suppress(EOFError):
+        while True:
+            for message in handle(connection.recv()):
                 connection.send(message)
                 connection.recv()  # GO_ON
             connection.send(DONE)
@@ -235,10 +217,10 @@ def _serve(
 
 @contextlib.contextmanager
 def _deaf_to_ctrl_c() -> Iterator[None]:
-    """A process that is started meanwhile never hears of Ctrl-C, which the terminal sends to all.
+    """Have processes that are started meanwhile ignore Ctrl-C, which the terminal sends to all.
 
-    It would break off its imports with a traceback before `_serve` could ignore it. This process
-    hears of it behind the block.
+    It would break off their imports with a traceback before `_serve` could ignore it. This process
+    gets the signal after the block.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -252,6 +234,8 @@ def _deaf_to_ctrl_c() -> Iterator[None]:
 
 
 def _die_with_parent() -> None:
-    """Have Linux kill this process when the tuner is killed, or a hung kernel would outlive it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    """Kill this process when its parent is gone, or a hung kernel would outlive a killed tuner."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGKILL)

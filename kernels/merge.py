@@ -6,13 +6,9 @@
                grad_h_post[o] = sum_c grad_x_next[o, c] * layer_output[c]
                grad_h_res[o, i] = sum_c grad_x_next[o, c] * x[i, c]
 
-Per token the forward reads (n + 1)*C elements and writes n*C (9*C at n = 4), the backward reads
-(2n + 1)*C and writes (n + 1)*C (14*C; 10*C without grad_x); the maps add 4 * (n*n + n) bytes in
-each direction that they go. Everything moves once, 16 bytes a lane, and stays in registers: a block
-owns one token (or, in the forward, a part of one), so the maps are uniform in it and a token's bits
-follow from the token and the configuration. In the backward a loaded vector serves the matrix
-products and the n*n + n dot products; those stay in per-lane sums over the whole row and are
-combined once a token, in one warp a block by shuffles alone. Shared memory would only add a trip.
+Per token the forward reads (n + 1) C elements and writes n C; the backward reads (2n + 1) C and
+writes (n + 1) C, or C without grad_x. The maps add 4 (n*n + n) bytes in each direction. Every
+element crosses the chip once and is used from registers: nothing is kept in shared memory.
 """
 
 import dataclasses
@@ -24,47 +20,28 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
+from .common.knobs import check, knob, knobs_of
 from .common.problem import Problem, Target
 from .common.programs import (
     F32,
     ITEM_BYTES,
-    PASS_CONFIGS,
+    UNGUARDED,
     architecture,
     ceil_div,
     dtype_name,
-    knobs_of,
-    problem_of,
     program,
-    target_of,
 )
-from .common.rows import block_threads, is_block, vector_width
+from .common.rows import RowConfig, candidate_rows, default_row, vector_width
 
-# The forward guards its tails itself; a guard added to an index would split 16-byte accesses.
-UNGUARDED = {**PASS_CONFIGS, "tl.disable_safe_memory_legalize": True}
 # The backward of few tokens has fewer than 128 threads a token where a lane then takes at most so
 # many steps along the row.
 FEW_STEPS = 3
 
 
-@dataclasses.dataclass(frozen=True)
-class ForwardConfig:
-    """Launch knobs of the forward.
+class ForwardConfig(RowConfig):
+    """Launch knobs of the forward."""
 
-    Attributes:
-        threads: of a block.
-        vectors: of channels, at most 16 bytes each, that a thread handles.
-    """
-
-    threads: int
-    vectors: int = 1
-
-    def __post_init__(self):
-        if not is_block(self.threads):
-            raise ValueError(
-                f"merge: config.threads must be a multiple of 32 up to 1024, got {self.threads}"
-            )
-        if self.vectors < 1:
-            raise ValueError(f"merge: config.vectors must be at least 1, got {self.vectors}")
+    op = "merge"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,22 +54,20 @@ class BackwardConfig:
         min_blocks: blocks a multiprocessor that the registers must allow.
     """
 
-    threads: int = 32
-    vector: int = 8
+    threads: int = knob(32, reduction_order=True)
+    vector: int = knob(8, reduction_order=True)
     min_blocks: int = 1
 
     def __post_init__(self):
-        if self.threads not in (32, 64, 128, 256, 512):
-            raise ValueError(
-                f"merge: config.threads must be 32, 64, 128, 256 or 512, got {self.threads}"
-            )
-        if self.vector not in (1, 2, 4, 8):
-            raise ValueError(f"merge: config.vector must be 1, 2, 4 or 8, got {self.vector}")
-        if not 1 <= self.min_blocks * self.threads <= 2048:
-            raise ValueError(
-                "merge: config.min_blocks must be at least 1 and at most 2048 / threads, "
-                f"got {self.min_blocks}"
-            )
+        threads = (32, 64, 128, 256, 512)
+        fits = 1 <= self.min_blocks * self.threads <= 2048
+        check(
+            "merge",
+            self,
+            threads=(self.threads in threads, "32, 64, 128, 256 or 512"),
+            vector=(self.vector in (1, 2, 4, 8), "1, 2, 4 or 8"),
+            min_blocks=(fits, "at least 1 and at most 2048 / threads"),
+        )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -101,28 +76,19 @@ def default_config(
 ) -> ForwardConfig | BackwardConfig:
     """A configuration that is safe on every supported GPU.
 
-    Forward: one block a token where it fits. Every choice of `candidates` was within 4% of copy
-    bandwidth (H200, 2026-11-22).
-
-    Backward: one warp a token, with registers for 16 of them a multiprocessor, 8 for n = 8; few
-    tokens: up to four warps share a row's latency, so that the dot products add in another order;
-    with batch_invariant they have the configuration of many tokens. 8192 x 2560 (n = 4, bf16, H200,
-    2026-11-22): 145.3 us; 156.2 with 12 warps (161 registers), 152.9 with 20 (95 registers). For
-    64 x 4096 eight warps take 9.3 us and four 10.6, for 512 x 4096 30.5 and 26.1 (n = 4, bf16,
-    H100, 2026-11-27).
+    Backward of many tokens: one warp a token, with registers for 16 of them a multiprocessor, 8 for
+    n = 8 (12 and 20 are slower; H200, 2026-11-22). Few tokens have up to four warps each, which add
+    the dot products in another order; batch_invariant gives them the configuration of many.
     """
-    n, channels, dtype = problem.n, problem.channels, problem.dtype
+    n, C, dtype = problem.n, problem.channels, problem.dtype
     if problem.kernel == "merge":
-        pieces = channels // vector_width(channels, dtype)
-        vectors = 2 if pieces > 256 and n <= 4 else 1
-        blocks = ceil_div(pieces, 512 * vectors)
-        return ForwardConfig(block_threads(channels, dtype, vectors, blocks), vectors)
-    vector = _backward_vector(n, channels, dtype)
+        return ForwardConfig(*default_row(problem))
+    vector = _backward_vector(n, C, dtype)
     warps = 16 if n <= 4 else 8
     if problem.tokens >= 1024 or batch_invariant:
         return BackwardConfig(32, vector, warps)
     threads = 128
-    while threads > 32 and threads // 2 * vector * FEW_STEPS >= channels:
+    while threads > 32 and threads // 2 * vector * FEW_STEPS >= C:
         threads //= 2
     return BackwardConfig(threads, vector, warps * 32 // threads)
 
@@ -130,47 +96,41 @@ def default_config(
 def candidates(problem: Problem, target: Target) -> Iterator[ForwardConfig | BackwardConfig]:
     """Configurations worth measuring.
 
-    Not among them for n = 4: a backward without a bound on its registers, which is 3 to 5% faster
-    for up to 256 tokens and 17% slower for 512 (C = 2560, bf16, H100, 2026-11-27), which lie
-    between two numbers of tokens that are tuned.
+    Not among them for n = 4: a backward without a bound on its registers, faster up to 256 tokens
+    and slower at 512, which lie between two numbers of tokens that are tuned (H100, 2026-11-27).
     """
-    n, channels, dtype = problem.n, problem.channels, problem.dtype
+    n, C, dtype = problem.n, problem.channels, problem.dtype
     if problem.kernel == "merge":
-        pieces = channels // vector_width(channels, dtype)
-        for vectors in (1, 2) if n <= 4 else (1,):
-            for blocks in (1, 2, 4, 8, 16):
-                threads = block_threads(channels, dtype, vectors, blocks)
-                if is_block(threads) and threads * vectors * (blocks - 1) < pieces:
-                    yield ForwardConfig(threads, vectors)
+        yield from (ForwardConfig(*row) for row in candidate_rows(problem))
         return
-    vector = _backward_vector(n, channels, dtype)
+    vector = _backward_vector(n, C, dtype)
     for threads in (32, 64, 128, 256):
-        if threads == 32 or threads * vector <= 2 * channels:
+        if threads == 32 or threads * vector <= 2 * C:
             for warps in (16, 20) if n == 4 else (threads // 32, 16, 20):
                 if warps * 32 % threads == 0:
                     yield BackwardConfig(threads, vector, warps * 32 // threads)
 
 
-def _backward_vector(n: int, channels: int, dtype: str) -> int:
+def _backward_vector(n: int, C: int, dtype: str) -> int:
     """Channels a lane; four at most with eight streams, whose 72 sums and 64 weights fill it."""
-    return min(vector_width(channels, dtype), 8 if n <= 4 else 4)
+    return min(vector_width(C, dtype), 8 if n <= 4 else 4)
 
 
 @program(UNGUARDED)
-def forward_program(n: int, channels: int, dtype: str, threads: int, vectors: int) -> Any:
+def forward_program(n: int, C: int, dtype: str, threads: int, vectors: int) -> Any:
     """One token, or a part of one, a block; see the module's docstring."""
-    width = vector_width(channels, dtype)
+    width = vector_width(C, dtype)
     block_channels = threads * vectors * width
-    blocks = ceil_div(channels, block_channels)
+    blocks = ceil_div(C, block_channels)
     tokens = T.dynamic("tokens")
 
     @T.prim_func
     def merge_forward(
-        x: T.Tensor((tokens, n, channels), dtype),
-        layer_output: T.Tensor((tokens, channels), dtype),
+        x: T.Tensor((tokens, n, C), dtype),
+        layer_output: T.Tensor((tokens, C), dtype),
         h_post: T.Tensor((tokens, n), F32),
         h_res: T.Tensor((tokens, n * n), F32),
-        x_next: T.Tensor((tokens, n, channels), dtype),
+        x_next: T.Tensor((tokens, n, C), dtype),
     ):
         with T.Kernel(tokens * blocks, threads=threads) as block:
             tx = T.get_thread_binding()
@@ -186,7 +146,7 @@ def forward_program(n: int, channels: int, dtype: str, threads: int, vectors: in
                 post[v] = h_post[token, v]
             for piece in T.unroll(vectors):
                 channel = block % blocks * block_channels + (piece * threads + tx) * width
-                if channel < channels:
+                if channel < C:
                     for i in T.unroll(n):
                         for v in T.vectorized(width):
                             x_vector[i, v] = x[token, i, channel + v]
@@ -207,7 +167,7 @@ def forward_program(n: int, channels: int, dtype: str, threads: int, vectors: in
 
 @program()
 def backward_program(
-    n: int, channels: int, dtype: str, with_grad_x: bool, threads: int, vector: int, min_blocks: int
+    n: int, C: int, dtype: str, with_grad_x: bool, threads: int, vector: int, min_blocks: int
 ) -> Any:
     """One token a block; see the module's docstring."""
     tokens = T.dynamic("tokens")
@@ -215,19 +175,19 @@ def backward_program(
 
     @T.prim_func
     def merge_backward(
-        grad_x_next: T.Tensor((tokens, n, channels), dtype),
-        x: T.Tensor((tokens, n, channels), dtype),
-        layer_output: T.Tensor((tokens, channels), dtype),
+        grad_x_next: T.Tensor((tokens, n, C), dtype),
+        x: T.Tensor((tokens, n, C), dtype),
+        layer_output: T.Tensor((tokens, C), dtype),
         h_post: T.Tensor((tokens, n), F32),
         h_res: T.Tensor((tokens, n, n), F32),
-        grad_x: T.Tensor((tokens, n, channels), dtype),
-        grad_layer_output: T.Tensor((tokens, channels), dtype),
+        grad_x: T.Tensor((tokens, n, C), dtype),
+        grad_layer_output: T.Tensor((tokens, C), dtype),
         grad_h_post: T.Tensor((tokens, n), F32),
         grad_h_res: T.Tensor((tokens, n, n), F32),
     ):
         with T.Kernel(tokens, threads=threads) as block:
             T.annotate_min_blocks_per_sm(min_blocks)
-            # the last token first: what the launch ahead wrote last is in L2
+            # from the last token on: what the launch ahead wrote last is in L2
             token = tokens - 1 - block
             grad = T.alloc_fragment((n, tile), dtype)
             stream = T.alloc_fragment((n, tile), dtype)
@@ -243,7 +203,7 @@ def backward_program(
                 T.copy(h_res[token, 0:n, 0:n], res)
             T.reducer_init(post_dots)
             T.reducer_init(res_dots)
-            for step in T.serial(T.ceildiv(channels, tile)):
+            for step in T.serial(T.ceildiv(C, tile)):
                 first = step * tile
                 T.copy(grad_x_next[token, 0:n, first : first + tile], grad)
                 T.copy(x[token, 0:n, first : first + tile], stream)
@@ -285,7 +245,7 @@ def forward(
     h_post: Tensor,
     h_res: Tensor,
     *,
-    config: ForwardConfig | None = None,
+    config: ForwardConfig,
 ) -> Tensor:
     """The streams after the sublayer (eq. 7).
 
@@ -296,17 +256,16 @@ def forward(
         layer_output: [T, C], dtype of x. What the layer returned.
         h_post: [T, n], fp32. Write-in weights.
         h_res: [T, n, n], fp32. Residual mixing, [out, in].
-        config: launch knobs; `default_config` if None.
+        config: launch knobs.
 
     Returns:
         x_next: [T, n, C] in x's dtype, rounded once.
     """
-    tokens, n, channels = x.shape
+    tokens, n, C = x.shape
     x_next = torch.empty_like(x)
     if tokens:
         dtype = dtype_name(x)
-        config = config or default_config(problem_of("merge", x), target_of(x.device))
-        constants = (n, channels, dtype, *knobs_of(config))
+        constants = (n, C, dtype, *knobs_of(config))
         kernel = forward_program(architecture(x.device), *constants)
         kernel(x, layer_output, h_post, h_res.view(tokens, n * n), x_next)
     return x_next
@@ -319,7 +278,7 @@ def backward(
     h_post: Tensor,
     h_res: Tensor | None,
     *,
-    config: BackwardConfig | None = None,
+    config: BackwardConfig,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """Gradient of `forward`; the equations are the module's.
 
@@ -328,23 +287,22 @@ def backward(
         x: [T, n, C], bf16, fp16 or fp32. What `forward` read, as are the next three.
         layer_output: [T, C], dtype of x.
         h_post: [T, n], fp32.
-        h_res: [T, n, n], fp32, [out, in]. None leaves grad_x out: `pre_backward` forms it, too.
-        config: launch knobs; `default_config` if None.
+        h_res: [T, n, n], fp32, [out, in]. None: grad_x is left to `pre_backward`.
+        config: launch knobs.
 
     Returns:
         grad_x [T, n, C] (None without h_res), grad_layer_output [T, C] in x's dtype; grad_h_post
         [T, n], grad_h_res [T, n, n], fp32.
     """
-    tokens, n, channels = x.shape
+    tokens, n, C = x.shape
     grad_x = None if h_res is None else torch.empty_like(x)
     grad_h_res = h_post.new_empty(tokens, n, n)
     grads = (torch.empty_like(layer_output), torch.empty_like(h_post), grad_h_res)
     if tokens:
         dtype = dtype_name(x)
-        config = config or default_config(problem_of("merge_backward", x), target_of(x.device))
-        constants = (n, channels, dtype, grad_x is not None, *knobs_of(config))
+        constants = (n, C, dtype, grad_x is not None, *knobs_of(config))
         kernel = backward_program(architecture(x.device), *constants)
-        # what a program leaves alone still has its shape
+        # what a program does not read or write still has its shape
         unread, unwritten = (h_res, grad_x) if grad_x is not None else (grad_h_res, x)
         kernel(grad_x_next, x, layer_output, h_post, unread, unwritten, *grads)
     return grad_x, *grads

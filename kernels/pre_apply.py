@@ -4,12 +4,9 @@
     backward:  grad_x[i, c] = h_pre[i] * grad_layer_input[c]
                grad_h_pre[i] = sum_c grad_layer_input[c] * x[i, c]
 
-Per token the forward reads n*C elements and writes C (5*C at n = 4), the backward reads (n + 1)*C
-and writes n*C (9*C); the weights add 4n bytes in each direction that they go. Everything moves
-once, 16 bytes a lane, and stays in registers: a block owns one token (or, in the forward, a part of
-one), so a token's bits follow from the token and the configuration. The n dot products of the
-backward stay in per-lane sums over the whole row and are combined once a token, in one warp a block
-by shuffles alone. `pre` fuses this with the mapping; here h_pre comes from elsewhere.
+Per token the forward reads n C elements and writes C; the backward reads (n + 1) C and writes n C.
+The weights add 4 n bytes in each direction. Every element crosses the chip once and is used from
+registers: nothing is kept in shared memory.
 """
 
 import dataclasses
@@ -21,44 +18,24 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
+from .common.knobs import check, knob, knobs_of
 from .common.problem import Problem, Target
 from .common.programs import (
     F32,
     ITEM_BYTES,
-    PASS_CONFIGS,
+    UNGUARDED,
     architecture,
     ceil_div,
     dtype_name,
-    knobs_of,
-    problem_of,
     program,
-    target_of,
 )
-from .common.rows import block_threads, is_block, vector_width
-
-# The forward guards its tails itself; a guard added to an index would split 16-byte accesses.
-UNGUARDED = {**PASS_CONFIGS, "tl.disable_safe_memory_legalize": True}
+from .common.rows import RowConfig, candidate_rows, default_row, vector_width
 
 
-@dataclasses.dataclass(frozen=True)
-class ForwardConfig:
-    """Launch knobs of the forward.
+class ForwardConfig(RowConfig):
+    """Launch knobs of the forward."""
 
-    Attributes:
-        threads: of a block.
-        vectors: of channels, at most 16 bytes each, that a thread handles.
-    """
-
-    threads: int
-    vectors: int = 1
-
-    def __post_init__(self):
-        if not is_block(self.threads):
-            raise ValueError(
-                f"pre_apply: config.threads must be a multiple of 32 up to 1024, got {self.threads}"
-            )
-        if self.vectors < 1:
-            raise ValueError(f"pre_apply: config.vectors must be at least 1, got {self.vectors}")
+    op = "pre_apply"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,18 +47,17 @@ class BackwardConfig:
         vector: neighbouring channels that a thread handles in one step.
     """
 
-    threads: int = 32
-    vector: int = 8
+    threads: int = knob(32, reduction_order=True)
+    vector: int = knob(8, reduction_order=True)
 
     def __post_init__(self):
-        if self.threads not in (32, 64, 128, 256, 512):
-            raise ValueError(
-                f"pre_apply: config.threads must be 32, 64, 128, 256 or 512, got {self.threads}"
-            )
-        if self.vector not in (1, 2, 4, 8, 16):
-            raise ValueError(
-                f"pre_apply: config.vector must be 1, 2, 4, 8 or 16, got {self.vector}"
-            )
+        threads = (32, 64, 128, 256, 512)
+        check(
+            "pre_apply",
+            self,
+            threads=(self.threads in threads, "32, 64, 128, 256 or 512"),
+            vector=(self.vector in (1, 2, 4, 8, 16), "1, 2, 4, 8 or 16"),
+        )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -90,55 +66,45 @@ def default_config(
 ) -> ForwardConfig | BackwardConfig:
     """A configuration that is safe on every supported GPU.
 
-    Forward: one block a token where it fits (H200, 2026-11-22: 98 to 103% of copy bandwidth).
-    Backward: one warp a token; few tokens: up to eight warps share a row's latency, so that the
-    dot products add in another order; with batch_invariant they have the configuration of many
-    tokens. These alone ran at copy bandwidth in every configuration (8192 x 2560, H200,
-    2026-11-22).
+    Backward of many tokens: one warp a token. Few tokens have up to eight warps each, which add the
+    dot products in another order; batch_invariant gives them the configuration of many.
     """
-    n, channels, dtype = problem.n, problem.channels, problem.dtype
+    C, dtype = problem.channels, problem.dtype
     if problem.kernel == "pre_apply":
-        pieces = channels // vector_width(channels, dtype)
-        vectors = 2 if pieces > 256 and n <= 4 else 1
-        blocks = ceil_div(pieces, 512 * vectors)
-        return ForwardConfig(block_threads(channels, dtype, vectors, blocks), vectors)
-    vector = vector_width(channels, dtype)
+        return ForwardConfig(*default_row(problem))
+    vector = vector_width(C, dtype)
     threads = 32 if problem.tokens >= 1024 or batch_invariant else 256
-    while threads > 32 and threads // 2 * vector >= channels:
+    while threads > 32 and threads // 2 * vector >= C:
         threads //= 2
     return BackwardConfig(threads, vector)
 
 
 def candidates(problem: Problem, target: Target) -> Iterator[ForwardConfig | BackwardConfig]:
     """Configurations worth measuring."""
-    n, channels, dtype = problem.n, problem.channels, problem.dtype
-    width = vector_width(channels, dtype)
+    C, dtype = problem.channels, problem.dtype
+    width = vector_width(C, dtype)
     if problem.kernel == "pre_apply":
-        for vectors in (1, 2) if n <= 4 else (1,):
-            for blocks in (1, 2, 4, 8, 16):
-                threads = block_threads(channels, dtype, vectors, blocks)
-                if is_block(threads) and threads * vectors * (blocks - 1) < channels // width:
-                    yield ForwardConfig(threads, vectors)
+        yield from (ForwardConfig(*row) for row in candidate_rows(problem))
         return
     for threads in (32, 64, 128, 256):
         for vector in (width, 2 * width):
-            if threads == 32 or threads * vector <= 2 * channels:
+            if threads == 32 or threads * vector <= 2 * C:
                 yield BackwardConfig(threads, vector)
 
 
 @program(UNGUARDED)
-def forward_program(n: int, channels: int, dtype: str, threads: int, vectors: int) -> Any:
+def forward_program(n: int, C: int, dtype: str, threads: int, vectors: int) -> Any:
     """One token, or a part of one, a block; see the module's docstring."""
-    width = vector_width(channels, dtype)
+    width = vector_width(C, dtype)
     block_channels = threads * vectors * width
-    blocks = ceil_div(channels, block_channels)
+    blocks = ceil_div(C, block_channels)
     tokens = T.dynamic("tokens")
 
     @T.prim_func
     def pre_apply_forward(
-        x: T.Tensor((tokens, n, channels), dtype),
+        x: T.Tensor((tokens, n, C), dtype),
         h_pre: T.Tensor((tokens, n), F32),
-        layer_input: T.Tensor((tokens, channels), dtype),
+        layer_input: T.Tensor((tokens, C), dtype),
     ):
         with T.Kernel(tokens * blocks, threads=threads) as block:
             tx = T.get_thread_binding()
@@ -151,13 +117,13 @@ def forward_program(n: int, channels: int, dtype: str, threads: int, vectors: in
             # every load is on its way before the first use
             for piece in T.unroll(vectors):
                 channel = block % blocks * block_channels + (piece * threads + tx) * width
-                if channel < channels:
+                if channel < C:
                     for i in T.unroll(n):
                         for v in T.vectorized(width):
                             x_vector[piece, i, v] = x[token, i, channel + v]
             for piece in T.unroll(vectors):
                 channel = block % blocks * block_channels + (piece * threads + tx) * width
-                if channel < channels:
+                if channel < C:
                     # layer_input[c] = sum_i h_pre[i] * x[i, c]
                     for v in T.unroll(width):
                         applied[v] = 0.0
@@ -171,17 +137,17 @@ def forward_program(n: int, channels: int, dtype: str, threads: int, vectors: in
 
 
 @program()
-def backward_program(n: int, channels: int, dtype: str, threads: int, vector: int) -> Any:
+def backward_program(n: int, C: int, dtype: str, threads: int, vector: int) -> Any:
     """One token a block; see the module's docstring."""
     tokens = T.dynamic("tokens")
     tile = threads * vector
 
     @T.prim_func
     def pre_apply_backward(
-        grad_layer_input: T.Tensor((tokens, channels), dtype),
-        x: T.Tensor((tokens, n, channels), dtype),
+        grad_layer_input: T.Tensor((tokens, C), dtype),
+        x: T.Tensor((tokens, n, C), dtype),
         h_pre: T.Tensor((tokens, n), F32),
-        grad_x: T.Tensor((tokens, n, channels), dtype),
+        grad_x: T.Tensor((tokens, n, C), dtype),
         grad_h_pre: T.Tensor((tokens, n), F32),
     ):
         with T.Kernel(tokens, threads=threads) as token:
@@ -192,7 +158,7 @@ def backward_program(n: int, channels: int, dtype: str, threads: int, vector: in
             dots = T.alloc_reducer((n,), F32, op="sum")
             T.reducer_init(dots)
             T.copy(h_pre[token, 0:n], weights)
-            for step in T.serial(T.ceildiv(channels, tile)):
+            for step in T.serial(T.ceildiv(C, tile)):
                 first = step * tile
                 T.copy(grad_layer_input[token, first : first + tile], grad)
                 T.copy(x[token, 0:n, first : first + tile], stream)
@@ -209,29 +175,28 @@ def backward_program(n: int, channels: int, dtype: str, threads: int, vector: in
     return pre_apply_backward
 
 
-def forward(x: Tensor, h_pre: Tensor, *, config: ForwardConfig | None = None) -> Tensor:
+def forward(x: Tensor, h_pre: Tensor, *, config: ForwardConfig) -> Tensor:
     """What the layer reads: `layer_input[c] = sum_i h_pre[i] * x[i, c]`.
 
     Args:
         x: [T, n, C], bf16, fp16 or fp32, contiguous. The streams.
         h_pre: [T, n], fp32. Read-out weights.
-        config: launch knobs; `default_config` if None.
+        config: launch knobs.
 
     Returns:
         layer_input: [T, C] in x's dtype, rounded once.
     """
-    tokens, n, channels = x.shape
-    layer_input = x.new_empty(tokens, channels)
+    tokens, n, C = x.shape
+    layer_input = x.new_empty(tokens, C)
     if tokens:
         dtype = dtype_name(x)
-        config = config or default_config(problem_of("pre_apply", x), target_of(x.device))
-        constants = (n, channels, dtype, *knobs_of(config))
+        constants = (n, C, dtype, *knobs_of(config))
         forward_program(architecture(x.device), *constants)(x, h_pre, layer_input)
     return layer_input
 
 
 def backward(
-    grad_layer_input: Tensor, x: Tensor, h_pre: Tensor, *, config: BackwardConfig | None = None
+    grad_layer_input: Tensor, x: Tensor, h_pre: Tensor, *, config: BackwardConfig
 ) -> tuple[Tensor, Tensor]:
     """Gradient of `forward`; the equations are the module's.
 
@@ -239,18 +204,17 @@ def backward(
         grad_layer_input: [T, C], dtype of x, contiguous.
         x: [T, n, C], bf16, fp16 or fp32. What `forward` read, as is h_pre.
         h_pre: [T, n], fp32.
-        config: launch knobs; `default_config` if None.
+        config: launch knobs.
 
     Returns:
         grad_x [T, n, C] in x's dtype; grad_h_pre [T, n], fp32.
     """
-    tokens, n, channels = x.shape
+    tokens, n, C = x.shape
     grad_x = torch.empty_like(x)
     grad_h_pre = torch.empty_like(h_pre)
     if tokens:
         dtype = dtype_name(x)
-        config = config or default_config(problem_of("pre_apply_backward", x), target_of(x.device))
-        constants = (n, channels, dtype, *knobs_of(config))
+        constants = (n, C, dtype, *knobs_of(config))
         kernel = backward_program(architecture(x.device), *constants)
         kernel(grad_layer_input, x, h_pre, grad_x, grad_h_pre)
     return grad_x, grad_h_pre

@@ -4,13 +4,10 @@
     backward:  each step `after = before / sum`, last to first:
                grad_before = (grad_after - sum over the axis of grad_after * after) / sum
 
-Epsilons, and the first iteration in the log domain where eps is 0, are those of
-`reference.sinkhorn`. Per token the forward reads and writes 4 * n*n bytes, the backward reads
-8 * n*n and writes 4 * n*n. One thread holds one token's matrix in registers for all iterations: no
-shuffle, no barrier; the kernels are bound by that chain's latency, not by memory. The backward
-replays the iteration and keeps its sums, 8 * iters * n bytes a token, in shared memory: they
-rebuild the matrix on the way back, so nothing of the history reaches device memory. `pre` fuses
-both; these serve logits that come from elsewhere.
+`reference.sinkhorn` says where eps enters. Per token the forward reads and writes 4 n*n bytes, the
+backward reads 8 n*n and writes 4 n*n. One thread keeps one token's matrix in registers for all
+iterations, which bounds the kernels by the latency of that chain. The backward keeps the sums of
+the steps, 8 n iters bytes a token, in shared memory and rebuilds the matrices from them.
 """
 
 import dataclasses
@@ -22,12 +19,11 @@ import torch
 from torch import Tensor
 
 from .common.architectures import LEAST_SHARED_BYTES, shared_limit
+from .common.knobs import check
 from .common.problem import Problem, Target
-from .common.programs import F32, PASS_CONFIGS, architecture, program
+from .common.programs import F32, UNGUARDED, architecture, program
 from .common.projection import sinkhorn_registers
-from .common.sinkhorn_on_chip import sinkhorn_replay, sinkhorn_walk_back, softmax_out_back
-
-UNGUARDED = {**PASS_CONFIGS, "tl.disable_safe_memory_legalize": True}
+from .common.sinkhorn_on_chip import sinkhorn_replay, sinkhorn_reverse, softmax_out_back
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +37,7 @@ class Config:
     threads: int = 32
 
     def __post_init__(self):
-        if self.threads not in (32, 64, 128):
-            raise ValueError(f"sinkhorn: config.threads must be 32, 64 or 128, got {self.threads}")
+        check("sinkhorn", self, threads=(self.threads in (32, 64, 128), "32, 64 or 128"))
 
 
 ITERS = 20  # that candidates have to fit
@@ -112,9 +107,9 @@ def backward_program(n: int, iters: int, eps: float, threads: int) -> Any:
                         matrix[o, i] = logits[token, o, i]
                     for i in T.vectorized(n):
                         grad[o, i] = grad_h_res[token, o, i]
-                # h_res = sinkhorn(logits), then back along its steps
+                # h_res = sinkhorn(logits), then its steps from the last to the first
                 sinkhorn_replay(matrix, sums, lane, n, iters, eps)
-                sinkhorn_walk_back(matrix, grad, sums, lane, n, iters, eps)
+                sinkhorn_reverse(matrix, grad, sums, lane, n, iters, eps)
                 if eps > 0:
                     for o in T.unroll(n):
                         for i in T.vectorized(n):
@@ -127,7 +122,7 @@ def backward_program(n: int, iters: int, eps: float, threads: int) -> Any:
     return sinkhorn_backward
 
 
-def forward(logits: Tensor, *, iters: int, eps: float, config: Config | None = None) -> Tensor:
+def forward(logits: Tensor, *, iters: int, eps: float, config: Config) -> Tensor:
     """Doubly stochastic matrix by `iters` normalisations of columns, then rows (eqs. 9 and 19).
 
     `M = exp(logits)`, then `iters` times: `M[o, i] /= sum_o M[o, i]`, `M[o, i] /= sum_i M[o, i]`.
@@ -136,7 +131,7 @@ def forward(logits: Tensor, *, iters: int, eps: float, config: Config | None = N
         logits: [T, n, n], fp32, contiguous, [out, in].
         iters: at least 1.
         eps: at least 0; added as `reference.sinkhorn` says.
-        config: launch knobs; `default_config` if None.
+        config: launch knobs.
 
     Returns:
         h_res: [T, n, n], fp32, [out, in].
@@ -144,37 +139,34 @@ def forward(logits: Tensor, *, iters: int, eps: float, config: Config | None = N
     tokens, n, _ = logits.shape
     h_res = torch.empty_like(logits)
     if tokens:
-        config = config or Config()
         kernel = forward_program(architecture(logits.device), n, iters, float(eps), config.threads)
         kernel(logits.view(tokens, n * n), h_res.view(tokens, n * n))
     return h_res
 
 
-def fitting(config: Config | None, logits: Tensor, iters: int) -> Config | None:
-    """A table's configuration, measured with some iterations, where it fits so many; else None.
+def fitting(config: Config, logits: Tensor, iters: int) -> Config:
+    """A table's configuration, measured with some iterations, where it fits so many; else default.
 
     Args:
-        config: of the table, or None.
+        config: of the table.
         logits: [T, n, n], on the GPU.
         iters: of the backward.
     """
-    if config is None:
-        return None
     limit = shared_limit(architecture(logits.device))
-    return config if shared_bytes(logits.shape[1], iters, config.threads) <= limit else None
+    return config if shared_bytes(logits.shape[1], iters, config.threads) <= limit else Config()
 
 
 def backward(
-    grad_h_res: Tensor, logits: Tensor, *, iters: int, eps: float, config: Config | None = None
+    grad_h_res: Tensor, logits: Tensor, *, iters: int, eps: float, config: Config
 ) -> Tensor:
-    """Gradient of `forward`: replay the iteration, then walk back through it.
+    """Gradient of `forward`: the iteration again, then its reverse pass.
 
     Args:
         grad_h_res: [T, n, n], fp32, contiguous.
         logits: [T, n, n], fp32. What `forward` read.
         iters: as in `forward`.
         eps: as in `forward`.
-        config: launch knobs; `default_config` if None.
+        config: launch knobs.
 
     Returns:
         grad_logits: [T, n, n], fp32.
@@ -185,7 +177,6 @@ def backward(
     tokens, n, _ = logits.shape
     grad_logits = torch.empty_like(logits)
     if tokens:
-        config = config or Config()
         arch = architecture(logits.device)
         limit = shared_limit(arch)
         if shared_bytes(n, iters, config.threads) > limit:

@@ -4,9 +4,7 @@
     collapse:  hidden[c] = scale * sum_i x[i, c]
 
 Scale is 1, or 1/n for the mean and its gradient. Per token `expand` reads C elements and writes
-n*C, `collapse` reads n*C and writes C (5*C at n = 4). A thread holds 16 bytes of every stream in
-registers; each element is used once, so nothing is kept in shared memory.
-A learned head is `pre_apply` with the weights of its own mapping.
+n C; `collapse` reads n C and writes C. A thread holds 16 bytes of every stream in registers.
 """
 
 import dataclasses
@@ -16,12 +14,10 @@ from typing import Any
 import tilelang.language as T
 from torch import Tensor
 
+from .common.knobs import check
 from .common.problem import Problem, Target
-from .common.programs import F32, ITEM_BYTES, PASS_CONFIGS, architecture, dtype_name, program
+from .common.programs import F32, ITEM_BYTES, UNGUARDED, architecture, dtype_name, program
 from .common.rows import is_block, vector_width
-
-# The programs guard their tails themselves; a guard added to an index would split 16-byte accesses.
-UNGUARDED = {**PASS_CONFIGS, "tl.disable_safe_memory_legalize": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +31,7 @@ class Config:
     threads: int = 256
 
     def __post_init__(self):
-        if not is_block(self.threads):
-            raise ValueError(
-                f"streams: config.threads must be a multiple of 32 up to 1024, got {self.threads}"
-            )
+        check("streams", self, threads=(is_block(self.threads), "a multiple of 32 up to 1024"))
 
 
 def default_config(problem: Problem, target: Target, *, batch_invariant: bool = False) -> Config:
@@ -53,16 +46,14 @@ def candidates(problem: Problem, target: Target) -> Iterator[Config]:
 
 
 @program(UNGUARDED)
-def expand_program(n: int, channels: int, dtype: str, scale: float, threads: int) -> Any:
+def expand_program(n: int, C: int, dtype: str, scale: float, threads: int) -> Any:
     """Copies one vector of `hidden` a thread into every stream; see the module's docstring."""
-    width = vector_width(channels, dtype)
-    pieces = channels // width
+    width = vector_width(C, dtype)
+    pieces = C // width
     tokens = T.dynamic("tokens")
 
     @T.prim_func
-    def expand_forward(
-        hidden: T.Tensor((tokens, channels), dtype), x: T.Tensor((tokens, n, channels), dtype)
-    ):
+    def expand_forward(hidden: T.Tensor((tokens, C), dtype), x: T.Tensor((tokens, n, C), dtype)):
         with T.Kernel(
             T.ceildiv(T.cast(tokens, "int64") * pieces, threads), threads=threads
         ) as block:
@@ -85,16 +76,14 @@ def expand_program(n: int, channels: int, dtype: str, scale: float, threads: int
 
 
 @program(UNGUARDED)
-def collapse_program(n: int, channels: int, dtype: str, scale: float, threads: int) -> Any:
+def collapse_program(n: int, C: int, dtype: str, scale: float, threads: int) -> Any:
     """Sums one vector of channels a thread over the streams; see the module's docstring."""
-    width = vector_width(channels, dtype)
-    pieces = channels // width
+    width = vector_width(C, dtype)
+    pieces = C // width
     tokens = T.dynamic("tokens")
 
     @T.prim_func
-    def collapse_forward(
-        x: T.Tensor((tokens, n, channels), dtype), hidden: T.Tensor((tokens, channels), dtype)
-    ):
+    def collapse_forward(x: T.Tensor((tokens, n, C), dtype), hidden: T.Tensor((tokens, C), dtype)):
         with T.Kernel(
             T.ceildiv(T.cast(tokens, "int64") * pieces, threads), threads=threads
         ) as block:
@@ -121,7 +110,7 @@ def collapse_program(n: int, channels: int, dtype: str, scale: float, threads: i
     return collapse_forward
 
 
-def expand(hidden: Tensor, num_streams: int, *, config: Config | None = None) -> Tensor:
+def expand(hidden: Tensor, num_streams: int, *, config: Config) -> Tensor:
     """Copy the hidden state into every stream: `x[i, c] = hidden[c]`.
 
     Its gradient is `collapse` with mean=False.
@@ -129,7 +118,7 @@ def expand(hidden: Tensor, num_streams: int, *, config: Config | None = None) ->
     Args:
         hidden: [T, C], bf16, fp16 or fp32, contiguous.
         num_streams: n.
-        config: launch knobs; `default_config` if None.
+        config: launch knobs.
 
     Returns:
         x: [T, n, C] in hidden's dtype.
@@ -138,7 +127,7 @@ def expand(hidden: Tensor, num_streams: int, *, config: Config | None = None) ->
 
 
 def collapse_backward(
-    grad_hidden: Tensor, num_streams: int, *, mean: bool, config: Config | None = None
+    grad_hidden: Tensor, num_streams: int, *, mean: bool, config: Config
 ) -> Tensor:
     """Gradient of `collapse`: `grad_x[i, c] = grad_hidden[c]`, over n for the mean.
 
@@ -146,7 +135,7 @@ def collapse_backward(
         grad_hidden: [T, C], bf16, fp16 or fp32, contiguous.
         num_streams: n.
         mean: whether the streams were averaged, not summed.
-        config: launch knobs; `default_config` if None.
+        config: launch knobs.
 
     Returns:
         grad_x: [T, n, C] in grad_hidden's dtype.
@@ -154,32 +143,30 @@ def collapse_backward(
     return _expand(grad_hidden, num_streams, 1 / num_streams if mean else 1.0, config)
 
 
-def _expand(hidden: Tensor, n: int, scale: float, config: Config | None) -> Tensor:
-    tokens, channels = hidden.shape
-    x = hidden.new_empty(tokens, n, channels)
+def _expand(hidden: Tensor, n: int, scale: float, config: Config) -> Tensor:
+    tokens, C = hidden.shape
+    x = hidden.new_empty(tokens, n, C)
     if tokens:
-        config = config or Config()
-        constants = (n, channels, dtype_name(hidden), scale, config.threads)
+        constants = (n, C, dtype_name(hidden), scale, config.threads)
         expand_program(architecture(hidden.device), *constants)(hidden, x)
     return x
 
 
-def collapse(x: Tensor, *, mean: bool, config: Config | None = None) -> Tensor:
+def collapse(x: Tensor, *, mean: bool, config: Config) -> Tensor:
     """Sum or mean of the streams: `hidden[c] = sum_i x[i, c]`, over n for the mean.
 
     Args:
         x: [T, n, C], bf16, fp16 or fp32, contiguous.
         mean: whether to average instead of summing.
-        config: launch knobs; `default_config` if None.
+        config: launch knobs.
 
     Returns:
         hidden: [T, C] in x's dtype, rounded once.
     """
-    tokens, n, channels = x.shape
-    hidden = x.new_empty(tokens, channels)
+    tokens, n, C = x.shape
+    hidden = x.new_empty(tokens, C)
     if tokens:
-        config = config or Config()
-        constants = (n, channels, dtype_name(x), 1 / n if mean else 1.0, config.threads)
+        constants = (n, C, dtype_name(x), 1 / n if mean else 1.0, config.threads)
         collapse_program(architecture(x.device), *constants)(x, hidden)
     return hidden
 

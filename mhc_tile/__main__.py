@@ -8,13 +8,19 @@ from contextlib import suppress
 
 from ._version import __version__
 
+# Commands that parse their own options.
+_OWN = {
+    "demo": "train residual, HC and mHC on real text and compare",
+    "train": "train one named model on your own text",
+    "autotune": "fit the kernels to this GPU, once",
+}
+
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands; each sets `run`, a function of the parsed arguments."""
+    """The parser of the other subcommands; each sets `run`, a function of the parsed arguments."""
+    from mhc_tile.perf import cli as perf
+
     from . import doctor
-    from .autotune import cli as autotune
-    from .perf import cli as perf
-    from .training import cli
 
     parser = argparse.ArgumentParser(
         prog="mhc-tile",
@@ -22,26 +28,29 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mhc-tile {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    demo = commands.add_parser("demo", help="train residual, HC and mHC on real text and compare")
-    cli.add_demo_arguments(demo)
-    demo.set_defaults(run=cli.run_demo)
-
-    train = commands.add_parser("train", help="train one named model on your own text")
-    cli.add_train_arguments(train)
-    train.set_defaults(run=cli.run_train)
-
-    tuning = commands.add_parser("autotune", help="fit the kernels to this GPU, once")
-    autotune.add_arguments(tuning)
-    tuning.set_defaults(run=autotune.run)
+    for name, text in _OWN.items():
+        commands.add_parser(name, help=text, add_help=False)
 
     measuring = commands.add_parser("perf", help="measure, compare, gate and report")
     perf.add_arguments(measuring)
     measuring.set_defaults(run=perf.run)
 
-    diagnosis = commands.add_parser("doctor", help="versions, GPU, compiler, caches, what to mend")
+    diagnosis = commands.add_parser("doctor", help="versions, GPU, compiler, caches, and remedies")
     diagnosis.set_defaults(run=doctor.run)
     return parser
+
+
+def _run(argv: Sequence[str]) -> int:
+    if argv and argv[0] == "autotune":
+        from .autotune import cli as autotune
+
+        return autotune.main(argv[1:])
+    if argv and argv[0] in _OWN:
+        from .training import cli
+
+        return (cli.run_demo if argv[0] == "demo" else cli.run_train)(argv[1:])
+    args = build_parser().parse_args(argv)
+    return args.run(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,12 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(sys, name) is None:  # closed before the process began, as by `>&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
     try:
-        from .autotune._extras import MissingExtraError
+        from mhc_tile.autotune._extras import MissingExtraError
+
         from .training.progress import settle, write_line
 
         try:
-            args = build_parser().parse_args(argv)
-            return args.run(args)
+            return _run([str(word) for word in (sys.argv[1:] if argv is None else argv)])
         except (ValueError, OSError, MissingExtraError) as error:
             write_line(sys.stderr, f"mhc-tile: {error}")
             return 1

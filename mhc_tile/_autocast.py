@@ -1,4 +1,4 @@
-"""Autocast where the device has it; of others, such as meta, torch refuses the very question."""
+"""Autocast of devices that have it; for others, such as meta, torch raises when asked."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any

@@ -1,12 +1,16 @@
-"""The checks that every public op makes, so that every message reads alike.
+"""The checks of arguments, so that every message reads `<op>: <argument> must <rule>, got <value>`.
 
-`<op>: <argument> must <rule>, got <value>`. They read metadata only (no device sync), run once per
-public call, and hand back the sizes they derived.
+The checks of tensors read metadata only (no device sync) and return the sizes that they derived.
+The checks of numbers accept those of NumPy and torch, return Python's, and refuse True and False.
 """
 
+import dataclasses
 import math
 import operator
-from typing import Any
+import textwrap
+import traceback
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -14,6 +18,10 @@ from torch import Tensor
 from .reference import compute_dtype
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class WrongTypeError(TypeError, ValueError):
+    """A value of the wrong type; a ValueError too, because the ops document that for numbers."""
 
 
 def is_tensor(op: str, name: str, value: object) -> None:
@@ -100,19 +108,107 @@ def parameters(op: str, x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> 
 def count(op: str, *, minimum: int = 1, **values: Any) -> None:
     """Check integers that must be at least 1, or another minimum."""
     for name, value in values.items():
-        whole = as_int(value)
-        if whole is None or whole < minimum:
-            raise ValueError(f"{op}: {name} must be an int of at least {minimum}, got {value!r}")
-        if isinstance(whole, int) and whole >= 2**63:
-            raise ValueError(f"{op}: {name} must be below 2**63, got {value!r}")
+        whole(op, name, value, minimum)
+
+
+def at_least(op: str, minimum: float, **values: Any) -> None:
+    """Check numbers against a lower bound, NaN included."""
+    for name, value in values.items():
+        number(op, name, value, minimum)
+
+
+def positive(op: str, **values: Any) -> None:
+    """Check numbers that must be above 0, NaN included."""
+    for name, value in values.items():
+        number(op, name, value, above=True)
+
+
+def flag(op: str, **values: Any) -> None:
+    """Check values that must be True or False: a text such as "no" is true for Python."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise WrongTypeError(f"{op}: {name} must be True or False, got {value!r}")
+
+
+def one_of(op: str, name: str, value: Any, choices: Collection[str]) -> str:
+    """Check a name against the known ones; returns it as Python's str."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {list(choices)}, got {value!r}")
+    return str.__str__(value)  # an Enum of str is another class
+
+
+def whole(op: str, name: str, value: Any, minimum: int = 1, bits: int = 63) -> Any:
+    """Check an integer of at least `minimum` and below 2**bits; returns it as Python's int."""
+    found = value if type(value) is int else as_int(value)
+    rule = f"must be an int of at least {minimum}"
+    if found is None:
+        raise WrongTypeError(f"{op}: {name} {rule}, got {value!r}")
+    if found < minimum:
+        raise ValueError(f"{op}: {name} {rule}, got {value!r}")
+    if isinstance(found, int) and found >= 2**bits:
+        raise ValueError(f"{op}: {name} must be below 2**{bits}, got {value!r}")
+    return found
+
+
+def number(op: str, name: str, value: Any, minimum: float = 0, *, above: bool = False) -> Any:
+    """Check a finite number of at least, or above, `minimum`; returns it as Python's float."""
+    found = value if type(value) is float else as_number(value)
+    if found is None:
+        raise WrongTypeError(f"{op}: {name} must be a number, got {value!r}")
+    if not (minimum < found if above else minimum <= found) or not found < math.inf:
+        rule = "above" if above else "at least"
+        raise ValueError(f"{op}: {name} must be finite and {rule} {minimum}, got {value}")
+    return found
+
+
+def fields(
+    config: Any,
+    *,
+    at_least_0: Collection[str] = (),
+    above_0: Collection[str] = (),
+    bits: Mapping[str, int] | None = None,
+) -> None:
+    """Check the fields of a frozen dataclass by their declared types; stores Python's own classes.
+
+    Args:
+        config: its fields are of int, float, bool, Literal, str or other classes, or None.
+        at_least_0: the ints that may be 0; the others are at least 1.
+        above_0: the floats that may not be 0; the others are at least 0.
+        bits: of ints that may have more than 63.
+
+    Raises:
+        WrongTypeError: A value has another type; a TypeError and a ValueError.
+        ValueError: A value is out of range.
+    """
+    kind = type(config).__name__
+    for field in dataclasses.fields(config):
+        name, value, declared = field.name, getattr(config, field.name), field.type
+        kinds = get_args(declared) or (declared,)
+        if value is None and type(None) in kinds:
+            continue
+        if int in kinds:
+            minimum = 0 if name in at_least_0 else 1
+            value = whole(kind, name, value, minimum, (bits or {}).get(name, 63))
+        elif float in kinds:
+            value = number(kind, name, value, above=name in above_0)
+        elif bool in kinds:
+            flag(kind, **{name: value})
+        elif get_origin(declared) is Literal:
+            value = one_of(kind, name, value, kinds)
+        elif not isinstance(value, kinds):
+            names = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
+            raise WrongTypeError(f"{kind}: {name} must be of {names}, got {value!r}")
+        elif isinstance(value, str):
+            value = str.__str__(value)
+        object.__setattr__(config, name, value)
 
 
 def as_int(value: Any) -> Any:
     """The integer that a value is, NumPy's among them; None where it is none: a bool."""
-    if isinstance(value, (int, torch.SymInt)):  # an index of a SymInt would fix its value
-        if isinstance(value, int):
-            return None if isinstance(value, bool) else int(value)  # an IntEnum is another class
+    if isinstance(value, torch.SymInt):  # an index of a SymInt would fix its value
         return value
+    if isinstance(value, int):
+        return None if isinstance(value, bool) else int(value)  # an IntEnum is another class
     try:
         return None if _is_bool(value) else operator.index(value)
     except (TypeError, ValueError):
@@ -125,30 +221,15 @@ def as_number(value: Any) -> Any:
         return value
     if isinstance(value, float):
         return float(value)  # NumPy's float64 is another class
-    if isinstance(value, int):
-        return None if isinstance(value, bool) else _within_float(value)
-    if _is_bool(value) or not hasattr(value, "__float__"):
+    if isinstance(value, bool) or _is_bool(value) or not hasattr(value, "__float__"):
         return None
     try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):  # an array or a tensor of several
-        return None
-
-
-def _within_float(value: int) -> int | float:
-    """The value; infinity where no float is as large."""
-    try:
-        float(value)
+        found = float(value)
     except OverflowError:
         return math.inf if value > 0 else -math.inf
-    return int(value)
-
-
-def flag(op: str, **values: Any) -> None:
-    """Check values that must be True or False: a text such as "no" is true for Python."""
-    for name, value in values.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
+    except (TypeError, ValueError, RuntimeError):  # an array or a tensor of several
+        return None
+    return int(value) if isinstance(value, int) else found
 
 
 def _is_bool(value: Any) -> bool:
@@ -156,22 +237,7 @@ def _is_bool(value: Any) -> bool:
     return str(getattr(value, "dtype", None)) in ("bool", "torch.bool")
 
 
-def at_least(op: str, minimum: float, **values: float) -> None:
-    """Check numbers against a lower bound, NaN included."""
-    for name, value in values.items():
-        if not minimum <= _number(op, name, value) < math.inf:
-            raise ValueError(f"{op}: {name} must be finite and at least {minimum}, got {value}")
-
-
-def positive(op: str, **values: float) -> None:
-    """Check numbers that must be above 0, NaN included."""
-    for name, value in values.items():
-        if not 0 < _number(op, name, value) < math.inf:
-            raise ValueError(f"{op}: {name} must be finite and above 0, got {value}")
-
-
-def _number(op: str, name: str, value: Any) -> Any:
-    number = as_number(value)
-    if number is None:
-        raise ValueError(f"{op}: {name} must be a number, got {value!r}")
-    return number
+def reason(error: BaseException) -> str:
+    """An exception's class and the first lines of its text, in one line for a message."""
+    lines = "".join(traceback.format_exception_only(error)).split("\n")
+    return textwrap.shorten(" ".join(lines[:2]), 200, placeholder=" ...")

@@ -3,9 +3,8 @@
 `define` registers the schema, the implementations, the fake and the autograd formula of an op.
 Under forward-mode AD and the transforms of `torch.func`, which need more than a formula for the
 reverse mode, an op is its CPU implementation: operators of PyTorch, which have all formulas.
-`Library.define` with `impl` adds about 1 us of host time to a call where
-`torch.library.custom_op` adds 7, and refuses a second definition of the same name instead of
-silently replacing the first.
+`Library.define` with `impl` costs less host time a call than `torch.library.custom_op`, and refuses
+a second definition of the same name, where the latter replaces the first.
 """
 
 import functools
@@ -21,14 +20,13 @@ from torch.autograd import forward_ad
 NAMESPACE = "mhc_tile"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
-# Every op of `mhc_tile.ops` by name, for the tests that walk over all of them.
+# Every op of `mhc_tile.ops` by name, for the tests.
 OPS: dict[str, torch._ops.OpOverload] = {}
 
 Formula = Callable[..., Any]
 
-# Before 2.13 Inductor, when it meets an op that it has no lowering for, writes its arguments out
-# with everything that they were computed from: about four times as much with every sublayer. A
-# model of eight that is compiled as one took 7 s longer, one of nine 27 s.
+# Before 2.13 Inductor, at an op that it has no lowering for, formats the arguments with everything
+# that they were computed from, which grows exponentially with the number of sublayers.
 _WRITES_ARGUMENTS_OUT = torch.__version__ < "2.13"
 
 
@@ -76,8 +74,17 @@ def define(
     return op
 
 
+def while_tracing(function: Formula) -> Formula:
+    """Let torch.compile call a function as it traces, and take its result for a constant.
+
+    What `torch.compiler.assume_constant_result` does, which would import Dynamo.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def under_transforms() -> bool:
-    """Whether forward-mode AD or a transform of `torch.func` is at work."""
+    """Whether forward-mode AD or a transform of `torch.func` is active."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
@@ -161,16 +168,10 @@ def _outside_autocast(op: torch._ops.OpOverload, device: str) -> Formula:
 
 
 def derive(function: Formula) -> dict[str, Formula]:
-    """The autograd formula of an op, by differentiating a function that computes the same.
+    """The keywords `setup_context` and `backward` of `define`, by differentiating a function.
 
-    It gives the backward ops their own gradient, so that second derivatives work, and third ones;
-    nothing that trains without them ever runs it.
-
-    Args:
-        function: takes the op's arguments, returns its results, differentiable.
-
-    Returns:
-        The keywords `setup_context` and `backward` of `define`.
+    The function computes what the op computes. It gives the backward ops their own gradients, of
+    any order; nothing that trains without second derivatives runs it.
     """
 
     def setup_context(ctx: Any, inputs: Any, output: Any, keyword_only_inputs: Any = None) -> None:

@@ -1,13 +1,10 @@
 """The constants of one mHC layer: `MHCConfig` and its presets."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from . import _checks
-
-INITS = ("paper", "residual")
 
 
 @dataclass(frozen=True)
@@ -42,18 +39,11 @@ class MHCConfig:
     post_scale: float = 2.0
     iters: int = 20
     sinkhorn_eps: float = 0.0
-    init: str = "paper"
+    init: Literal["paper", "residual"] = "paper"
 
     def __post_init__(self) -> None:
         """Reject what no layer could compute."""
-        for name in ("num_streams", "iters"):
-            check_count(self, name)
-        for name in ("norm_eps", "pre_eps", "sinkhorn_eps"):
-            check_number(self, name)
-        check_number(self, "post_scale", positive=True)
-        if self.init not in INITS:
-            raise ValueError(f"MHCConfig: init must be one of {list(INITS)}, got {self.init!r}")
-        object.__setattr__(self, "init", str.__str__(self.init))
+        _checks.fields(self, above_0=("post_scale",))
 
     @classmethod
     def paper(cls, **overrides: Any) -> "MHCConfig":
@@ -69,39 +59,3 @@ class MHCConfig:
     def replace(self, **changes: Any) -> "MHCConfig":
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
-
-
-def check_count(config: Any, name: str, minimum: int = 1) -> None:
-    """Check a field of a frozen dataclass that counts; NumPy's integers become Python's.
-
-    Raises:
-        TypeError: It is not an int.
-        ValueError: It is below the minimum.
-    """
-    kind, value = type(config).__name__, getattr(config, name)
-    whole = _checks.as_int(value)
-    if whole is None:
-        raise TypeError(f"{kind}: {name} must be an int, got {value!r}")
-    if whole < minimum:
-        raise ValueError(f"{kind}: {name} must be at least {minimum}, got {value}")
-    if whole >= 2**63:
-        raise ValueError(f"{kind}: {name} must be below 2**63, got {value}")
-    object.__setattr__(config, name, whole)
-
-
-def check_number(config: Any, name: str, *, positive: bool = False) -> None:
-    """Check a field of a frozen dataclass that is at least 0, or above it; NumPy's become floats.
-
-    Raises:
-        TypeError: It is not a number.
-        ValueError: It is out of range or not finite.
-    """
-    kind, value = type(config).__name__, getattr(config, name)
-    number = _checks.as_number(value)
-    if number is None:
-        rule = "a number above 0" if positive else "a number of at least 0"
-        raise TypeError(f"{kind}: {name} must be {rule}, got {value!r}")
-    if not (math.isfinite(number) and (number > 0 if positive else number >= 0)):
-        rule = "above 0" if positive else "at least 0"
-        raise ValueError(f"{kind}: {name} must be finite and {rule}, got {value}")
-    object.__setattr__(config, name, number)

@@ -1,30 +1,32 @@
-"""`mhc-tile doctor`: what is here, what would be slow or missing, and how to mend it."""
+"""`mhc-tile doctor`: what is installed, what would be slow or missing, and the remedies."""
 
 import argparse
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from ._version import __version__
-from .kernels.common import toolchain as _toolchain
+from mhc_tile.kernels.common import toolchain as _toolchain
 
-TRAIN_PACKAGES = ("matplotlib", "tabulate", "tensorboard", "tqdm")
+from . import _checks
+from ._version import __version__
+
+TRAIN_PACKAGES = ("jinja2", "matplotlib", "tabulate", "tensorboard", "tqdm", "tyro")
 
 
 @dataclass(frozen=True)
 class Finding:
     """One line of the report.
 
-    Attributes:
-        item: what was looked at.
+    Args:
+        item: what was examined.
         status: "ok", "note" (something is slower or absent by choice) or "missing".
-        found: what is there.
+        found: the version, place or state.
         remedy: what to do about it; empty where nothing is to be done.
     """
 
@@ -35,15 +37,8 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at everything, in the order of the report. Nothing is compiled, changed or fetched."""
-    checks: tuple[Callable[[], Iterator[Finding]], ...] = (
-        _software,
-        _gpu,
-        _tables,
-        _compiler,
-        _train,
-    )
-    return [finding for check in checks for finding in check()]
+    """Examine everything, in the order of the report. Nothing is compiled, changed or fetched."""
+    return [f for check in (_software, _gpu, _tables, _compiler, _train) for f in check()]
 
 
 def _software() -> Iterator[Finding]:
@@ -51,44 +46,38 @@ def _software() -> Iterator[Finding]:
     yield Finding("mhc_tile", "ok", f"{__version__} in {where}")
     yield Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}")
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
-    yield Finding(
-        "torch", "ok", f"{torch.__version__} ({build}), {torch.get_num_threads()} threads"
-    )
+    threads = torch.get_num_threads()
+    yield Finding("torch", "ok", f"{torch.__version__} ({build}), {threads} threads")
 
 
 def _gpu() -> Iterator[Finding]:
-    from .autotune.device import describe
+    from mhc_tile.autotune.device import describe
 
     if not torch.cuda.is_available():
         why = "this torch is a CPU build" if torch.version.cuda is None else "no device or driver"
-        yield Finding(
-            "GPU",
-            "note",
-            f"none ({why}); every op runs its PyTorch reference on the CPU",
-            "for a GPU: an NVIDIA driver and a CUDA build of torch (https://pytorch.org)",
-        )
+        found = f"none ({why}); every op runs its PyTorch reference on the CPU"
+        remedy = "for a GPU: an NVIDIA driver and a CUDA build of torch (https://pytorch.org)"
+        yield Finding("GPU", "note", found, remedy)
         return
     for index in range(torch.cuda.device_count()):
         try:
             device = describe(index)
         except RuntimeError as error:  # of the driver
-            said = " ".join(str(error).split())
             remedy = "nvidia-smi says more; a process that hangs, or a restart of the driver"
-            yield Finding(f"GPU {index}", "missing", f"does not answer: {said[:200]}", remedy)
+            found = f"does not answer: {_checks.reason(error)}"
+            yield Finding(f"GPU {index}", "missing", found, remedy)
             continue
-        supported = device.capability >= _toolchain.MINIMUM_CAPABILITY
-        yield Finding(
-            f"GPU {index}",
-            "ok" if supported else "note",
-            str(device),
-            "" if supported else "kernels need compute capability 8.0; ops use the reference here",
-        )
+        if device.capability >= _toolchain.MINIMUM_CAPABILITY:
+            yield Finding(f"GPU {index}", "ok", str(device))
+        else:
+            remedy = "kernels need compute capability 8.0; ops use the reference here"
+            yield Finding(f"GPU {index}", "note", str(device), remedy)
 
 
 def _tables() -> Iterator[Finding]:
-    """Which tuned configurations count; files are read, nothing is remembered."""
-    from .autotune import lookup, table
-    from .autotune.device import describe
+    """Which tuned configurations count; files are read, nothing is cached."""
+    from mhc_tile.autotune import lookup, table
+    from mhc_tile.autotune.device import describe
 
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         item = f"tuning {index}"
@@ -97,23 +86,21 @@ def _tables() -> Iterator[Finding]:
             continue
         try:
             tables = lookup.load(describe(index))
-        except RuntimeError:  # said above
+        except RuntimeError:  # `_gpu` reports it
             continue
-        files = ", ".join(str(path) for path in tables.files)
         entries = sum(len(family.entries) for family in tables.families.values())
+        found = f"{entries} entries in {', '.join(map(str, tables.files))}"
         if not entries:
             remedy = "mhc-tile autotune --preset paper fits the kernels to this GPU"
             yield Finding(item, "note", "no table; default configurations", remedy)
         elif tables.other_tilelang:
-            versions = ", ".join(tables.other_tilelang)
+            found += f", of TileLang {', '.join(tables.other_tilelang)}"
             remedy = "mhc-tile autotune measures again with the TileLang that is installed"
-            yield Finding(
-                item, "note", f"{entries} entries in {files}, of TileLang {versions}", remedy
-            )
+            yield Finding(item, "note", found, remedy)
         else:
-            yield Finding(item, "ok", f"{entries} entries in {files}")
+            yield Finding(item, "ok", found)
         for fault in tables.faults:
-            remedy = "mend it or move it away; mhc-tile autotune --preset paper makes a new one"
+            remedy = "repair or move it; mhc-tile autotune --preset paper makes a new one"
             yield Finding(item, "note", fault, remedy)
 
 
@@ -140,7 +127,7 @@ def _compiler() -> Iterator[Finding]:
 
 
 def _cache(folder: Path) -> Finding:
-    # os.path says no of what may not be looked at, where Path raises
+    # os.path, not Path: Path raises for a folder that may not be read
     parent = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not (os.path.isdir(parent) and os.access(parent, os.W_OK | os.X_OK)):
         remedy = "set TILELANG_CACHE_DIR to a writable folder, else kernels compile in each process"
@@ -160,11 +147,7 @@ def _train() -> Iterator[Finding]:
 
 
 def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+    return any(metadata.distributions(name=name))
 
 
 def render(findings: list[Finding]) -> str:
@@ -176,8 +159,7 @@ def render(findings: list[Finding]) -> str:
         if finding.remedy:
             lines.append(f"{'':>{width + 11}}-> {finding.remedy}")
     missing = sum(finding.status == "missing" for finding in findings)
-    verdict = f"{missing} missing" if missing else "nothing is missing"
-    return "\n".join([*lines, "", f"doctor: {verdict}"])
+    return "\n".join([*lines, "", f"doctor: {missing or 'nothing is'} missing"])
 
 
 def run(args: argparse.Namespace) -> int:

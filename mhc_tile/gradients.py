@@ -1,11 +1,12 @@
 """The gradients of `reference.py`, written out: `<name>_backward` for every op.
 
 These are the CPU implementations of the backward ops and what the backward kernels compute, line by
-line; the tests hold them to autograd of the reference in float64. Names and shapes are those of
-`reference.py`; `grad_<name>` is the cotangent of `<name>`. All results are at least float32: the
-ops round them to the dtype of the input that they belong to.
+line; the tests compare them with autograd of the reference in float64. Names and shapes are those
+of `reference.py`; `grad_<name>` is the cotangent of `<name>`. All results are at least float32: the
+ops round them to the dtype of the input that they belong to. A function ignores those constants of
+its forward that its formulas do not contain.
 
-A forward op hands its backward two small tensors that would cost a pass over x to rebuild:
+A forward op keeps for its backward two small tensors that would cost a pass over x to rebuild:
 `projection` [..., n*n + 2n] and `inv_rms` [...]. Sinkhorn's iterates are recomputed.
 """
 
@@ -70,7 +71,7 @@ def _normalise_backward(grad: Tensor, output: Tensor, total: Tensor, dim: int) -
 
 
 def sinkhorn_backward(grad_h_res: Tensor, logits: Tensor, iters: int, eps: float) -> Tensor:
-    """Gradient of `reference.sinkhorn`: replay the iteration, then walk back through it.
+    """Gradient of `reference.sinkhorn`: repeat the iteration, then differentiate it in reverse.
 
     Returns:
         grad_logits: [..., n, n].
@@ -164,6 +165,7 @@ def mapping_backward(
     inv_rms: Tensor,
     *,
     post_scale: float,
+    **unused: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradient of `reference.mapping`.
 
@@ -195,10 +197,12 @@ def pre_backward(
     post_scale: float,
     iters: int,
     sinkhorn_eps: float,
+    **unused: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradient of `reference.pre`; grad_x_part, what others have for x, is added to grad_x.
+    """Gradient of `reference.pre`, to whose grad_x another gradient of x may be added.
 
-    With h_res it is the cotangent of `merge` on the same x, and its share of grad_x is formed here:
+    Without h_res that is grad_x_part itself. With h_res, grad_x_part is the cotangent of `merge` on
+    the same x, and what is added is the gradient that `merge` has:
     `grad_x[i, c] += sum_o h_res[o, i] * grad_x_part[o, c]`
 
     Returns:
@@ -270,6 +274,7 @@ def head_backward(
     inv_rms: Tensor,
     *,
     pre_eps: float,
+    **unused: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradient of `reference.head`.
 

@@ -4,7 +4,7 @@ Everything else in the package is held to this file. It is each op's CPU impleme
 in every test and the baseline in every measurement. Equation numbers are those of
 arXiv 2512.24880v2.
 
-Names and shapes, with n streams of width C and any leading dims (none, or of size zero, too):
+Names and shapes, with n streams of hidden size C and any leading dims (none, or of size zero, too):
 
     x              [..., n, C]       the residual streams
     layer_input    [..., C]          what a layer reads

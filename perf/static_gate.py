@@ -29,7 +29,7 @@ from mhc_tile.autotune.problems import Problem
 from mhc_tile.autotune.registry import KERNELS
 from mhc_tile.kernels.boundary import launch as boundary
 from mhc_tile.kernels.common.architectures import multiprocessors_of
-from mhc_tile.kernels.common.programs import catalogue
+from mhc_tile.kernels.common.programs import dry_run
 from mhc_tile.kernels.common.quantities import Samples
 from mhc_tile.ops import _dispatch
 from mhc_tile.ops._definition import DEFINITIONS
@@ -91,7 +91,7 @@ def count(op: str, arch: str, tokens: int) -> Counts:
     pinned = _dispatch.BATCH_INVARIANT
     _dispatch.set_batch_invariant(False)
     try:
-        with catalogue(arch, multiprocessors_of(arch)) as asked, _TorchKernels() as own:
+        with dry_run(arch, multiprocessors_of(arch)) as asked, _TorchKernels() as own:
             _dispatch.LAUNCHERS[name](*positional, **keywords)
     finally:
         _dispatch.set_batch_invariant(pinned)

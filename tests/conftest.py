@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import mhc_tile  # noqa: F401 - registers the ops before any test collects them
+from mhc_tile.autotune import worker
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,6 +29,13 @@ def _poisoned_memory():
 def _one_thread_each():
     """Tests run in parallel processes: one thread each."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _workers_have_imported_tilelang():
+    """Without a GPU, processes of the tuner may begin as copies of one that knows the kernels."""
+    if not torch.cuda.is_available():
+        worker.PRELOAD.append("mhc_tile.kernels.merge")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -20,7 +20,6 @@ from mhc_tile.autotune import __main__ as module
 from mhc_tile.autotune import _extras, cli, compiling, cubin, journal, measuring, registry, table
 from mhc_tile.autotune.problems import PRESETS, TOKENS, Problem, Shape, problems
 from mhc_tile.autotune.registry import KERNELS, Target
-from mhc_tile.autotune.resources import occupancy
 from mhc_tile.kernels import sinkhorn, streams
 from mhc_tile.kernels.common import static as _static
 from mhc_tile.kernels.common import toolchain as _toolchain
@@ -150,15 +149,16 @@ def test_a_program_that_does_not_compile_is_an_answer(monkeypatch):
 
 
 def test_occupancy_is_limited_by_threads_blocks_registers_or_shared_memory():
-    def share(registers: int, shared: int, threads: int, arch: str = "sm_90a") -> float | None:
-        return occupancy(Resources("k", registers, 0, 0, 0, 0, shared, threads), arch)
+    def share(registers: int, shared: int, threads: int, arch: str = "sm_90a") -> float:
+        return Resources("k", registers, 0, 0, 0, 0, shared, threads).occupancy(arch)
 
     assert share(32, 0, 1024) == 1.0
     assert share(32, 0, 32) == 32 * 32 / 2048  # 32 blocks
     assert share(255, 0, 256) == 256 / 2048
     assert share(32, 200_000, 256) == 256 / 2048
     assert share(32, 0, 1024, "sm_89") == 1024 / 1536
-    assert share(32, 0, 1024, "sm_999") is None
+    with pytest.raises(ValueError, match=r"arch must be one of sm_80, .* got sm_999"):
+        share(32, 0, 1024, "sm_999")
 
 
 def test_the_presets():
@@ -186,6 +186,9 @@ def test_problems_are_listed_once_with_their_tokens_in_a_row():
         (("--dry-run",), "one of --preset ['all', 'deepseek-v4', 'paper'] and --hidden"),
         (("--preset", "paper", "--hidden", "64", "--dry-run"), "one of --preset"),
         (("--preset", "paper", "--streams", "2", "--dry-run"), "--streams must come with --hidden"),
+        ((*SMALL, "--dry-run", "--compile-only"), "one phase must be given, got --dry-run and"),
+        ((*SMALL, "--dry-run", "--resume", "--force"), "given, got --resume and --force"),
+        ((*SMALL, "--dry-run", "--output", " "), "--output must not be empty, got ' '"),
         ((*SMALL, "--streams", "3", "--dry-run"), "--streams must be in (1, 2, 4, 8), got [3]"),
         (("--hidden", "0", "--dry-run"), "--hidden must be above 0 and at most 1048576, got 0"),
         (("--hidden", "64", "--tokens", "96", "--dry-run"), "--tokens must be powers of two"),
@@ -236,7 +239,7 @@ def test_a_missing_package_is_named_with_its_extra(capsys, monkeypatch):
 
     monkeypatch.setattr(_extras.importlib, "import_module", require)
     why = fails(capsys, *SMALL)
-    assert "autotune: the package 'tqdm' must be installed" in why
+    assert "autotune: the package 'tyro' must be installed" in why
     assert "pip install 'mhc-tile[tune]' brings it" in why
 
 
@@ -247,15 +250,35 @@ def test_both_commands_are_one(capsys):
     with pytest.raises(SystemExit):
         module.main(["--help"])
     other = capsys.readouterr().out
-    assert one[one.index("options:") :] == other[other.index("options:") :]
+    assert one[one.index("--preset") :] == other[other.index("--preset") :]
     assert module.main(["--tokens", "3"]) == 1
     assert capsys.readouterr().err.startswith("autotune: ")
+
+
+@pytest.mark.parametrize("empty", ["", " "])
+@pytest.mark.parametrize("option", [n for n, (kind, _) in cli._OPTIONS.items() if kind is not bool])
+def test_no_option_takes_an_empty_text(capsys, option, empty):
+    code = 1
+    try:
+        code = __main__.main(["autotune", *SMALL, cli.flag(option), empty])
+    except SystemExit as end:
+        code = end.code
+    assert code == (1 if option in ("arch", "output") else 2)
+    assert cli.flag(option) in capsys.readouterr().err
+
+
+def test_the_table_may_begin_at_home_but_not_at_nobody_s(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = cli._path(cli._options(["--output=~/x"], "autotune"), DEVICE)
+    assert path == tmp_path / "x"
+    with pytest.raises(ValueError, match="--output must name a home folder, got '~no-such-user/x'"):
+        cli._path(cli._options(["--output", "~no-such-user/x"], "autotune"), DEVICE)
 
 
 # A GPU that is not there: everything but the CUDA calls is real.
 
 TUNE = ("--hidden", "2560", "--kernel", "merge", "sinkhorn", "--tokens", "64", "4096")
-PLANTED = {"160,2": 10.0, "96,2": 8.0, "320,1": "is wrong", "96,1": "hangs", "32": 2.0, "64": 2.0}
+PLANTED = {"160,2": 10.0, "96,2": 8.0, "320,1": "is wrong", "32": 2.0, "64": 2.0}
 
 
 @pytest.fixture
@@ -274,7 +297,8 @@ def fake_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(_static, "available", lambda: None)
 
 
-def test_the_command_from_candidates_to_table_and_picture(places, fake_gpu, capsys):
+def test_the_command_from_candidates_to_table_and_picture(places, fake_gpu, capsys, monkeypatch):
+    monkeypatch.setenv("FAKE_BENCH", json.dumps({**PLANTED, "96,1": "hangs"}))
     said = run(capsys, *TUNE, "--timeout", "3")
     assert re.search(r"rejected: merge 64 x 2560, .*\"threads\": 320.*: wrong: result 0 must", said)
     assert re.search(r"rejected: merge 64 x 2560, .*\"threads\": 96.*: hung: no answer", said)
@@ -403,8 +427,8 @@ def test_what_happens_to_the_table_is_said(places, fake_gpu, capsys):
     path.write_text("{ broken")
     said = run(capsys, *TUNE, "--timeout", "3", "--output", str(path))
     assert f"{path} could not be read: it is kept as {path}.unreadable" in said
-    assert f"MHC_TILE_TABLES={path} has them do so" in said
-    assert "has them do so" not in run(capsys, *TUNE)
+    assert f"ops do not read this table by themselves: set MHC_TILE_TABLES={path}" in said
+    assert "set MHC_TILE_TABLES" not in run(capsys, *TUNE)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

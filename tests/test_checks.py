@@ -111,10 +111,10 @@ def test_mixed_devices():
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
-        ({"num_streams": 0}, ValueError, "num_streams must be at least 1, got 0"),
-        ({"num_streams": 4.0}, TypeError, "num_streams must be an int, got 4.0"),
-        ({"iters": 0}, ValueError, "iters must be at least 1, got 0"),
-        ({"iters": True}, TypeError, "iters must be an int, got True"),
+        ({"num_streams": 0}, ValueError, "num_streams must be an int of at least 1, got 0"),
+        ({"num_streams": 4.0}, TypeError, "num_streams must be an int of at least 1, got 4.0"),
+        ({"iters": 0}, ValueError, "iters must be an int of at least 1, got 0"),
+        ({"iters": True}, TypeError, "iters must be an int of at least 1, got True"),
         ({"norm_eps": -1.0}, ValueError, "norm_eps must be finite and at least 0, got -1.0"),
         ({"pre_eps": float("nan")}, ValueError, "pre_eps must be finite and at least 0, got nan"),
         ({"sinkhorn_eps": -1e-9}, ValueError, "sinkhorn_eps must be finite and at least 0"),

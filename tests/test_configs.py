@@ -104,7 +104,7 @@ def test_an_unknown_name_suggests_the_nearest():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_size": 0}, "ModelConfig: hidden_size must be at least 1, got 0"),
+        ({"hidden_size": 0}, "ModelConfig: hidden_size must be an int of at least 1, got 0"),
         ({"head_size": 7}, "ModelConfig: head_size must be even, got 7"),
         ({"rope_theta": 0.0}, "ModelConfig: rope_theta must be finite and above 0, got 0.0"),
         ({"norm_eps": -1.0}, "ModelConfig: norm_eps must be finite and at least 0, got -1.0"),
@@ -118,17 +118,29 @@ def test_bad_shapes(changes, message):
 @pytest.mark.parametrize(
     ("part", "changes", "message"),
     [
-        ("moe", {"num_experts": 0}, "MoEConfig: num_experts must be at least 1, got 0"),
+        ("moe", {"num_experts": 0}, "num_experts must be an int of at least 1, got 0"),
         ("moe", {"num_experts": 1024}, "MoEConfig: num_experts must be at most 1023, got 1024"),
-        ("moe", {"experts_per_token": 0}, "experts_per_token must be at least 1, got 0"),
-        ("moe", {"experts_per_token": 5}, "must be at most num_experts 4, got 5"),
-        ("moe", {"shared_experts": -1}, "MoEConfig: shared_experts must be at least 0, got -1"),
-        ("moe", {"expert_ffn_size": 0}, "MoEConfig: expert_ffn_size must be at least 1, got 0"),
-        ("moe", {"leading_dense_layers": -1}, "leading_dense_layers must be at least 0, got -1"),
+        ("moe", {"experts_per_token": 0}, "experts_per_token must be an int of at least 1, got 0"),
+        ("moe", {"experts_per_token": 5}, "experts_per_token must be at most 4, got 5"),
+        (
+            "moe",
+            {"shared_experts": -1},
+            "shared_experts must be an int of at least 0, got -1",
+        ),
+        (
+            "moe",
+            {"expert_ffn_size": 0},
+            "expert_ffn_size must be an int of at least 1, got 0",
+        ),
+        (
+            "moe",
+            {"leading_dense_layers": -1},
+            "leading_dense_layers must be an int of at least 0, got -1",
+        ),
         ("moe", {"balance_rate": float("inf")}, "balance_rate must be finite and at least 0, got"),
-        ("mla", {"kv_rank": 0}, "MLAConfig: kv_rank must be at least 1, got 0"),
+        ("mla", {"kv_rank": 0}, "MLAConfig: kv_rank must be an int of at least 1, got 0"),
         ("mla", {"rope_size": 3}, "MLAConfig: rope_size must be even, got 3"),
-        ("mla", {"query_rank": 0}, "MLAConfig: query_rank must be at least 1, got 0"),
+        ("mla", {"query_rank": 0}, "query_rank must be an int of at least 1, got 0"),
     ],
 )
 def test_bad_parts(part, changes, message):
@@ -137,14 +149,14 @@ def test_bad_parts(part, changes, message):
 
 
 def test_parts_have_their_types():
-    with pytest.raises(TypeError, match=r"MoEConfig: num_experts must be an int, got 4.0"):
+    with pytest.raises(TypeError, match=r"num_experts must be an int of at least 1, got 4.0"):
         EXPERTS.replace(moe={"num_experts": 4.0})
-    with pytest.raises(TypeError, match=r"MLAConfig: query_rank must be an int, got True"):
+    with pytest.raises(TypeError, match=r"query_rank must be an int of at least 1, got True"):
         EXPERTS.replace(mla={"query_rank": True})
     with pytest.raises(TypeError, match=r"ModelConfig: mla must be of MLAConfig or None, got 7"):
         EXPERTS.replace(mla=7)
 
 
 def test_a_count_must_be_an_int():
-    with pytest.raises(TypeError, match=r"ModelConfig: num_layers must be an int, got 2.0"):
+    with pytest.raises(TypeError, match=r"num_layers must be an int of at least 1, got 2.0"):
         TINY.replace(num_layers=2.0)

@@ -68,7 +68,7 @@ def test_the_command_trains_draws_and_says_what_it_sees(text, tmp_path, capsys):
 
 
 def test_an_interrupted_demo_continues_to_the_same_numbers(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "draw_all", lambda _folder, _legs: {})
+    monkeypatch.setattr(demo, "draw_all", lambda _folder, _legs: [])
     monkeypatch.setattr(DemoSettings, "legs", small_legs)
     settings = DemoSettings(steps=12, stress_steps=2, corpus=text)
 
@@ -102,7 +102,7 @@ def test_an_interrupted_demo_continues_to_the_same_numbers(text, tmp_path, monke
 
 
 def test_ctrl_c_in_the_last_validation_of_a_leg_ends_the_demo(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "draw_all", lambda _folder, _legs: {})
+    monkeypatch.setattr(demo, "draw_all", lambda _folder, _legs: [])
     monkeypatch.setattr(DemoSettings, "legs", small_legs)
     start_demo(tmp_path, DemoSettings(steps=6, stress_steps=3, corpus=text))
 
@@ -123,7 +123,7 @@ def test_ctrl_c_in_the_last_validation_of_a_leg_ends_the_demo(text, tmp_path, mo
 
 def test_damaged_records_are_named(text, tmp_path, monkeypatch):
     monkeypatch.setattr(DemoSettings, "legs", small_legs)
-    monkeypatch.setattr(demo, "draw_all", lambda _folder, _legs: {})
+    monkeypatch.setattr(demo, "draw_all", lambda _folder, _legs: [])
     start_demo(tmp_path, DemoSettings(steps=6, stress_steps=3, corpus=text))
     run_legs(tmp_path, listen_to_nothing)
     metrics = tmp_path / "residual" / "metrics.jsonl"

@@ -247,9 +247,9 @@ def test_why_no_kernel_runs(monkeypatch, capability, tilelang, n, why):
 class Launched(TorchDispatchMode):
     """Asks every op's kernels, without a GPU, for what the op has just returned on the CPU."""
 
-    def __init__(self, catalogue):
+    def __init__(self, dry_run):
         super().__init__()
-        self.catalogue, self.compared = catalogue, []
+        self.dry_run, self.compared = dry_run, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -257,7 +257,7 @@ class Launched(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         if func.namespace == "mhc_tile" and name in _dispatch.LAUNCHERS:
             launch = _library._with_defaults(func, _dispatch.LAUNCHERS[name])
-            with self.catalogue("sm_90a", 132):
+            with self.dry_run("sm_90a", 132):
                 found = launch(
                     *map(self.bare, args), **{k: self.bare(v) for k, v in kwargs.items()}
                 )
@@ -281,7 +281,7 @@ def test_kernels_return_what_the_op_returns(name, tokens):
     pytest.importorskip("tilelang")
     programs = importlib.import_module("mhc_tile.kernels.common.programs")
     made = call(name, Shape("leading", tokens=tokens), torch.bfloat16).to(grad=True)
-    with Launched(programs.catalogue) as seen:
+    with Launched(programs.dry_run) as seen:
         results = made.run()
         torch.autograd.grad(results, made.inputs, cotangents(results))
     assert {op for op, _ in seen.compared} == {name, f"{name}_backward"}
@@ -351,6 +351,6 @@ def test_a_boundary_that_fails_costs_pre_nothing(monkeypatch):
     assert torch.equal(x_next, made.inputs[0] + 1)
     assert torch.equal(layer_input, x_next.sum(-2))
     assert given == [entry]
-    monkeypatch.setattr(op, "tuned", lambda name, x, sizes, launch: launch(None))
+    monkeypatch.setattr(op.lookup, "default", lambda asked: entry)
     with pytest.raises(RuntimeError, match="too many resources"):
         op._kernel(*made.inputs, **made.others)

@@ -26,7 +26,9 @@ def test_docstring_examples(name):
     assert results.failed == 0
 
 
-@pytest.mark.parametrize("function", [getattr(ops, name) for name in ops.__all__])
+@pytest.mark.parametrize(
+    "function", [f for name in ops.__all__ if inspect.isfunction(f := getattr(ops, name))]
+)
 def test_public_functions_say_what_they_take_return_and_raise(function):
     text = inspect.getdoc(function)
     for section in ("Args:", "Returns:", "Raises:", "Example:"):
@@ -50,7 +52,7 @@ def test_readme_examples_run():
 
 def test_readme_is_short_and_starts_with_an_example():
     lines = README.splitlines()
-    assert len(lines) <= 150
+    assert len(lines) <= 90
     assert any(line.startswith("```python") for line in lines[:30])
     for command in ("make demo", "make test"):
         assert command in README

@@ -51,6 +51,26 @@ def test_nothing_but_kernels_and_tuning_needs_tilelang_or_what_tuning_needs():
         assert said in result.stdout
 
 
+WITHOUT_TRAIN = """
+import sys
+for name in ("tyro", "docstring_parser", "jinja2", "tensorboard", "matplotlib"):
+    sys.modules[name] = None  # importing it raises
+from mhc_tile.__main__ import main
+assert main(["doctor"]) in (0, 1)
+assert main(["train", "--steps", "1"]) == main(["demo"]) == 1
+main(["--version"])
+"""
+
+
+def test_without_the_train_extra_its_commands_name_it_in_one_line():
+    result = subprocess.run([sys.executable, "-c", WITHOUT_TRAIN], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "mhc-tile 0." in result.stdout
+    lines = result.stderr.splitlines()
+    assert len(lines) == 2
+    assert all("pip install 'mhc-tile[train]' brings it" in line for line in lines)
+
+
 def test_a_kernel_cache_that_cannot_be_written_is_found(tmp_path):
     (tmp_path / "file").write_text("")
     command = [sys.executable, "-m", "mhc_tile", "doctor"]
@@ -192,7 +212,7 @@ def test_a_gpu_that_does_not_answer_is_a_finding(monkeypatch):
     monkeypatch.setattr("mhc_tile.autotune.device.describe", lost)
     finding = by_item()["GPU 0"]
     assert finding.status == "missing"
-    assert finding.found.startswith("does not answer: CUDA error: unknown error CUDA kernel")
+    assert finding.found.startswith("does not answer: RuntimeError: CUDA error: unknown error CUDA")
     assert "nvidia-smi" in finding.remedy
     assert "tuning 0" not in by_item()
 

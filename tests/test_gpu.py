@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cases import SIGNATURES, Shape, call, cotangents
 from compare import BACKWARD, PAIRS, K, compare
-from mhc_tile import merge, pre, reference
+from mhc_tile import close_sublayer, merge, open_sublayer, pre, reference
 from mhc_tile.models import Decoder
 from mhc_tile.ops import _dispatch
 from mhc_tile.training.corpus import Corpus, load_corpus
@@ -26,8 +26,8 @@ KERNELS = [name for name in SIGNATURES if name != "head"]
 
 
 def sublayer(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> Tensor:
-    layer_input, h_post, h_res, x = pre(x, phi, alpha, bias, **PRE, return_x=True)
-    return merge(x, layer_input, h_post, h_res)
+    state = open_sublayer(x, phi, alpha, bias, **PRE)
+    return close_sublayer(state, state.layer_input)
 
 
 def step(inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:

@@ -16,15 +16,16 @@ import emulator_launch
 from cases import Shape, call, cotangents
 from compare import BACKWARD, PAIRS, K, compare
 from mhc_tile import gradients, reference
+from mhc_tile.autotune import registry
 from mhc_tile.ops._definition import DEFINITIONS
 
 pytestmark = pytest.mark.skipif(
     emulator.available() is not None, reason=str(emulator.available() or "")
 )
 KERNELS = ("merge", "pre_apply", "sinkhorn", "streams", "mapping.launch", "mapping.backward")
-KERNELS += ("mapping.grad_x_pass", "mapping.token_state", "common.projection_simt")
-KERNELS += ("pre.launch", "pre.persistent", "pre_backward.launch", "pre_backward.persistent")
-KERNELS += ("boundary.launch",)
+KERNELS += ("mapping.grad_x_pass", "mapping.token_state", "mapping.simt")
+KERNELS += ("pre.launch", "pre.persistent", "pre_backward.dots", "pre_backward.persistent")
+KERNELS += ("pre_backward.launch", "boundary.launch")
 LAUNCHERS = {name: f"{name}.launch" for name in ("mapping", "pre", "pre_backward", "boundary")}
 LAUNCHERS["mapping_backward"] = "mapping.backward"
 
@@ -73,6 +74,12 @@ def kernel(name: str) -> Any:
     return importlib.import_module(f"mhc_tile.kernels.{LAUNCHERS.get(name, name)}")
 
 
+def default(name: str, x: Tensor) -> Any:
+    """The configuration that an op of streams x launches a kernel with where no table has one."""
+    programs = kernel("common.programs")
+    return registry.default(programs.problem_of(name, x), programs.target_of(x.device))
+
+
 def check(op: str, actual: Any, truth: Any, scale: float, k: float) -> None:
     pairs = zip(actual, truth, strict=True)
     for index, (value, expected) in enumerate(pairs):
@@ -90,11 +97,15 @@ def wide(*tensors: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_merge(shape, dtype):
     inputs = call("merge", shape, dtype).inputs
-    check("merge", [kernel("merge").forward(*inputs)], [reference.merge(*wide(*inputs))], 1, 1)
+    own = default("merge", inputs[0])
+    actual = kernel("merge").forward(*inputs, config=own)
+    check("merge", [actual], [reference.merge(*wide(*inputs))], 1, 1)
     grad = cotangents((inputs[0],))[0]
+    own = default("merge_backward", inputs[0])
     truth = gradients.merge_backward(*wide(grad, *inputs))
-    check("merge backward", kernel("merge").backward(grad, *inputs), truth, 1, BACKWARD)
-    nothing, *others = kernel("merge").backward(grad, *inputs[:-1], None)
+    actual = kernel("merge").backward(grad, *inputs, config=own)
+    check("merge backward", actual, truth, 1, BACKWARD)
+    nothing, *others = kernel("merge").backward(grad, *inputs[:-1], None, config=own)
     assert nothing is None
     check("merge backward without grad_x", others, truth[1:], 1, BACKWARD)
 
@@ -103,13 +114,16 @@ def test_merge(shape, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_pre_apply_and_streams(shape, dtype):
     x, h_pre = call("pre_apply", shape, dtype).inputs
-    hidden = kernel("pre_apply").forward(x, h_pre)
+    hidden = kernel("pre_apply").forward(x, h_pre, config=default("pre_apply", x))
     check("pre_apply", [hidden], [reference.pre_apply(*wide(x, h_pre))], 1, 1)
     grad = cotangents((hidden,))[0]
     truth = gradients.pre_apply_backward(*wide(grad, x, h_pre))
-    check("pre_apply backward", kernel("pre_apply").backward(grad, x, h_pre), truth, 1, BACKWARD)
-    assert torch.equal(kernel("streams").expand(hidden, shape.n), reference.expand(hidden, shape.n))
-    mean = kernel("streams").collapse(x, mean=True)
+    own = default("pre_apply_backward", x)
+    actual = kernel("pre_apply").backward(grad, x, h_pre, config=own)
+    check("pre_apply backward", actual, truth, 1, BACKWARD)
+    expanded = kernel("streams").expand(hidden, shape.n, config=default("expand", x))
+    assert torch.equal(expanded, reference.expand(hidden, shape.n))
+    mean = kernel("streams").collapse(x, mean=True, config=default("collapse", x))
     check("collapse", [mean], [reference.collapse(x.double(), "mean")], 1, 1)
 
 
@@ -117,12 +131,15 @@ def test_pre_apply_and_streams(shape, dtype):
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
 def test_sinkhorn(shape, eps):
     (logits,) = call("sinkhorn", shape).inputs
-    h_res = kernel("sinkhorn").forward(logits, iters=20, eps=eps)
+    h_res = kernel("sinkhorn").forward(
+        logits, iters=20, eps=eps, config=default("sinkhorn", logits)
+    )
     truth = reference.sinkhorn(logits.double(), 20, eps)
     check("sinkhorn", [h_res], [truth], shape.scale, K["sinkhorn"])
     grad = cotangents((h_res,))[0]
     truth = gradients.sinkhorn_backward(grad.double(), logits.double(), 20, eps)
-    actual = kernel("sinkhorn").backward(grad, logits, iters=20, eps=eps)
+    own = default("sinkhorn_backward", logits)
+    actual = kernel("sinkhorn").backward(grad, logits, iters=20, eps=eps, config=own)
     if shape.n > 1:  # a 1 x 1 matrix is always 1 where eps is 0, and nearly so elsewhere
         check("sinkhorn backward", [actual], [truth], shape.scale, K["sinkhorn"] * BACKWARD)
 
@@ -131,7 +148,8 @@ def test_sinkhorn_backward_of_logits_of_scale_100():
     (logits,) = call("sinkhorn", Shape("large", tokens=(256,), scale=100.0)).inputs
     grad = cotangents((logits,))[0]
     truth = gradients.sinkhorn_backward(grad.double(), logits.double(), 20, 1e-6)
-    actual = kernel("sinkhorn").backward(grad, logits, iters=20, eps=1e-6)
+    own = default("sinkhorn_backward", logits)
+    actual = kernel("sinkhorn").backward(grad, logits, iters=20, eps=1e-6, config=own)
     compare(actual, truth, k=K["sinkhorn"], name="sinkhorn backward")
 
 
@@ -141,7 +159,8 @@ CONSTANTS = {"pre_eps": 1e-3, "post_scale": 1.5, "iters": 20, "sinkhorn_eps": 0.
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_pre(shape):
     inputs = call("pre", shape, torch.bfloat16).inputs
-    results = kernel("pre.launch").forward(*inputs, norm_eps=1e-6, **CONSTANTS)
+    own = default("pre", inputs[0])
+    results = kernel("pre.launch").forward(*inputs, norm_eps=1e-6, **CONSTANTS, config=own)
     x, phi, alpha, bias = wide(*inputs)
     saved = reference.normalised_projection(x, phi, 1e-6)
     truth = (*reference.pre_from_projection(x, saved[0], alpha, bias, **CONSTANTS), *saved)
@@ -151,8 +170,9 @@ def test_pre(shape):
     truth = gradients.pre_backward(*wide(*grads), x, phi, alpha, bias, *saved, **CONSTANTS)
     for h_res in (None, results[2]):
         actual = kernel("pre_backward.launch").backward(
-            *grads, *inputs, *results[3:], part, h_res, **CONSTANTS
-        )
+            *grads, *inputs, *results[3:], part, h_res, **CONSTANTS,
+            config=default("pre_backward", inputs[0]),
+        )  # fmt: skip
         added = part.double() if h_res is None else h_res.double().mT @ part.double()
         whole = (truth[0] + added, *truth[1:])
         check("pre backward", actual, whole, shape.scale, PAIRS["pre"] * BACKWARD)
@@ -177,21 +197,23 @@ def test_mapping_and_pre_of_any_dtype_and_width(shape, dtype):
     inputs = call("pre", shape, dtype).inputs
     x, phi, alpha, bias = wide(*inputs)
     saved = reference.normalised_projection(x, phi, 1e-6)
-    results = kernel("pre.launch").forward(*inputs, norm_eps=1e-6, **CONSTANTS)
+    own = default("pre", inputs[0])
+    results = kernel("pre.launch").forward(*inputs, norm_eps=1e-6, **CONSTANTS, config=own)
     truth = (*reference.pre_from_projection(x, saved[0], alpha, bias, **CONSTANTS), *saved)
     check("pre", results, truth, shape.scale, K["pre"])
-    constants = {"pre_eps": 1e-3, "post_scale": 1.5}
-    maps = kernel("mapping.launch").forward(*inputs, norm_eps=1e-6, **constants)
-    truth = (*reference.maps(saved[0], alpha, bias, shape.n, **constants), *saved)
-    check("mapping", maps, truth, shape.scale, K["mapping"])
-    last = kernel("mapping.launch").forward(inputs[0][-1:], *inputs[1:], norm_eps=1e-6, **constants)
+    constants = {"pre_eps": 1e-3, "post_scale": 1.5, "norm_eps": 1e-6}
+    constants["config"] = default("mapping", inputs[0])
+    maps = kernel("mapping.launch").forward(*inputs, **constants)
+    truth = reference.maps(saved[0], alpha, bias, shape.n, pre_eps=1e-3, post_scale=1.5)
+    check("mapping", maps, (*truth, *saved), shape.scale, K["mapping"])
+    last = kernel("mapping.launch").forward(inputs[0][-1:].clone(), *inputs[1:], **constants)
     assert all(torch.equal(alone[0], value[-1]) for alone, value in zip(last, maps, strict=True))
 
 
 def test_one_block_walks_over_tokens_for_each_segment_of_any_width():
     x, phi, *_ = call("mapping", Shape("walk", tokens=(45,), width=75), torch.bfloat16).inputs
-    config = kernel("common.projection_simt").Config(members=3, blocks=1, warps=2, group=4)
-    parts = kernel("common.projection_simt").project(x, phi, config)
+    config = kernel("mapping.simt").Config(members=3, blocks=1, warps=2, group=4)
+    parts = kernel("mapping.simt").project(x, phi, config)
     flat, width = x.double().flatten(1), 128  # of the segments of 300 elements
     for member, segment in enumerate(range(0, 300, width)):
         own, phi_own = (v.double()[:, segment : segment + width] for v in (flat, phi))
@@ -222,7 +244,10 @@ def test_backward_of_pre_and_mapping(shape, dtype, arch, monkeypatch):
 
     grads = cotangents((layer_input, *maps[1:]))
     truth = gradients.pre_backward(*wide(*grads), x, *parameters, *wide(*saved), **CONSTANTS)
-    actual = kernel("pre_backward.launch").backward(*grads, *inputs, *saved, **CONSTANTS)
+    own = default("pre_backward", inputs[0])
+    actual = kernel("pre_backward.launch").backward(
+        *grads, *inputs, *saved, **CONSTANTS, config=own
+    )
     check("pre backward", actual, truth, 1, k)
 
     grads = cotangents(tuple(maps))
@@ -230,7 +255,8 @@ def test_backward_of_pre_and_mapping(shape, dtype, arch, monkeypatch):
         *wide(*grads), x, *parameters, *wide(*saved), post_scale=CONSTANTS["post_scale"]
     )
     constants = {name: CONSTANTS[name] for name in ("pre_eps", "post_scale")}
-    actual = kernel("mapping.backward").backward(*grads, *inputs, *saved, **constants)
+    own = default("mapping_backward", inputs[0])
+    actual = kernel("mapping.backward").backward(*grads, *inputs, *saved, **constants, config=own)
     check("mapping backward", actual, truth, 1, k)
 
 
@@ -264,7 +290,7 @@ def test_boundary_in_one_launch(tokens, width, ranks, groups, steps, dtype, monk
     inputs = call("boundary", shape, dtype).inputs
     config = boundary.Config(ranks, groups, steps=steps, group=8, owners=2)
     results = boundary.forward(*inputs, norm_eps=1e-6, **CONSTANTS, config=config)
-    x_next = kernel("merge").forward(*inputs[:4])
+    x_next = kernel("merge").forward(*inputs[:4], config=default("merge", inputs[0]))
     assert torch.equal(results[0], x_next)
     alone = persistent.Config(ranks, groups, steps=steps, group=8)
     same = kernel("pre.launch").forward(
@@ -287,8 +313,9 @@ def test_a_token_of_zeros_and_one_of_nan():
     x[2] = 0
     x[5, 1, 7] = float("nan")
     constants = {"pre_eps": 0.0, "post_scale": 2.0}
+    own = default("mapping", x)
     *maps, projection, inv_rms = kernel("mapping.launch").forward(
-        x, *parameters, norm_eps=1e-20, **constants
+        x, *parameters, norm_eps=1e-20, **constants, config=own
     )
     assert inv_rms[2] == 0
     assert not projection[2].any()
@@ -296,11 +323,12 @@ def test_a_token_of_zeros_and_one_of_nan():
     assert torch.isfinite(projection[[0, 1, 2, 3, 4, 6, 7, 8]]).all()
     x[5] = 1
     *maps, projection, inv_rms = kernel("mapping.launch").forward(
-        x, *parameters, norm_eps=1e-20, **constants
+        x, *parameters, norm_eps=1e-20, **constants, config=own
     )
     grads = kernel("mapping.backward").backward(
-        *cotangents(tuple(maps)), x, *parameters, projection, inv_rms, **constants
-    )
+        *cotangents(tuple(maps)), x, *parameters, projection, inv_rms, **constants,
+        config=default("mapping_backward", x),
+    )  # fmt: skip
     assert not grads[0][2].any()
     assert all(torch.isfinite(grad).all() for grad in grads)
 

@@ -8,6 +8,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -180,7 +181,8 @@ def venv(tmp_path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     (packages,) = (tmp_path / "venv").glob("lib/*/site-packages")
     # Behind the environment's own packages, and without the editable installs among these.
-    (packages / "outer.pth").write_text(f"{INSTALLED}\n")
+    places = {INSTALLED, Path(msgspec.__file__).resolve().parents[1]}  # one, as a rule
+    (packages / "outer.pth").write_text("".join(f"{place}\n" for place in places))
     return tmp_path / "venv"
 
 

@@ -1,6 +1,7 @@
 """Which configuration an op gets from tables, without a GPU."""
 
 import dataclasses
+import inspect
 import time
 import warnings
 
@@ -13,6 +14,7 @@ from mhc_tile.autotune.device import Device
 from mhc_tile.autotune.lookup import Tables, decide
 from mhc_tile.autotune.problems import Problem
 from mhc_tile.autotune.registry import KERNELS, Target
+from mhc_tile.kernels.common.programs import dry_run
 from mhc_tile.kernels.common.quantities import Samples, quantity
 from mhc_tile.ops import _definition, _dispatch
 from mhc_tile.ops._definition import DEFINITIONS
@@ -218,15 +220,15 @@ def test_every_candidate_survives_a_table(kernel):
     assert len(set(options)) == len(options) > 1
 
 
-def test_only_scheduling_is_left_out_of_the_order():
-    """A new field of a configuration counts as one that changes the order of sums."""
+def test_marked_knobs_alone_are_the_order():
     config = registry.default(problem("pre"), TARGET)
     order = KERNELS["pre"].order(config)
     for field in dataclasses.fields(config):
         step = 8 if field.name in ("group", "registers") else 1
         changed = dataclasses.replace(config, **{field.name: getattr(config, field.name) + step})
         same = KERNELS["pre"].order(changed) == order
-        assert same == (field.name in registry.SCHEDULING), field.name
+        marked = field.name in ("members", "steps", "group", "batches")
+        assert same == (not marked), field.name
 
 
 def test_float32_and_ragged_widths_of_pre_have_nothing_to_tune():
@@ -308,8 +310,10 @@ def test_an_op_launches_with_the_tables_configuration(fake_gpu):
     launched = []
     _dispatch.tuned("merge", OnGPU(), (64, 4, 2560), launched.append)
     _dispatch.tuned("merge", OnGPU(), (0, 4, 2560), launched.append)
-    _dispatch.tuned("merge", torch.empty(1), (64, 4, 2560), launched.append)
-    assert launched == [merge_config(96), None, None]
+    with dry_run("sm_90a", 132):
+        _dispatch.tuned("merge", torch.empty(1).bfloat16(), (64, 4, 2560), launched.append)
+    own = registry.default(problem("merge", 0), TARGET)
+    assert launched == [merge_config(96), own, own]
 
 
 def test_a_configuration_that_does_not_launch_gives_way_to_the_default(fake_gpu):
@@ -377,3 +381,23 @@ def test_every_op_asks_for_its_kernel_s_configuration(op, monkeypatch):
     assert asked == [(op.kernel, 15, 2, 64 if of_channels else 0, dtype)]
     own = [quantity(name) for name in (*op.tensors, *op.optional)]
     assert own == [quantity(name) for name in KERNELS[op.kernel].tensors]
+
+
+# One protocol
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel_module_answers_alike(name):
+    """`default_config`, `candidates` and `traffic` take a problem and a target, no more."""
+    kernel, module = KERNELS[name], KERNELS[name].load()
+    signatures = {
+        "default_config": ["problem", "target", "batch_invariant"],
+        "candidates": ["problem", "target"],
+        "traffic": ["problem"],
+    }
+    for function, parameters in signatures.items():
+        assert list(inspect.signature(getattr(module, function)).parameters) == parameters
+    asked = problem(name, width=2560 if kernel.of_channels else 0)
+    own = module.default_config(asked, TARGET, batch_invariant=True)
+    assert type(own) in {type(offered) for offered in module.candidates(asked, TARGET)}
+    assert module.traffic(asked) == 2 * module.traffic(asked.at(4096)) - module.traffic(asked.at(0))

@@ -13,7 +13,7 @@ import emulator
 from cases import Shape, call, cotangents
 from compare import relative_rms
 from mhc_tile import gradients, reference
-from test_kernels import CONSTANTS, _emulated, kernel, wide  # noqa: F401 - a fixture
+from test_kernels import CONSTANTS, _emulated, default, kernel, wide  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.skipif(
     emulator.available() is not None, reason=str(emulator.available() or "")
@@ -36,6 +36,8 @@ def projected(form: str, inputs: list[Tensor], norm_eps: float = 1e-6) -> tuple[
     if form in ("persistent", "boundary"):
         module = kernel("pre.persistent" if form == "persistent" else "boundary")
         constants["config"] = module.Config(2, 1, steps=1, group=8, owners=2)
+    else:
+        constants["config"] = default(form, x)
     if form == "boundary":  # x_next is x
         tokens, n, _ = x.shape
         maps = torch.zeros(tokens, n), torch.eye(n).repeat(tokens, 1, 1)
@@ -65,7 +67,8 @@ def both_backwards(name: str, inputs: list[Tensor], saved: Any, spoil: Any = Non
     if spoil is not None:
         spoil(grads)
     constants = dict(CONSTANTS if name == "pre" else MAPS)
-    actual = kernel(f"{name}_backward").backward(*grads, *inputs, *saved, **constants)
+    own = default(f"{name}_backward", x)
+    actual = kernel(f"{name}_backward").backward(*grads, *inputs, *saved, **constants, config=own)
     if name == "mapping":
         del constants["pre_eps"]
     formula = getattr(gradients, f"{name}_backward")

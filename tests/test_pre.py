@@ -1,4 +1,6 @@
-"""`pre` that hands x on to `merge`: one gradient of x, without an addition of its own."""
+"""`pre` with one gradient of x for itself and `merge`, and with an h_pre taken and returned."""
+
+from typing import Any
 
 import pytest
 import torch
@@ -6,9 +8,21 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from cases import PRE, Call, Shape, call, cotangents, torch_op_arguments
+from cases import MAPPING, PRE, Call, Shape, call, cotangents, tensors, torch_op_arguments
 from compare import BACKWARD, PAIRS, K, compare
-from mhc_tile import ManifoldHyperConnection, boundary, gradients, merge, nn, ops, pre, reference
+from mhc_tile import (
+    ManifoldHyperConnection,
+    boundary,
+    close_sublayer,
+    gradients,
+    merge,
+    nn,
+    open_sublayer,
+    ops,
+    pre,
+    pre_apply,
+    reference,
+)
 from mhc_tile._library import OPS
 
 SHAPE = Shape("ordinary", tokens=(2, 5), width=64)
@@ -16,13 +30,35 @@ SMALL = Shape("small", tokens=(2,), n=2, width=3)
 
 
 def sublayer(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> Tensor:
-    layer_input, h_post, h_res, x = pre(x, phi, alpha, bias, **PRE, return_x=True)
-    return merge(x, layer_input * 0.5, h_post, h_res)
+    state = open_sublayer(x, phi, alpha, bias, **PRE)
+    return close_sublayer(state, state.layer_input * 0.5)
 
 
 def plain(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, module=ops) -> Tensor:
     layer_input, h_post, h_res = module.pre(x, phi, alpha, bias, **PRE)
     return module.merge(x, layer_input * 0.5, h_post, h_res)
+
+
+def with_h_pre(*inputs: Tensor, **constants: Any) -> tuple[Tensor, ...]:
+    return pre(*inputs, **constants, return_h_pre=True)
+
+
+def delayed(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """The last input is the h_pre that another sublayer computed."""
+    *inputs, h_pre = inputs
+    return pre(*inputs, **PRE, h_pre=h_pre, return_h_pre=True)
+
+
+def delayed_by_reference(*inputs: Tensor) -> tuple[Tensor, ...]:
+    *inputs, given = inputs
+    h_pre, h_post, h_res_logits = reference.mapping(*inputs, **MAPPING)
+    h_res = reference.sinkhorn(h_res_logits, PRE["iters"], PRE["sinkhorn_eps"])
+    return reference.pre_apply(inputs[0], given), h_post, h_res, h_pre
+
+
+def leaves_of_delayed(shape: Shape, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    h_pre = tensors(shape, dtype)["h_pre"].requires_grad_()
+    return (*leaves(shape, dtype).inputs, h_pre)
 
 
 def leaves(shape: Shape = SHAPE, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Call:
@@ -50,19 +86,26 @@ def operations_of_backward(result: Tensor) -> list[tuple[str, torch.Size | None]
     return operations.seen
 
 
-@pytest.mark.parametrize("grad", ["all", "not x", "none", "off"])
-def test_x_comes_back_in_its_own_storage_with_the_same_results(grad, device):
-    made = leaves(dtype=torch.bfloat16, device=device)
-    for value in made.inputs[: {"not x": 1, "none": 4}.get(grad, 0)]:
-        value.requires_grad_(False)
-    with torch.set_grad_enabled(grad != "off"):
+def test_return_x_is_deprecated_and_returns_x_itself():
+    made = leaves()
+    with pytest.warns(DeprecationWarning, match="pre: return_x .* open_sublayer") as caught:
         *results, x = pre(*made.inputs, **PRE, return_x=True)
-        expected = pre(*made.inputs, **PRE)
-    assert x.data_ptr() == made.inputs[0].data_ptr()
-    assert torch.equal(x, made.inputs[0])
-    for value, truth in zip(results, expected, strict=True):
+    assert caught[0].filename == __file__
+    assert x is made.inputs[0]
+    for value, truth in zip(results, pre(*made.inputs, **PRE), strict=True):
         assert torch.equal(value, truth)
-        assert value.requires_grad == truth.requires_grad
+
+
+def test_return_x_compiles():
+    def function(*inputs):
+        *_, x = pre(*inputs, **PRE, return_x=True)
+        return x * 2
+
+    inputs = leaves().inputs
+    torch._dynamo.reset()
+    with pytest.warns(DeprecationWarning, match="return_x"):
+        result = torch.compile(function, fullgraph=True, backend="aot_eager")(*inputs)
+    assert torch.equal(result, inputs[0] * 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -80,21 +123,18 @@ def test_the_gradient_is_the_sum(dtype, device):
         compare(value, expected, k=k)
 
 
-@pytest.mark.parametrize("index", range(4))
-def test_one_result_alone(index, device):
+@pytest.mark.parametrize("index", range(3))
+@pytest.mark.parametrize("function", [pre, with_h_pre])
+def test_one_result_alone(function, index, device):
     made = leaves(device=device)
-    result = pre(*made.inputs, **PRE, return_x=True)[index]
+    result = function(*made.inputs, **PRE)[index]
     (grad,) = cotangents((result,))
     actual = torch.autograd.grad(result, made.inputs, grad, allow_unused=True)
-    if index == 3:
-        assert torch.equal(actual[0], grad)
-        assert actual[1:] == (None, None, None)
-        return
     result = reference.pre(*made.inputs, **PRE)[index]
     truth = torch.autograd.grad(result, made.inputs, grad, allow_unused=True)
     for value, expected in zip(actual, truth, strict=True):
         if expected is None or not expected.any():
-            assert not value.any()
+            assert value is None or not value.any()
         else:
             compare(value, expected, k=BACKWARD * K["pre"])
 
@@ -161,14 +201,14 @@ def test_exports():
     assert torch.equal(program.module()(*inputs), sublayer(*inputs))
 
 
-def test_autograd_adds_the_gradients_of_x_where_x_is_not_handed_on():
+def test_autograd_adds_the_gradients_of_x_that_pre_and_merge_have():
     made = leaves(dtype=torch.bfloat16)
     seen = operations_of_backward(plain(*made.inputs))
     assert seen.count(("aten::add", made.inputs[0].shape)) == 1
 
 
 @pytest.mark.parametrize("kind", ["op", "module", "stack"])
-def test_autograd_runs_no_addition_where_it_is(kind):
+def test_autograd_runs_no_addition_in_an_open_sublayer(kind):
     torch.manual_seed(0)
     connections = [ManifoldHyperConnection(torch.nn.Linear(16, 16), 16) for _ in range(2)]
     x = torch.randn(3, 4, 16, requires_grad=True)
@@ -187,6 +227,70 @@ def test_nothing_is_filled_with_zeros_for_what_the_backward_keeps():
     seen = operations_of_backward(merge(x_next, layer_input, h_post, h_res))
     assert "mhc_tile::boundary_backward" in dict(seen)
     assert not [name for name, _ in seen if "zero" in name or "full" in name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [(), (0,), (2, 5)], ids=str)
+def test_h_pre_is_taken_and_returned(tokens, dtype):
+    inputs = leaves_of_delayed(Shape("any", tokens=tokens), dtype)
+    for value, truth in zip(delayed(*inputs), delayed_by_reference(*inputs), strict=True):
+        assert value.dtype == truth.dtype
+        assert torch.equal(value, truth)
+    own = with_h_pre(*inputs[:4], **PRE)
+    for value, truth in zip(own, pre(*inputs[:4], **PRE), strict=False):
+        assert torch.equal(value, truth)
+    assert torch.equal(own[3], delayed(*inputs)[3])
+    assert torch.equal(pre_apply(inputs[0], own[3]), own[0])
+    assert len(pre(*inputs[:4], **PRE, h_pre=inputs[4])) == 3
+
+
+@pytest.mark.parametrize("read", [(0,), (3,), (0, 1, 2, 3)], ids=str)
+def test_gradients_reach_x_through_both_h_pre(read):
+    inputs = leaves_of_delayed(SHAPE)
+    results = ([f(*inputs)[i] for i in read] for f in (delayed, delayed_by_reference))
+    found, truth = (
+        torch.autograd.grad(r, inputs, cotangents(tuple(r)), allow_unused=True) for r in results
+    )
+    for value, expected in zip(found, truth, strict=True):
+        if expected is None or not expected.any():
+            assert value is None or not value.any()
+        else:
+            compare(value, expected, k=BACKWARD * K["pre"])
+
+
+def test_gradcheck_and_gradgradcheck_of_a_delayed_h_pre():
+    inputs = leaves_of_delayed(SMALL)
+    assert torch.autograd.gradcheck(delayed, inputs)
+    assert torch.autograd.gradgradcheck(delayed, inputs, fast_mode=True)
+
+
+def test_a_delayed_h_pre_compiles():
+    inputs = leaves_of_delayed(SHAPE, torch.bfloat16)
+    torch._dynamo.reset()
+    compiled = torch.compile(delayed, fullgraph=True, backend="aot_eager")
+    found, truth = (
+        (*r, *torch.autograd.grad(r, inputs, cotangents(r)))
+        for r in (compiled(*inputs), delayed(*inputs))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
+
+
+def test_a_delayed_h_pre_keeps_its_dtypes_under_autocast():
+    inputs = leaves_of_delayed(SHAPE, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = delayed(*inputs)
+    assert all(torch.equal(a, b) for a, b in zip(found, delayed(*inputs), strict=True))
+
+
+def test_an_h_pre_of_another_shape_is_named():
+    *inputs, h_pre = leaves_of_delayed(SHAPE)
+    for wrong in (h_pre[..., :3], h_pre.float()):
+        with pytest.raises(ValueError, match="pre: h_pre must"):
+            pre(*inputs, **PRE, h_pre=wrong)
+    with pytest.raises(TypeError, match=r"pre: h_pre must be a torch.Tensor, got list"):
+        pre(*inputs, **PRE, h_pre=[1.0])
+    with pytest.raises(TypeError, match="pre: return_h_pre must be True or False, got 1"):
+        pre(*inputs, **PRE, return_h_pre=1)
 
 
 @pytest.mark.gpu

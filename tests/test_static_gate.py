@@ -17,7 +17,7 @@ from mhc_tile._library import OPS
 from mhc_tile.kernels import merge as merge_kernel
 from mhc_tile.kernels.common import static as _static
 from mhc_tile.kernels.common import toolchain as _toolchain
-from mhc_tile.kernels.common.programs import catalogue
+from mhc_tile.kernels.common.programs import dry_run
 from mhc_tile.ops import _dispatch
 from mhc_tile.perf import cli, resources, static_gate
 from mhc_tile.perf import program_gate as _gate
@@ -238,7 +238,7 @@ def test_a_call_decides_little_anew(op, tokens):
         if event in ("call", "c_call") and frame.f_code.co_filename.startswith(own):
             seen[f"{frame.f_code.co_name} {event}"] += 1
 
-    with catalogue("sm_90a", 132):
+    with dry_run("sm_90a", 132):
         for _ in range(2):
             _dispatch.LAUNCHERS[name](*positional, **keywords)
         before = sys.getprofile()

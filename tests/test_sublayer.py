@@ -6,7 +6,18 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cases import PRE, Call, Shape, call, cotangents, tensors, torch_op_arguments
-from mhc_tile import ManifoldHyperConnection, gradients, merge, nn, pre, reference, sublayer
+from mhc_tile import (
+    ManifoldHyperConnection,
+    close_sublayer,
+    gradients,
+    merge,
+    next_sublayer,
+    nn,
+    open_sublayer,
+    pre,
+    reference,
+    sublayer,
+)
 from mhc_tile._library import OPS
 from mhc_tile.ops.merge import MERGE_BACKWARD_MAPS
 
@@ -87,12 +98,12 @@ def test_the_maps_are_those_of_merge_backward(device):
         assert torch.equal(value, other)
 
 
-def test_the_share_of_merge_is_mixed_before_the_rounding():
+def test_the_gradient_of_merge_is_added_before_the_rounding():
     arguments, others = torch_op_arguments("pre_backward")
     part, mixing = torch.randn_like(arguments[3]), torch.rand_like(arguments[2])
-    mixed = OPS["pre_backward"](*arguments, part, mixing, **others)[0]
+    fused = OPS["pre_backward"](*arguments, part, mixing, **others)[0]
     bare = OPS["pre_backward"](*arguments, **others)[0]
-    assert torch.allclose(mixed, bare + mixing.mT @ part)
+    assert torch.allclose(fused, bare + mixing.mT @ part)
     halves = [v.bfloat16() if i in (0, 3) else v for i, v in enumerate(arguments)]
     constants = {k: v for k, v in others.items() if k != "norm_eps"}
     wide = gradients.pre_backward(*halves, part.bfloat16(), mixing, **constants)[0]
@@ -227,3 +238,172 @@ def test_a_layer_under_autocast_may_return_another_dtype(device):
     assert x_next.dtype == torch.float32
     truth = function(*made.inputs)
     assert 0 < (x_next - truth).norm() < 0.02 * truth.norm()
+
+
+def steps(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    """A sublayer closed twice, three next ones, one of which nothing merges; all that can be read.
+
+    The layers read everything that a state offers, so no gradient of an attribute is left out.
+    """
+    state = open_sublayer(x, *parameters, **PRE)
+    last = next_sublayer(state, reads_all(state), *parameters, **PRE)
+    open_for_ever = next_sublayer(last, layer(last.layer_input), *parameters, **PRE)
+    ends = [close_sublayer(last, value) for value in (reads_all(last), last.x[..., 0, :])]
+    ends.append(close_sublayer(state, layer(state.layer_input)))
+    ends.append(merge(last.x, last.layer_input, last.h_post, last.h_res.flip(-1)))
+    branch = next_sublayer(state, state.layer_input, *parameters, **PRE)
+    return *ends, last.x, last.h_res, open_for_ever.layer_input, branch.x
+
+
+def reads_all(state) -> Tensor:
+    read = torch.tanh(state.layer_input) + state.x.mean(-2)
+    return read * state.h_post.sum(-1, True) + state.h_res[..., 0, 1, None]
+
+
+def plain_steps(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    """The same with `pre` and `merge`, where a tuple is a state."""
+
+    class State:
+        def __init__(self, x: Tensor) -> None:
+            self.x = x
+            self.layer_input, self.h_post, self.h_res = pre(x, *parameters, **PRE)
+
+        def merge(self, layer_output: Tensor) -> Tensor:
+            return merge(self.x, layer_output, self.h_post, self.h_res)
+
+    state = State(x)
+    last = State(state.merge(reads_all(state)))
+    open_for_ever = State(last.merge(layer(last.layer_input)))
+    ends = [last.merge(reads_all(last)), last.merge(last.x[..., 0, :])]
+    ends.append(state.merge(layer(state.layer_input)))
+    ends.append(merge(last.x, last.layer_input, last.h_post, last.h_res.flip(-1)))
+    branch = state.merge(state.layer_input)
+    return *ends, last.x, last.h_res, open_for_ever.layer_input, branch
+
+
+@pytest.mark.parametrize("index", [None, *range(8)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_whatever_reads_a_step_has_a_true_gradient(index, compiled):
+    made = leaves()
+    torch._dynamo.reset()
+    function = torch.compile(steps, fullgraph=True, backend="aot_eager") if compiled else steps
+    results, truth = ([*f(*made.inputs)] for f in (function, plain_steps))
+    if index is not None:
+        results, truth = [results[index]], [truth[index]]
+    for value, true in zip(results, truth, strict=True):
+        assert torch.allclose(value, true, rtol=1e-12)
+    grads = cotangents(tuple(truth))
+    for value, true in zip(
+        torch.autograd.grad(results, made.inputs, grads),
+        torch.autograd.grad(truth, made.inputs, grads),
+        strict=True,
+    ):
+        assert true.any()
+        assert (value - true).norm() <= 1e-12 * true.norm()
+
+
+def test_gradgradcheck_of_the_steps():
+    inputs = leaves(SMALL).inputs
+    assert torch.autograd.gradcheck(steps, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(steps, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_steps_under_checkpoint(reentrant):
+    made = leaves()
+    results = [steps(*made.inputs), checkpoint(steps, *made.inputs, use_reentrant=reentrant)]
+    grads = cotangents(results[0])
+    truth, found = [], []
+    for kept, values in zip((truth, found), results, strict=True):
+        torch.autograd.backward(values, grads)
+        kept += [value.grad.clone() for value in made.inputs]
+        for value in made.inputs:
+            value.grad = None
+    assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
+
+
+def test_a_layer_that_breaks_the_graph_between_the_steps():
+    def broken(layer_input: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return torch.tanh(layer_input)
+
+    def function(*inputs: Tensor) -> Tensor:
+        state = open_sublayer(*inputs, **PRE)
+        state = next_sublayer(state, broken(state.layer_input), *inputs[1:], **PRE)
+        return close_sublayer(state, broken(state.layer_input) + state.x[..., 1, :])
+
+    made = leaves()
+    torch._dynamo.reset()
+    truth = differentiated(function, made)
+    found = differentiated(torch.compile(function, backend="aot_eager"), made)
+    for value, true in zip(found, truth, strict=True):
+        assert (value - true).norm() <= 1e-12 * true.norm()
+
+
+@pytest.mark.parametrize("how", ["no_grad", "forward mode"])
+def test_a_state_that_leaves_where_it_was_opened(how):
+    """Its x has the gradient of a plain merge, whose maps are constants without grad mode."""
+    made = leaves()
+    x = made.inputs[0]
+    if how == "no_grad":
+        with torch.no_grad():
+            state = open_sublayer(*made.inputs, **PRE)
+    else:
+        with torch.autograd.forward_ad.dual_level():
+            state = open_sublayer(*made.inputs, **PRE)
+    truth = merge(x, layer(state.layer_input), state.h_post, state.h_res)
+    (grad,) = cotangents((truth,))
+    (expected,) = torch.autograd.grad(truth, x, grad, retain_graph=True)
+    (found,) = torch.autograd.grad(close_sublayer(state, layer(state.layer_input)), x, grad)
+    assert torch.allclose(found, expected, rtol=1e-12)
+
+
+def test_a_state_closed_under_a_transform_of_torch_func():
+    made = leaves()
+    state = open_sublayer(*made.inputs, **PRE)
+
+    def function(layer_output: Tensor) -> Tensor:
+        return close_sublayer(state, layer_output).square().sum()
+
+    layer_output = state.layer_input.detach()
+    found = torch.func.grad(function)(layer_output)
+    leaf = layer_output.requires_grad_()
+    (truth,) = torch.autograd.grad(function(leaf), leaf)
+    assert torch.allclose(found, truth, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["layer_input", "h_post", "h_res", "x"])
+def test_what_a_state_holds_cannot_be_replaced(name):
+    state = open_sublayer(*leaves().inputs, **PRE)
+    with pytest.raises(AttributeError):
+        setattr(state, name, getattr(state, name) * 2)
+
+
+def test_a_map_that_is_written_into_is_an_error_of_the_backward():
+    state = open_sublayer(*leaves().inputs, **PRE)
+    x_next = close_sublayer(state, layer(state.layer_input))
+    with torch.no_grad():
+        state.h_res.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        x_next.sum().backward()
+
+
+def test_what_the_steps_are_given_is_checked():
+    x, *parameters = leaves().inputs
+    state = open_sublayer(x, *parameters, **PRE)
+    for call_of, name in (
+        (lambda s, v: close_sublayer(s, v), "close_sublayer"),
+        (lambda s, v: next_sublayer(s, v, *parameters, **PRE), "next_sublayer"),
+    ):
+        with pytest.raises(TypeError, match=f"{name}: state must be an OpenSublayer, got tuple"):
+            call_of((x,), x)
+        with pytest.raises(TypeError, match=rf"{name}: layer_output must be a torch.Tensor, got N"):
+            call_of(state, None)
+        with pytest.raises(ValueError, match=f"{name}: layer_output must have shape"):
+            call_of(state, state.layer_input[..., :3])
+    with pytest.raises(ValueError, match="next_sublayer: phi must have shape"):
+        next_sublayer(state, state.layer_input, parameters[0][1:], *parameters[1:], **PRE)
+    with pytest.raises(ValueError, match="next_sublayer: iters must be an int of at least 1"):
+        next_sublayer(state, state.layer_input, *parameters, **{**PRE, "iters": True})
+    with pytest.raises(ValueError, match="open_sublayer: phi must have shape"):
+        open_sublayer(x, parameters[0][1:], *parameters[1:], **PRE)

@@ -103,7 +103,7 @@ def test_a_corpus_that_moved_is_named_anew(config, home, capsys):
 
 
 def test_the_corpus_of_a_demo_may_move(home, monkeypatch):
-    monkeypatch.setattr(demo, "draw_all", lambda _folder, _legs: {})
+    monkeypatch.setattr(demo, "draw_all", lambda _folder, _legs: [])
     legs = DemoSettings.legs
     small = {"model": TINY, "batch_size": 2, "sequence_length": 16, "eval_batches": 2}
     monkeypatch.setattr(

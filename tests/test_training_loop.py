@@ -15,6 +15,7 @@ from mhc_tile.__main__ import main
 from mhc_tile.models import RESIDUALS, Decoder, MLAConfig, ModelConfig, MoEConfig, model_config
 from mhc_tile.training import TrainConfig, loop, read_metrics, resume, train
 from mhc_tile.training.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
+from mhc_tile.training.demo import DemoSettings
 from mhc_tile.training.metrics import MetricsLog
 from mhc_tile.training.optimizer import build_optimizer
 from mhc_tile.training.schedule import learning_rate
@@ -394,18 +395,18 @@ def test_bad_input_is_refused_before_anything_is_written(config, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "TrainConfig: steps must be at least 1, got 0"),
-        ({"steps": 2.5}, "TrainConfig: steps must be an integer, got 2.5"),
-        ({"steps": "5"}, "TrainConfig: steps must be an integer, got '5'"),
-        ({"batch_size": 2.0}, "TrainConfig: batch_size must be an integer, got 2.0"),
-        ({"eval_every": True}, "TrainConfig: eval_every must be an integer, got True"),
+        ({"steps": 0}, "TrainConfig: steps must be an int of at least 1, got 0"),
+        ({"steps": 2.5}, "TrainConfig: steps must be an int of at least 1, got 2.5"),
+        ({"steps": "5"}, "TrainConfig: steps must be an int of at least 1, got '5'"),
+        ({"batch_size": 2.0}, "TrainConfig: batch_size must be an int of at least 1, got 2.0"),
+        ({"eval_every": True}, "TrainConfig: eval_every must be an int of at least 0, got True"),
         ({"clip": "1"}, "TrainConfig: clip must be a number, got '1'"),
         ({"model": "1m"}, "TrainConfig: model must be of ModelConfig, got '1m'"),
         ({"connection": None}, "TrainConfig: connection must be of MHCConfig, got None"),
-        ({"corpus": 3}, "TrainConfig: corpus must be a path or None, got 3"),
-        ({"device": torch.device("cpu")}, "TrainConfig: device must be the name of a device"),
+        ({"corpus": 3}, "TrainConfig: corpus must be of str or Path or None, got 3"),
+        ({"device": torch.device("cpu")}, "TrainConfig: device must be of str, got device"),
         ({"tensorboard": "no"}, "TrainConfig: tensorboard must be True or False, got 'no'"),
-        ({"seed": -1}, "TrainConfig: seed must be at least 0, got -1"),
+        ({"seed": -1}, "TrainConfig: seed must be an int of at least 0, got -1"),
         ({"seed": 2**64}, r"TrainConfig: seed must be below 2\*\*64, got 18446744073709551616"),
         ({"learning_rate": float("nan")}, "learning_rate must be finite and at least 0, got nan"),
         ({"residual": "mch"}, "TrainConfig: residual must be one of .* got 'mch'"),
@@ -439,6 +440,34 @@ def test_train_from_the_command_line(text, tmp_path, capsys):
     assert TrainConfig.from_dict(stored).model == model_config("2m-moe")
     assert main(command(text, tmp_path / "other", "--model", "1n")) != 0
     assert "did you mean '1m'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--steps", "x"], "--steps"),
+        (["--residual", "mch"], "'residual', 'hc', 'mhc'"),
+        (["--corpus", "--steps", "2"], "--corpus"),
+        (["--step", "2"], "--steps INT"),
+        (["more"], "more"),
+    ],
+)
+def test_wrong_usage_names_the_option(capsys, words, said):
+    with pytest.raises(SystemExit) as end:
+        main(["train", *words])
+    assert end.value.code == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_every_setting_of_a_run_is_an_option(capsys):
+    for command in ("train", "demo"):
+        with pytest.raises(SystemExit) as end:
+            main([command, "--help"])
+        assert end.value.code == 0
+        said = capsys.readouterr().out
+        settings = DemoSettings() if command == "demo" else TrainConfig()
+        for setting in vars(settings).keys() - {"connection"}:
+            assert f"--{setting.replace('_', '-')}" in said
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -136,12 +136,14 @@ class Mute(Exception):
 
 
 def test_a_listener_whose_error_has_no_words_ends_nothing(config, tmp_path):
-    with pytest.warns(RuntimeWarning, match=r"got Mute \(without a message\); the run goes on"):
+    with pytest.warns(
+        RuntimeWarning, match=r"got .*Mute: <exception str\(\) failed>; the run goes on"
+    ):
         assert train(config, tmp_path / "run", on_rows=raising(Mute)).status == "done"
 
 
 def test_a_listener_that_raises_ends_nothing(config, tmp_path):
-    with pytest.warns(RuntimeWarning, match=r"on_rows must not raise, got RuntimeError \(no netw"):
+    with pytest.warns(RuntimeWarning, match=r"on_rows must not raise, got RuntimeError: no netw"):
         result = train(config, tmp_path / "run", on_rows=failing)
     assert (result.status, saved_step(tmp_path / "run")) == ("done", 4)
     with pytest.warns(RuntimeWarning, match="on_rows must not raise"):

@@ -66,7 +66,7 @@ def test_a_foreign_file_is_refused(tmp_path):
     path.write_text("not a checkpoint")
     with pytest.raises(ValueError, match="got a file that cannot be read"):
         load_checkpoint(path)
-    with pytest.raises(ValueError, match="resume: checkpoint must stand in the folder"):
+    with pytest.raises(ValueError, match="resume: checkpoint must be in the folder"):
         find_checkpoint(path)
     with pytest.raises(ValueError, match="resume: path must be a checkpoint or a run directory"):
         find_checkpoint(tmp_path / "nothing")

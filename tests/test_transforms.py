@@ -91,8 +91,10 @@ def sublayer_of(name: str):
     if name == "pre and merge":
 
         def apart(x):
-            layer_input, *maps, x = mhc_tile.pre(x, *parameters, **CONSTANTS, return_x=True)
-            return mhc_tile.merge(x, torch.tanh(layer_input), *maps)
+            layer_input, *maps, h_pre = mhc_tile.pre(
+                x, *parameters, **CONSTANTS, h_pre=x[..., 0], return_h_pre=True
+            )
+            return mhc_tile.merge(x, torch.tanh(layer_input + h_pre.sum()), *maps)
 
         return apart, x
     torch.manual_seed(0)

@@ -27,7 +27,7 @@ def test_the_calls_of_a_warmup_are_those_of_a_model(n):
 
 
 class Launching(TorchDispatchMode):
-    """Calls the launchers of every op that runs, so that a catalogue has their programs."""
+    """Calls the launchers of every op that runs, so that a dry run has their programs."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "mhc_tile":
@@ -46,10 +46,10 @@ class Launching(TorchDispatchMode):
 def test_a_warm_model_compiles_nothing(tokens):
     """On meta tensors: programs that a stack asks for on an H200 are among a warmup's."""
     pytest.importorskip("tilelang")
-    from mhc_tile.kernels.common.programs import catalogue
+    from mhc_tile.kernels.common.programs import dry_run
 
     def programs(run: Callable[[], Any]) -> set[Any]:
-        with catalogue("sm_90a", 132) as asked, Launching():
+        with dry_run("sm_90a", 132) as asked, Launching():
             run()
         return {(factory, constants) for factory, constants, _ in asked.programs}
 

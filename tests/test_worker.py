@@ -24,7 +24,7 @@ def test_a_worker_is_one_process_that_answers_task_after_task(tmp_path):
         [f"{task} by {worker.pid}"] for task in "ab"
     ]
     assert worker.pid != os.getpid()
-    worker.close()
+    worker.kill()
     assert (tmp_path / "log").read_text() == "a line of output\n" * 2
 
 
@@ -40,7 +40,7 @@ def test_a_worker_that_fails_is_gone(does, error, how):
     worker = Worker(ECHO)
     assert answers(worker, "a")
     with pytest.raises(error, match=how):
-        answers(worker, does, 1.0)
+        answers(worker, does, 1.0 if does == "hangs" else 30.0)
     assert not worker._process.is_alive()
     with pytest.raises(WorkerDied):
         worker.send("a")
@@ -57,20 +57,11 @@ def test_a_pool_answers_every_task_and_replaces_who_fails():
     assert 1 < len({pid for _, pid in said.values()}) <= 4
 
 
-def test_a_message_out_of_turn_ends_the_worker():
-    worker = Worker(ECHO)
-    worker._ready = True  # so that READY comes where an answer was its turn
-    with pytest.raises(WorkerDied, match="the process said 'ready' where 'done' was its turn"):
-        worker._expect("done", 60.0)
-    assert not worker._process.is_alive()
-
-
 def test_a_pool_has_no_more_processes_than_tasks():
     (answer,) = pooled(ECHO, ["a"], jobs=8, seconds=30.0)
     assert answer[0] == "a"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process of its parent's end")
 def test_a_hung_worker_does_not_outlive_a_killed_tuner(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -88,8 +79,9 @@ def test_a_hung_worker_does_not_outlive_a_killed_tuner(tmp_path):
     pid = int(process.stdout.readline().split()[-1])
     process.kill()
     process.wait()
-    for _ in range(100):
-        if not Path(f"/proc/{pid}").exists():
-            return
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists():
+        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            return  # it has ended, and waits for its new parent to notice
+        assert time.monotonic() < deadline, f"process {pid} is still there"
         time.sleep(0.05)
-    raise AssertionError(f"process {pid} is still there")

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from .. import merge
-from ..common import projection_simt
 from ..common.architectures import overlaps
 from ..common.problem import Problem
 from ..common.programs import (
@@ -28,14 +27,11 @@ from ..common.programs import (
     dtype_name,
     logits_per_token,
     multiprocessors,
-    problem_of,
     program,
-    target_of,
 )
 from ..common.projection import WARP, WARP_ROLE_CONFIGS
-from ..mapping import launch as mapping
 from ..pre import launch as pre
-from ..pre import persistent
+from ..pre import persistent, simt
 from ..pre.plan import Constants, Cta, Reduced
 from ..pre.roles import empty_mailboxes, receive_and_reduce_warps
 from .roles import CHUNK, MAPS, STREAMS, Inputs, Staged, merge_warps, project_warps
@@ -171,12 +167,12 @@ def forward(
     post_scale: float,
     iters: int,
     sinkhorn_eps: float,
-    config: "Config | pre.Config | persistent.Config | None" = None,
+    config: "Config | pre.Config | persistent.Config | simt.Config",
 ) -> tuple[Tensor, ...] | None:
     """Merge of a sublayer and everything before the next layer (eqs. 7, 8, 9 and 14-19).
 
     Args:
-        x: [T, n, C], bf16, fp16 or fp32. Residual streams.
+        x: [T, n, C], bf16, fp16 or fp32, as all tensors starting at 16 bytes. Residual streams.
         layer_output: [T, C], dtype of x.
         h_post: [T, n], fp32.
         h_res: [T, n, n], fp32, [out, in].
@@ -189,7 +185,7 @@ def forward(
         iters: see there.
         sinkhorn_eps: see there.
         config: of this launch, or the one that `pre` would have: ranks and groups are then its
-            own, and all results have the bits of `merge` and `pre`. `pre`'s default if None.
+            own, and all results have the bits of `merge` and `pre`.
 
     Returns:
         x_next [T, n, C] and layer_input [T, C] in x's dtype; h_post_next [T, n], h_res_next
@@ -201,11 +197,10 @@ def forward(
         ValueError: A `Config` of this module does not launch on this GPU.
     """
     tokens, n, channels = x.shape
-    if not tokens or projection_simt.takes(x):
+    if not tokens:
         return None
     arch, available = architecture(x.device), multiprocessors(x.device)
     if not isinstance(config, Config):
-        config = config or pre.default_config(problem_of("pre", x), target_of(x.device))
         config = beside(config, n, channels, arch)
         if config is None:
             return None
@@ -219,8 +214,8 @@ def forward(
     constants = float(norm_eps), float(pre_eps), float(post_scale), int(iters), float(sinkhorn_eps)
     kernel = boundary_program(arch, channels, dtype_name(x), config, constants, overlaps(arch))
     kernel(
-        *map(mapping.aligned, (x, layer_output, h_post, h_res.view(tokens, n * n))),
-        mapping.aligned(phi).view(rows, n, channels), alpha, bias,
+        x, layer_output, h_post, h_res.view(tokens, n * n),
+        phi.view(rows, n, channels), alpha, bias,
         *persistent.mailboxes(config, n, x.device),
         x_next, layer_input, h_post_next, h_res_next, projection, inv_rms,
     )  # fmt: skip

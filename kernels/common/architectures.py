@@ -14,26 +14,34 @@ class Architecture:
     Attributes:
         shared_bytes: dynamic shared memory that a block may ask for (CUDA C++ programming guide,
             technical specifications per compute capability). nvcc does not check it; a launch that
-            asks for more fails.
+            asks for more fails. A multiprocessor has `SYSTEM_SHARED_BYTES` more.
+        threads: that a multiprocessor runs at once (same table).
+        blocks: likewise.
         multiprocessors: of its largest GPU; None where no program is checked for it.
     """
 
     shared_bytes: int
+    threads: int
+    blocks: int
     multiprocessors: int | None = None
+
+
+REGISTERS = 65536  # of a multiprocessor
+SYSTEM_SHARED_BYTES = 1024  # of each block
 
 
 # By base name: sm_90a and sm_90 have one record.
 _KNOWN = {
-    "sm_80": Architecture(166_912, 108),
-    "sm_86": Architecture(101_376),
-    "sm_87": Architecture(166_912),
-    "sm_89": Architecture(101_376, 142),
-    "sm_90": Architecture(232_448, 132),
-    "sm_100": Architecture(232_448, 148),
-    "sm_103": Architecture(232_448),
-    "sm_110": Architecture(232_448),
-    "sm_120": Architecture(101_376, 170),
-    "sm_121": Architecture(101_376),
+    "sm_80": Architecture(166_912, 2048, 32, 108),
+    "sm_86": Architecture(101_376, 1536, 16),
+    "sm_87": Architecture(166_912, 1536, 16),
+    "sm_89": Architecture(101_376, 1536, 24, 142),
+    "sm_90": Architecture(232_448, 2048, 32, 132),
+    "sm_100": Architecture(232_448, 2048, 32, 148),
+    "sm_103": Architecture(232_448, 2048, 32),
+    "sm_110": Architecture(232_448, 1536, 24),
+    "sm_120": Architecture(101_376, 1536, 24, 170),
+    "sm_121": Architecture(101_376, 1536, 24),
 }
 # The architectures that every program must compile for, as their targets are named.
 CHECKED = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")

@@ -1,7 +1,7 @@
 """From a TileLang program to CUDA source and launch parameters, on any machine.
 
-Nothing is compiled here and no GPU is needed. `_static.py` compiles the source to read what ptxas
-says about it; `tests/emulator.py` runs it on the CPU.
+Nothing is compiled here and no GPU is needed. `static.py` compiles the source and reads what ptxas
+reports; `tests/emulator.py` runs it on the CPU.
 """
 
 from dataclasses import dataclass

@@ -1,10 +1,10 @@
-"""phi in registers, as the A operand of `_projection`: pairs high + low of x's dtype.
+"""phi in registers, as the A operand of `projection.py`: pairs high + low of x's dtype.
 
 bf16 has fp32's range and keeps 16 mantissa bits of every element. fp16 keeps 22 bits, but has a
 small range: each warp scales its elements of a row by a power of two that brings the largest to
 2^14 up to 2^15, and `project` scales the sum back. So 22 bits count from the row's largest element,
-whatever its size. Beside an element that is not finite the low part is NaN, and `project` leaves
-it out: the element does to its row's sums what it does in the reference, and nothing to others.
+whatever its size. Beside an element that is not finite the low part is NaN, and `project` drops
+it: the element does to its row's sums what it does in the reference, and nothing to others.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def load_macro(
 ) -> Callable[..., None]:
     """The macro `load_phi(fragments, phi, member, tx)`, of some or all of a warp's steps.
 
-    Where phi is to be scaled it leaves fp32 values: call `scale_phi` when all steps are there.
+    Where phi is to be scaled the registers hold fp32 values: call `scale_phi` after all steps.
     """
     n, C, rows, width, steps = (
         segment.n, segment.channels, segment.rows, segment.width, segment.steps
@@ -108,7 +108,7 @@ def scale_macro(segment: Segment, dtype: str) -> Callable[..., None]:
                     fragments[place + 1] = T.reinterpret(low_word[0], F32)
 
     @T.macro
-    def leave(fragments, unscales):
+    def keep(fragments, unscales):
         """Nothing is scaled."""
 
-    return scale_phi if dtype == SCALED else leave
+    return scale_phi if dtype == SCALED else keep

@@ -21,6 +21,11 @@ class Problem:
     dtype: str
     tokens: int
 
+    @property
+    def fits_tensor_cores(self) -> bool:
+        """Whether tensor cores can form the projection: x in 16 bits, rows of whole 16 bytes."""
+        return self.dtype != "float32" and self.channels % 8 == 0
+
     def of(self, kernel: str) -> "Problem":
         """The same shape of another kernel."""
         return replace(self, kernel=kernel)

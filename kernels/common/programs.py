@@ -30,13 +30,15 @@ PASS_CONFIGS = {
     "tl.disable_vectorize_256": True,
     "tl.reducer_force_baseline": True,
 }
+# For programs that guard their own tails: a guard added to an index would split 16-byte accesses.
+UNGUARDED = {**PASS_CONFIGS, "tl.disable_safe_memory_legalize": True}
 
 
 @dataclass
-class Catalogue:
+class DryRun:
     """What launchers ask for on a GPU that need not exist, in order.
 
-    Inside `with catalogue(arch, multiprocessors) as asked:` launchers compile and launch nothing;
+    Inside `with dry_run(arch, multiprocessors) as asked:` launchers compile and launch nothing;
     give them tensors on the meta device.
 
     programs: (factory, constants, configs) of what would be compiled. launches: (factory,
@@ -53,18 +55,18 @@ class Catalogue:
     )
 
 
-_catalogue: ContextVar[Catalogue | None] = ContextVar("catalogue", default=None)
+_dry_run: ContextVar[DryRun | None] = ContextVar("dry_run", default=None)
 
 
 @contextlib.contextmanager
-def catalogue(arch: str, multiprocessors: int) -> Iterator[Catalogue]:
-    """Record programs instead of compiling them; see `Catalogue`."""
-    asked = Catalogue(arch, multiprocessors)
-    token = _catalogue.set(asked)
+def dry_run(arch: str, multiprocessors: int) -> Iterator[DryRun]:
+    """Record programs instead of compiling them; see `DryRun`."""
+    asked = DryRun(arch, multiprocessors)
+    token = _dry_run.set(asked)
     try:
         yield asked
     finally:
-        _catalogue.reset(token)
+        _dry_run.reset(token)
 
 
 def program(pass_configs: dict[str, Any] | None = None) -> Callable[..., Any]:
@@ -94,7 +96,7 @@ def program(pass_configs: dict[str, Any] | None = None) -> Callable[..., Any]:
 
         @functools.wraps(factory)
         def build(arch: str, *constants: Any) -> Any:
-            if (asked := _catalogue.get()) is None:
+            if (asked := _dry_run.get()) is None:
                 return compiled(arch, *constants)
             asked.programs.append((factory, constants, configs))
             return lambda *arguments: asked.launches.append((factory, constants, arguments))
@@ -126,7 +128,7 @@ def macro(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def architecture(device: torch.device) -> str:
     """The target architecture of a CUDA device, such as "sm_90a"."""
-    asked = _catalogue.get()
+    asked = _dry_run.get()
     return asked.arch if asked else _architecture(device)
 
 
@@ -137,7 +139,7 @@ def _architecture(device: torch.device) -> str:
 
 def multiprocessors(device: torch.device) -> int:
     """How many multiprocessors a CUDA device has."""
-    asked = _catalogue.get()
+    asked = _dry_run.get()
     return asked.multiprocessors if asked else _multiprocessors(device)
 
 
@@ -160,11 +162,6 @@ def problem_of(kernel: str, x: torch.Tensor) -> Problem:
 def dtype_name(tensor: torch.Tensor) -> str:
     """TileLang's name of a tensor's dtype: "bfloat16", "float16" or "float32"."""
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def knobs_of(config: Any) -> tuple[Any, ...]:
-    """The fields of a dataclass in their order; `dataclasses.astuple` takes seven times as long."""
-    return tuple(vars(config).values())
 
 
 def ceil_div(value: int, divisor: int) -> int:

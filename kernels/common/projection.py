@@ -4,7 +4,7 @@ The projection keeps phi in registers and lets tokens stream past. In one warp's
 (lane = 4 * g + t) phi is the A operand and eight tokens are the B operand:
 
 * A holds eight rows of phi twice: rows 0-7 are their high parts, rows 8-15 what rounding left over
-  (phi = high + low, see `_phi`), so a thread adds the two products with one instruction.
+  (phi = high + low, see `phi.py`), so a thread adds the two products with one instruction.
 * The order of the K axis is free as long as A and B agree. One 16-byte read gives a lane eight
   neighbouring elements of a token; elements 0-3 feed one instruction, 4-7 the next. Neither operand
   needs `ldmatrix` or a shuffle.
@@ -52,7 +52,7 @@ class Segment:
         rows: rows of phi.
         width: channels of the segment, a multiple of 8.
         steps: pieces of 32 elements that each warp holds.
-        group: tokens that travel together, a multiple of 8 * batches.
+        group: tokens of a tile, a multiple of 8 * batches.
         batches: a warp projects `batches` x 8 tokens at a time.
     """
 
@@ -121,7 +121,7 @@ class Segment:
     def fetch_macro(self, tokens: object, threads: int) -> Callable[..., None]:
         """The macro `fetch(tile, slot, x, first, member, tx)`; `tokens` is the dynamic T.
 
-        A thread keeps its place in the row and walks over the tokens of the group.
+        A thread keeps its place in the row and passes over the tokens of the tile.
         """
         n, C, G, width, chunks = self.n, self.channels, self.group, self.width, self.chunks
         rows = max(1, threads // chunks)
@@ -183,7 +183,7 @@ class Segment:
             warp = tx // WARP
             lane_row = tx % WARP // 4
             lane_pair = tx % 4
-            for turn in T.serial(G // 8 // batches):
+            for eight in T.serial(G // 8 // batches):
                 for v in T.unroll(8):
                     square_rows[v] = T.cast(0.0, dtype)
                 for b in T.unroll(batches):
@@ -196,7 +196,7 @@ class Segment:
                     for b in T.unroll(batches):
                         for v in T.vectorized(8):
                             x_lane[b, v] = tile[
-                                slot, (turn * batches + b) * 8 + lane_row,
+                                slot, (eight * batches + b) * 8 + lane_row,
                                 (warp * steps + step) * STEP + lane_pair * 8 + v,
                             ]  # fmt: skip
                     for half in T.unroll(2):
@@ -219,7 +219,7 @@ class Segment:
                                 squares.data, b * 4, T.bool(False),
                             )  # fmt: skip
                 for b in T.unroll(batches):
-                    token = (turn * batches + b) * 8
+                    token = (eight * batches + b) * 8
                     if lane_row // 2 == lane_pair:
                         sums[buffer, warp, token + lane_row, 0] = T.if_then_else(
                             lane_row % 2 == 0, squares[b, 0], squares[b, 1]

@@ -16,7 +16,7 @@ class Quantity(NamedTuple):
     """What every tensor of one name has in common.
 
     Attributes:
-        axes: those behind the tokens: "n" streams, "C" channels, "k" logits, "nC", "gates".
+        axes: those after the tokens: "n" streams, "C" channels, "k" logits, "nC", "gates".
         per_token: whether the leading dims are the tokens.
         of_streams: whether the dtype is that of the streams; else fp32, or fp64 where x is.
     """

@@ -2,8 +2,7 @@
 
 nvcc compiles the program's CUDA source to a cubin for the named architecture and ptxas says what it
 took. Dynamic shared memory is no part of a cubin: it comes from the program's launch. Results are
-kept in $MHC_TILE_STATIC_CACHE, if that is set, under a hash of the source and the compiler. The
-digests of `_gate.py`'s records say which programs need no compiler, because it has seen them.
+kept in $MHC_TILE_STATIC_CACHE, if that is set, under a hash of the source and the compiler.
 """
 
 import functools
@@ -18,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from . import toolchain as _toolchain
-from .architectures import architecture_of
+from .architectures import REGISTERS, SYSTEM_SHARED_BYTES, architecture_of
+from .files import write
 from .lowering import Lowered, lower
 
 FLAGS = "tl.device_compile_flags"  # the pass configuration that holds a program's nvcc options
@@ -49,16 +49,38 @@ class Resources:
         if self.threads > 1024:
             found.append(f"has {self.threads} threads a block, of at most 1024")
         granted = -(-self.registers // 8) * 8 * (-(-self.threads // 32) * 32)
-        if granted > 65536:
-            found.append(f"needs {granted} registers a block, of 65536")
+        if granted > REGISTERS:
+            found.append(f"needs {granted} registers a block, of {REGISTERS}")
         limit = architecture_of(arch).shared_bytes
         if (shared := self.dynamic_smem + self.static_smem) > limit:
             found.append(f"needs {shared} bytes of shared memory, of {limit} on {arch}")
         return found
 
+    def occupancy(self, arch: str) -> float:
+        """Share of a multiprocessor's threads that run at once, from 0 to 1.
+
+        Raises:
+            ValueError: The architecture has no record.
+
+        Example:
+            >>> Resources("merge", 96, 0, 0, 0, 0, 0, 160).occupancy("sm_90a")
+            0.3125
+        """
+        limits = architecture_of(arch)
+        warps = -(-self.threads // 32)
+        registers = -(-self.registers * 32 // 256) * 256 * warps  # a warp's are granted by 256
+        shared = self.dynamic_smem + self.static_smem + SYSTEM_SHARED_BYTES
+        resident = min(
+            limits.threads // (warps * 32),
+            limits.blocks,
+            (limits.shared_bytes + SYSTEM_SHARED_BYTES) // shared,
+            REGISTERS // max(registers, 1),
+        )
+        return resident * warps * 32 / limits.threads
+
 
 def available() -> str | None:
-    """None, or why nothing can be compiled here and how to mend it."""
+    """None, or why nothing can be compiled here and what to do."""
     if _toolchain.tilelang_version() is None:
         return f"TileLang is not installed; pip install tilelang=={_toolchain.REQUIRED_TILELANG}"
     if _toolchain.nvcc() is None:
@@ -69,15 +91,12 @@ def available() -> str | None:
 def resources(
     prim_func: Any, arch: str, pass_configs: dict[str, Any] | None = None
 ) -> tuple[Resources, ...]:
-    """Compile a program for an architecture and read what each of its kernels takes.
+    """Compile a program and read what its kernels take, in the order of their launches.
 
     Args:
         prim_func: what a `@T.prim_func` factory returns.
         arch: such as "sm_80" or "sm_90a"; no such GPU is needed.
         pass_configs: as for `tilelang.compile`.
-
-    Returns:
-        One entry per kernel, in the order of their launches; most programs have one.
 
     Raises:
         RuntimeError: There is no nvcc, or it rejects the source.
@@ -191,9 +210,7 @@ def _report(lowered: Lowered, arch: str, flags: tuple[str, ...]) -> str:
     report = _compile(lowered.source, arch, flags)
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False) as file:
-            json.dump(report, file)
-        os.replace(file.name, kept)
+        write(kept, json.dumps(report))
     return report
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 MINIMUM_CAPABILITY = (8, 0)
 STREAMS = (1, 2, 4, 8)  # the n that kernels are written and checked for
 # Launches keep 32 bits of a size and drop the others without an error. Blocks round tokens up, and
-# what is asked for ahead lies some rounds further.
+# prefetched tokens lie some iterations further.
 MOST_TOKENS = 2**31 - 2**16
 REQUIRED_TILELANG = "0.1.15"
 

@@ -1,23 +1,25 @@
 """mapping, backward: from the cotangents of the three maps to those of x, phi, alpha and bias.
 
-    logits[k]      = alpha[part of k] * projection[k] + bias[k]
+    logits[k]      = alpha[gate of k] * projection[k] + bias[k]
     grad_logits    = [grad_h_pre * s' | post_scale * grad_h_post * s' | grad_h_res_logits],
                      s' = sigmoid(logits) * (1 - sigmoid(logits))
-    grad_alpha[p]  = sum_t sum_{k in p} grad_logits[t, k] * projection[t, k]
+    grad_alpha[g]  = sum_t sum_{k of g} grad_logits[t, k] * projection[t, k]
     grad_bias[k]   = sum_t grad_logits[t, k]
-    grad_raw[k]    = alpha[part of k] * grad_logits[k] * inv_rms
-    radial         = -inv_rms^2 / (n*C) * sum_k alpha[part of k] * grad_logits[k] * projection[k]
+    grad_raw[k]    = alpha[gate of k] * grad_logits[k] * inv_rms
+    radial         = -inv_rms^2 / (n*C) * sum_k alpha[gate of k] * grad_logits[k] * projection[k]
     grad_x[i, c]   = sum_k grad_raw[k] * phi[k, i*C + c] + radial * x[i, c]
     grad_phi[k, i*C + c] = sum_t grad_raw[t, k] * x[t, i, c]
 
-`gradients.mapping_backward` states the same. Three launches: `_mapping_records` turns the maps'
-cotangents into one record of floats a token, `_mapping_columns` forms grad_x and parts of grad_phi
-from it, and `parts_program` adds those, and what blocks of tokens summed for alpha and bias, in a
-fixed order. Per token 2 n C elements and about 3 (n*n + 2n) floats cross device memory, and phi and
-grad_phi once. Where launches overlap each begins while the one ahead drains. A token of zeros has
-inv_rms = 0 and so no gradient through the projection. Records hold `radial` in fp32: where norm_eps
-is 0 and |x| below 1e-20, it leaves the range for gradients of size 1, and grad_x is not finite.
+Three launches: `token_state_program` turns the maps' cotangents into one state a token,
+`grad_x_program` forms grad_x and split-K partials of grad_phi from it, and `add_partials_program`
+adds those, and what blocks of tokens summed for alpha and bias, in a fixed order. Per token 2 n C
+elements and about 3 (n*n + 2n) floats cross device memory, and phi and grad_phi once. Where
+launches overlap each begins while the one ahead drains. A token of zeros has inv_rms = 0 and so no
+gradient through the projection. `radial` is fp32: where norm_eps is 0 and |x| below 1e-20, it
+leaves the range for gradients of size 1, and grad_x is not finite.
 """
+
+from typing import Any
 
 import tilelang.language as T
 import torch
@@ -30,28 +32,25 @@ from ..common.programs import (
     ITEM_BYTES,
     architecture,
     dtype_name,
-    knobs_of,
     logits_per_token,
-    problem_of,
     program,
-    target_of,
 )
 from .grad_x_pass import (
     ADDED,
     MIXED,
     Config,
     candidates,
-    columns_program,
     default_config,
+    grad_x_program,
 )
-from .token_state import sums_width, token_records
+from .token_state import sums_width, token_states
 
 __all__ = ["Config", "backward", "candidates", "default_config", "traffic"]
 
 
 @program()
-def parts_program(size, n, groups, overlap):
-    """Add the groups' parts of grad_phi and, in one more block, the tokens' sums, both in order."""
+def add_partials_program(size: int, n: int, groups: int, overlap: bool) -> Any:
+    """Add the groups' partials of grad_phi and, in one more block, the tokens' sums, in order."""
     blocks = T.dynamic("blocks")
     logits, lanes, threads = logits_per_token(n), sums_width(n), 256
     quads = lanes // 4  # threads that share a row of the sums
@@ -59,8 +58,8 @@ def parts_program(size, n, groups, overlap):
     tile = threads * 4
 
     @T.prim_func
-    def mapping_backward_parts(
-        grad_phi_parts: T.Tensor((groups, size), F32),
+    def mapping_backward_add_partials(
+        grad_phi_partials: T.Tensor((groups, size), F32),
         block_sums: T.Tensor((blocks, lanes), F32),
         grad_phi: T.Tensor((size,), F32),
         grad_bias: T.Tensor((logits,), F32),
@@ -68,7 +67,7 @@ def parts_program(size, n, groups, overlap):
     ):
         with T.Kernel(T.ceildiv(size, tile) + 1, threads=threads) as block:
             total = T.alloc_fragment((tile,), F32)
-            part = T.alloc_fragment((tile,), F32)
+            partial = T.alloc_fragment((tile,), F32)
             column_sums = T.alloc_shared((rows, lanes), F32)
             quad = T.alloc_local((4,), F32)
             value = T.alloc_var(F32)
@@ -76,12 +75,12 @@ def parts_program(size, n, groups, overlap):
             if overlap:
                 T.pdl_sync()
             if block > 0:
-                # grad_phi[k, i*C + c] = sum over groups of their parts
+                # grad_phi[k, i*C + c] = sum over groups of their partials
                 T.clear(total)
                 for g in T.unroll(groups):
-                    T.copy(grad_phi_parts[g, (block - 1) * tile : block * tile], part)
+                    T.copy(grad_phi_partials[g, (block - 1) * tile : block * tile], partial)
                     for c in T.Parallel(tile):
-                        total[c] += part[c]
+                        total[c] += partial[c]
                 T.copy(total, grad_phi[(block - 1) * tile : block * tile])
             else:
                 # grad_bias, grad_alpha = sum over blocks of tokens of their sums
@@ -106,72 +105,73 @@ def parts_program(size, n, groups, overlap):
                     else:
                         grad_alpha[thread - logits] = value
 
-    return mapping_backward_parts
+    return mapping_backward_add_partials
 
 
-def gradients_from_records(
-    records: Tensor,
+def gradients_from_states(
+    states: Tensor,
     block_sums: Tensor,
     x: Tensor,
     phi: Tensor,
     grad_layer_input: Tensor | None = None,
     grad_x_part: Tensor | None = None,
     h_res: Tensor | None = None,
-    config: Config | None = None,
+    *,
+    config: Config,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch `columns_program` and `parts_program`.
+    """Launch `grad_x_program` and `add_partials_program`.
 
     Args:
-        records: [T, record_width(n)], fp32, of `token_records`, for `pre` completed.
+        states: [T, state_size(n)], fp32, of `token_states`, for `pre` completed.
         block_sums: [blocks of tokens, sums_width(n)], fp32, of the same.
         x: [T, n, C], T at least 1.
         phi: [n*n + 2n, n*C], fp32.
-        grad_layer_input: [T, C] in x's dtype. None leaves its term out.
-        grad_x_part: [T, n, C] in x's dtype. None leaves its term out.
+        grad_layer_input: [T, C] in x's dtype. None: without its term.
+        grad_x_part: [T, n, C] in x's dtype. None: without its term.
         h_res: [T, n, n], fp32: `sum_o h_res[o, i] * grad_x_part[o, c]` is added instead.
-        config: launch knobs; `default_config` if None.
+        config: launch knobs.
 
     Returns:
         grad_x [T, n, C] in x's dtype; grad_phi, grad_alpha [3], grad_bias [n*n + 2n], fp32.
     """
-    tokens, n, channels = x.shape
+    tokens, n, C = x.shape
     logits = phi.shape[0]
-    arch = architecture(x.device)
-    if config is None:
-        config = default_config(problem_of("mapping_backward", x), target_of(x.device))
     grad_x = torch.empty_like(x)
-    parts = phi.new_empty(config.groups, logits, n, channels)
+    partials = phi.new_empty(config.groups, logits, n, C)
     part = "" if grad_x_part is None else ADDED if h_res is None else MIXED
     terms = (grad_layer_input is not None, part)
-    knobs = knobs_of(config)
-    # what a program leaves unread still has its shape
+    # what a program does not read still has its shape
     if grad_layer_input is None:
-        grad_layer_input = x.view(-1)[: tokens * channels].view(tokens, channels)
+        grad_layer_input = x.view(-1)[: tokens * C].view(tokens, C)
     if h_res is None:
-        h_res = records.view(-1)[: tokens * n * n].view(tokens, n, n)
-    tensors = (grad_layer_input, x if grad_x_part is None else grad_x_part, h_res)
-    add_columns = columns_program(arch, channels, n, dtype_name(x), *terms, overlaps(arch), *knobs)
-    add_columns(x, *tensors, records, phi.view(logits, n, channels), grad_x, parts)
-    return grad_x, *add_parts(parts, block_sums, phi)
+        h_res = states.view(-1)[: tokens * n * n].view(tokens, n, n)
+    arch = architecture(x.device)
+    kernel = grad_x_program(arch, C, n, dtype_name(x), *terms, overlaps(arch), config)
+    part_of_x = x if grad_x_part is None else grad_x_part
+    inputs = (x, grad_layer_input, part_of_x, h_res, states, phi.view(logits, n, C))
+    kernel(*inputs, grad_x, partials)
+    return grad_x, *add_partials(partials, block_sums, phi)
 
 
-def add_parts(parts: Tensor, block_sums: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch `parts_program`.
+def add_partials(
+    partials: Tensor, block_sums: Tensor, phi: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch `add_partials_program`.
 
     Args:
-        parts: [groups, n*n + 2n, n, C], fp32. Of grad_phi.
+        partials: [groups, n*n + 2n, n, C], fp32. Of grad_phi.
         block_sums: [blocks of tokens, sums_width(n)], fp32.
         phi: [n*n + 2n, n*C], fp32; only its shape counts.
 
     Returns:
         grad_phi, grad_alpha [3], grad_bias [n*n + 2n], fp32.
     """
-    groups, logits, n, _ = parts.shape
+    groups, logits, n, _ = partials.shape
     arch = architecture(phi.device)
     grad_phi = torch.empty_like(phi)
     grad_alpha, grad_bias = phi.new_empty(3), phi.new_empty(logits)
-    kernel = parts_program(arch, phi.numel(), n, groups, overlaps(arch))
-    kernel(parts.view(groups, -1), block_sums, grad_phi.view(-1), grad_bias, grad_alpha)
+    kernel = add_partials_program(arch, phi.numel(), n, groups, overlaps(arch))
+    kernel(partials.view(groups, -1), block_sums, grad_phi.view(-1), grad_bias, grad_alpha)
     return grad_phi, grad_alpha, grad_bias
 
 
@@ -188,7 +188,7 @@ def backward(
     *,
     pre_eps: float,
     post_scale: float,
-    config: Config | None = None,
+    config: Config,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradient of `reference.mapping`; see the module's docstring for the equations.
 
@@ -204,23 +204,23 @@ def backward(
         inv_rms: [T], fp32. As the forward saved it.
         pre_eps: added to the sigmoids of h_pre.
         post_scale: factor of the sigmoids of h_post.
-        config: launch knobs; `default_config` if None.
+        config: launch knobs.
 
     Returns:
         grad_x in x's dtype; grad_phi, grad_alpha, grad_bias, fp32.
     """
     if x.shape[0] == 0:
         return torch.empty_like(x), *(torch.zeros_like(value) for value in (phi, alpha, bias))
-    records, block_sums = token_records(
+    states, block_sums = token_states(
         grad_h_pre, grad_h_post, grad_h_res_logits, projection, inv_rms, alpha, bias,
-        channels=x.shape[2], pre_eps=pre_eps, post_scale=post_scale,
+        C=x.shape[2], pre_eps=pre_eps, post_scale=post_scale,
     )  # fmt: skip
-    return gradients_from_records(records, block_sums, x, phi, config=config)
+    return gradients_from_states(states, block_sums, x, phi, config=config)
 
 
 def traffic(problem: Problem) -> int:
     """Bytes that must move."""
-    n, channels = problem.n, problem.channels
+    n, C = problem.n, problem.channels
     logits = logits_per_token(n)
-    per_token = 2 * n * channels * ITEM_BYTES[problem.dtype] + (2 * logits + 1) * 4
-    return problem.tokens * per_token + 2 * logits * n * channels * 4
+    per_token = 2 * n * C * ITEM_BYTES[problem.dtype] + (2 * logits + 1) * 4
+    return problem.tokens * per_token + 2 * logits * n * C * 4

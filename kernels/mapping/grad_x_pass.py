@@ -1,27 +1,16 @@
-"""The part of mapping's backward that moves bytes: grad_x and grad_phi from one record per token.
+"""grad_x and grad_phi from one state a token: the part of mapping's backward that moves bytes.
 
-    grad_x[i, c]        = sum_k grad_raw[k] * phi[k, i*C + c] + radial * x[i, c]
-                          + h_pre[i] * grad_layer_input[c] + grad_x_part[i, c]
-                          [or + sum_o h_res[o, i] * grad_x_part[o, c], where it is grad_x_next]
+    grad_x[i, c]         = sum_k grad_raw[k] * phi[k, i*C + c] + radial * x[i, c]
+                           + h_pre[i] * grad_layer_input[c] + grad_x_part[i, c]
+                           [or + sum_o h_res[o, i] * grad_x_part[o, c], where it is grad_x_next]
     grad_phi[k, i*C + c] = sum_t grad_raw[t, k] * x[t, i, c]
 
-The second line of grad_x holds the terms that `pre` needs, each left out where there is none. A
-record holds grad_raw, h_pre and radial; `_mapping_records` and, for `pre`, `pre_backward` write it.
-
-A block owns a slice of `columns` columns of phi (the same channels of every stream) and walks over
-the tokens of its group, `tile` at a time. phi's slice stays in shared memory and grad_phi's slice
-in the accumulators for the whole walk, so both cross the chip once a block instead of once a tile.
-Per token x is read and grad_x written, with the terms of `pre` (2n + 1) C elements read and n C
-written: 13 C at n = 4. The groups' parts of grad_phi are added by the next launch. There is no
-atomic on data, and a token's row of a matrix product does not depend on the rows beside it.
-
-Where launches overlap, `pre`'s records are still being written when the columns begin: each word
-validates itself, being `PENDING` until it is there.
-
-Products with phi run in tf32 on operands rounded to nearest, for fp32 x on pairs of them. Those for
-grad_phi run in bf16 with grad_raw as a pair high + low (x is bf16 already), so 16 mantissa bits
-count; for fp16, whose range is too small for grad_raw, in tf32 with grad_raw as a pair, and for
-fp32 with both as pairs.
+Per token 2n C elements move, (3n + 1) C with all terms of `pre`, whose line each may be left out. A
+block owns `columns` columns of phi (the same channels of every stream) and passes over the tokens
+of its group, `tile` at a time: phi's slice stays in shared memory and grad_phi's slice in the
+accumulators, so both cross the chip once a block. Products with phi run in tf32 on operands rounded
+to nearest; those for grad_phi in bf16 with grad_raw as a pair high + low. fp16, too narrow for
+grad_raw, takes tf32 there, and fp32 pairs of tf32 everywhere.
 """
 
 import functools
@@ -33,10 +22,11 @@ import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
 from ..common.architectures import shared_limit
+from ..common.knobs import check, knob, knobs_of
 from ..common.problem import Problem, Target
 from ..common.programs import F32, ITEM_BYTES, PASS_CONFIGS, ceil_div, logits_per_token, program
 from ..common.split import rest, round_rest, round_tf32
-from .token_state import PENDING, record_width
+from .token_state import NOT_READY, state_size
 
 # What `part` says of grad_x_part; "" leaves it out.
 ADDED, MIXED = "added", "mixed"
@@ -46,11 +36,11 @@ TENSOR_CORE_PASS_CONFIGS = {**PASS_CONFIGS, "tl.disable_wgmma": True}
 
 @dataclass(frozen=True)
 class Config:
-    """Launch knobs of the backward.
+    """Launch knobs.
 
     Attributes:
         columns: columns of phi, over all streams, that a block owns. A power of two: other widths
-            have no swizzle (320 took 354 us where 256 takes 150; 8192 x 2560, H200, 2026-11-22).
+            have no swizzle.
         tile: tokens per step.
         threads: per block.
         stages: steps whose operands are in shared memory or on their way.
@@ -58,43 +48,34 @@ class Config:
         min_blocks: blocks that the registers must allow per multiprocessor.
     """
 
-    columns: int = 256
-    tile: int = 32
-    threads: int = 128
+    columns: int = knob(256, reduction_order=True)
+    tile: int = knob(32, reduction_order=True)
+    threads: int = knob(128, reduction_order=True)
     stages: int = 2
     groups: int = 6
     min_blocks: int = 2
 
     def __post_init__(self):
         """Reject what cannot launch."""
-        if self.threads < 32 or self.threads % 32:
-            raise ValueError(
-                "mapping_backward: config.threads must be a multiple of 32 and at least that, got "
-                f"{self.threads}"
-            )
-        for name in ("columns", "groups", "min_blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"mapping_backward: config.{name} must be positive, got {getattr(self, name)}"
-                )
-        if self.tile not in (16, 32):
-            raise ValueError(f"mapping_backward: config.tile must be 16 or 32, got {self.tile}")
-        if self.stages not in (2, 3, 4):
-            raise ValueError(f"mapping_backward: config.stages must be 2 to 4, got {self.stages}")
-        if self.columns & (self.columns - 1) or self.columns % (self.threads // 32 * 16):
-            raise ValueError(
-                "mapping_backward: config.columns must be a power of two and a multiple of 16 a "
-                f"warp, got {self.columns} for {self.threads} threads"
-            )
+        warps, columns = self.threads // 32, self.columns
+        power = columns >= 1 and not columns & (columns - 1) and not columns % max(1, 16 * warps)
+        check(
+            "mapping_backward",
+            self,
+            threads=(self.threads == 32 * warps > 0, "a multiple of 32 and at least that"),
+            columns=(power, f"a power of two and a multiple of {16 * warps}, 16 a warp"),
+            tile=(self.tile in (16, 32), "16 or 32"),
+            stages=(self.stages in (2, 3, 4), "2 to 4"),
+            groups=(self.groups >= 1, "positive"),
+            min_blocks=(self.min_blocks >= 1, "positive"),
+        )
 
 
 def default_config(problem: Problem, target: Target, *, batch_invariant: bool = False) -> Config:
     """Two blocks a multiprocessor in one wave, and never more groups than tiles of tokens.
 
-    H200, 2026-11-22, columns and parts alone, n = 4, bf16: three stages of 16 tokens (87 KB of
-    shared memory) take 147 us at 8192 x 2560 and 220 us at 8192 x 4096, two stages of 32 (110 KB)
-    take 150 and 238 us; at 4096 x 7168 it is 219 and 214 us, but 32 tokens leave no registers for
-    the launch that runs beside. fp16 and fp32 hold tf32 parts as well, n = 8 more rows of phi:
+    Three stages of 16 tokens: two of 32 take as long (H200, 2026-11-22), but leave no registers for
+    the launch that runs beside. fp16 and fp32 hold tf32 operands as well, n = 8 more rows of phi:
     narrower.
     """
     n = problem.n
@@ -117,41 +98,33 @@ def candidates(problem: Problem, target: Target) -> Iterator[Config]:
 
 @functools.lru_cache(maxsize=1024)
 def _config(
-    problem: Problem,
-    target: Target,
-    columns: int,
-    tile: int,
-    threads: int,
-    stages: int,
-    resident: int,
+    problem: Problem, target: Target, columns: int, tile: int, threads: int, stages: int, ctas: int
 ) -> Config:
+    """With so many blocks a multiprocessor in one wave."""
     slices = ceil_div(problem.channels, columns // problem.n)
-    groups = max(1, resident * target.multiprocessors // slices)
+    groups = max(1, ctas * target.multiprocessors // slices)
     tiles = max(1, ceil_div(problem.tokens, tile))
     if tiles < groups:  # a power of two: every number of groups is a compilation
         groups = 1 << (tiles.bit_length() - 1)
-    return Config(columns, tile, threads, stages, groups, resident)
+    return Config(columns, tile, threads, stages, groups, ctas)
 
 
-def is_aligned(channels: int, dtype: str) -> bool:
+def is_aligned(C: int, dtype: str) -> bool:
     """Whether every row begins at a multiple of the 16 bytes that an asynchronous copy takes."""
-    return channels * ITEM_BYTES[dtype] % 16 == 0
+    return C * ITEM_BYTES[dtype] % 16 == 0
 
 
-def _macros(
-    channels: int, n: int, dtype: str, with_pre: bool, part: str, tile: int, width: int
-) -> tuple[Any, Any, Any, Any]:
-    """Parts of `columns_program`: fetch, high and low (what tensor cores keep, lose), products."""
-    # bf16 goes to the tensor cores as it is, fp16 as tf32, which holds it, fp32 as pairs of tf32
-    narrow, exact = dtype == "bfloat16", dtype == "float32"
-    rows = {"transpose_A": True, "policy": T.GemmWarpPolicy.FullRow}
-    copy = T.async_copy if is_aligned(channels, dtype) else T.copy
+def _fetch_macro(
+    C: int, n: int, dtype: str, with_pre: bool, part: str, tile: int, width: int
+) -> Any:
+    """The macro `fetch`, which asks for the operands of a tile of tokens."""
+    copy = T.async_copy if is_aligned(C, dtype) else T.copy
     with_part = bool(part)
 
     @T.macro
     def fetch(
-        x, grad_layer_input, grad_x_part, records,
-        streams, grad_input, staged, record, token, first, slot,
+        x, grad_layer_input, grad_x_part, states,
+        streams, grad_input, staged, state, token, first, slot,
     ):  # fmt: skip
         for i in T.serial(n):
             copy(
@@ -163,7 +136,7 @@ def _macros(
                 grad_layer_input[token : token + tile, first : first + width],
                 grad_input[slot, :, :],
             )
-        T.async_copy(records[token : token + tile, 0 : record_width(n)], record[slot, :, :])
+        T.async_copy(states[token : token + tile, 0 : state_size(n)], state[slot, :, :])
         if with_part:
             for i in T.serial(n):
                 copy(
@@ -171,18 +144,62 @@ def _macros(
                     staged[slot, :, i * width : (i + 1) * width],
                 )
 
+    return fetch
+
+
+def _operand_macros(n: int, dtype: str, tile: int, width: int, threads: int, polls: bool) -> Any:
+    """The macros `load_state`, from states to operands, and `add_grad_phi`."""
+    # bf16 goes to the tensor cores as it is, fp16 as tf32, which holds it, fp32 as pairs of tf32
+    narrow, exact = dtype == "bfloat16", dtype == "float32"
+    full_row = {"transpose_A": True, "policy": T.GemmWarpPolicy.FullRow}
+    logits, size = logits_per_token(n), state_size(n)
+    rows, words = ceil_div(logits, 8) * 8, tile * size
+
     def high(value):
+        """What tensor cores keep of a value."""
         return T.cast(value, dtype) if narrow else round_tf32(value)
 
     def low(value):
+        """What they lose."""
         left = rest(value, high(value))
         return T.cast(left, dtype) if narrow else round_rest(left)
 
     @T.macro
+    def load_state(
+        word, state, states, grad_raw, grad_raw_high, grad_raw_low, weights, now, token, thread
+    ):
+        """A tile's grad_raw as operands; h_pre and radial into `weights`.
+
+        Where `polls`, states are still being written: a thread waits for each of its words.
+        """
+        value = T.alloc_var(F32)
+        for p in T.unroll(ceil_div(words, threads)):
+            entry = p * threads + thread
+            if entry < words:
+                word[p] = state[now, entry // size, entry % size]
+                if polls:
+                    while T.reinterpret(word[p], "int32") == NOT_READY:
+                        word[p] = T.atomic_load(
+                            states[token + entry // size, entry % size], memory_order="relaxed"
+                        )
+        for p in T.unroll(ceil_div(words, threads)):
+            t = (p * threads + thread) // size
+            k = (p * threads + thread) % size
+            if (p * threads + thread < words) and (k < rows):
+                value = T.if_then_else(k < logits, word[p], 0.0)
+                grad_raw[t, k] = round_tf32(value)
+                if narrow:
+                    grad_raw_high[t, k] = high(value)
+                grad_raw_low[t, k] = low(value)
+            if (p * threads + thread < words) and logits <= k <= logits + n:
+                weights[t, k - logits] = word[p]
+
+    @T.macro
     def add_grad_phi(streams, x_high, x_low, grad_raw_high, grad_raw_low, grad_phi, now):
+        """grad_phi[k, i*C + c] += sum_t grad_raw[t, k] * x[t, i, c]."""
         if narrow:
-            T.gemm(streams[now, :, :], grad_raw_high, grad_phi, **rows)
-            T.gemm(streams[now, :, :], grad_raw_low, grad_phi, **rows)
+            T.gemm(streams[now, :, :], grad_raw_high, grad_phi, **full_row)
+            T.gemm(streams[now, :, :], grad_raw_low, grad_phi, **full_row)
         else:
             for t, c in T.Parallel(tile, n * width):
                 if exact:
@@ -190,38 +207,24 @@ def _macros(
                     x_low[t, c] = round_rest(streams[now, t, c] - high(streams[now, t, c]))
                 else:
                     x_high[t, c] = T.cast(streams[now, t, c], F32)
-            T.gemm(x_high, grad_raw_high, grad_phi, **rows)
-            T.gemm(x_high, grad_raw_low, grad_phi, **rows)
+            T.gemm(x_high, grad_raw_high, grad_phi, **full_row)
+            T.gemm(x_high, grad_raw_low, grad_phi, **full_row)
             if exact:
-                T.gemm(x_low, grad_raw_high, grad_phi, **rows)
+                T.gemm(x_low, grad_raw_high, grad_phi, **full_row)
 
-    return fetch, high, low, add_grad_phi
+    return load_state, add_grad_phi
 
 
-@program(TENSOR_CORE_PASS_CONFIGS)
-def columns_program(
-    channels, n, dtype, with_pre, part, overlap,
-    columns, tile, threads, stages, groups, min_blocks,
-):  # fmt: skip
-    """A slice of channels walks over the tokens of its group; see the module's docstring."""
-    tokens = T.dynamic("tokens")
-    logits = logits_per_token(n)
-    width = columns // n
-    slices = ceil_div(channels, width)
-    rows = ceil_div(logits, 8) * 8  # of the matrix products
-    narrow, exact = dtype == "bfloat16", dtype == "float32"
-    # asynchronous ones, a tile of tokens
-    copies = 1 + is_aligned(channels, dtype) * (n + int(with_pre) + n * bool(part))
-    record_row = record_width(n)
-    record_words = tile * record_row
-    fetch, high, low, add_grad_phi = _macros(channels, n, dtype, with_pre, part, tile, width)
+def _grad_x_macro(C: int, n: int, dtype: str, with_pre: bool, part: str, tokens: Any) -> Any:
+    """The macro `add_grad_x`: all of a tile's grad_x, in the accumulators."""
+    exact = dtype == "float32"
 
-    def pre_term(weights, grad_input, now, t, c):
+    def pre_term(weights, grad_input, now, t, c, width):
         if not with_pre:
             return 0.0
         return weights[t, c // width] * T.cast(grad_input[now, t, c % width], F32)
 
-    def part_term(h_res, staged, now, token, t, c):
+    def part_term(h_res, staged, now, token, t, c, width):
         if part != MIXED:
             return T.cast(staged[now, t, c], F32) if part else 0.0
         row = T.min(token + t, tokens - 1)
@@ -231,16 +234,58 @@ def columns_program(
         )
         return sum(terms, 0.0)
 
+    @T.macro
+    def add_grad_x(
+        grad_streams, streams, grad_input, staged, h_res, weights,
+        grad_raw, grad_raw_low, phi_tile, phi_low, now, token, shape,
+    ):  # fmt: skip
+        tile, width = shape
+        # grad_x[i, c] = radial * x[i, c] + h_pre[i] * grad_layer_input[c] + part[i, c] + ..
+        for t, c in T.Parallel(tile, n * width):
+            grad_streams[t, c] = (
+                weights[t, n] * T.cast(streams[now, t, c], F32)
+                + pre_term(weights, grad_input, now, t, c, width)
+                + part_term(h_res, staged, now, token, t, c, width)
+            )
+        # .. + sum_k grad_raw[k] * phi[k, i*C + c]
+        T.gemm(grad_raw, phi_tile, grad_streams, policy=T.GemmWarpPolicy.FullCol)
+        if exact:
+            T.gemm(grad_raw_low, phi_tile, grad_streams, policy=T.GemmWarpPolicy.FullCol)
+            T.gemm(grad_raw, phi_low, grad_streams, policy=T.GemmWarpPolicy.FullCol)
+
+    return add_grad_x
+
+
+@program(TENSOR_CORE_PASS_CONFIGS)
+def grad_x_program(
+    C: int, n: int, dtype: str, with_pre: bool, part: str, overlap: bool, config: Config
+) -> Any:
+    """A block a slice of phi's columns and a group of tokens; see the module's docstring.
+
+    Where launches overlap, `pre`'s states are still being written when this one begins.
+    """
+    columns, tile, threads, stages, groups, min_blocks = knobs_of(config)
+    tokens = T.dynamic("tokens")
+    logits, width = logits_per_token(n), columns // n
+    slices = ceil_div(C, width)
+    rows = ceil_div(logits, 8) * 8  # of the matrix products
+    narrow, exact = dtype == "bfloat16", dtype == "float32"
+    # asynchronous ones, a tile of tokens
+    copies = 1 + is_aligned(C, dtype) * (n + int(with_pre) + n * bool(part))
+    fetch = _fetch_macro(C, n, dtype, with_pre, part, tile, width)
+    load_state, add_grad_phi = _operand_macros(n, dtype, tile, width, threads, with_pre and overlap)
+    add_grad_x = _grad_x_macro(C, n, dtype, with_pre, part, tokens)
+
     @T.prim_func
-    def mapping_backward_columns(
-        x: T.Tensor((tokens, n, channels), dtype),
-        grad_layer_input: T.Tensor((tokens, channels), dtype),
-        grad_x_part: T.Tensor((tokens, n, channels), dtype),
+    def mapping_backward_grad_x(
+        x: T.Tensor((tokens, n, C), dtype),
+        grad_layer_input: T.Tensor((tokens, C), dtype),
+        grad_x_part: T.Tensor((tokens, n, C), dtype),
         h_res: T.Tensor((tokens, n, n), F32),
-        records: T.Tensor((tokens, record_width(n)), F32),
-        phi: T.Tensor((logits, n, channels), F32),
-        grad_x: T.Tensor((tokens, n, channels), dtype),
-        grad_phi_parts: T.Tensor((groups, logits, n, channels), F32),
+        states: T.Tensor((tokens, state_size(n)), F32),
+        phi: T.Tensor((logits, n, C), F32),
+        grad_x: T.Tensor((tokens, n, C), dtype),
+        grad_phi_partials: T.Tensor((groups, logits, n, C), F32),
     ):
         with T.Kernel(slices * groups, threads=threads) as block:
             T.annotate_min_blocks_per_sm(min_blocks)
@@ -251,7 +296,7 @@ def columns_program(
             streams = T.alloc_shared((stages, tile, columns), dtype)
             grad_input = T.alloc_shared((stages, tile, width), dtype)
             staged = T.alloc_shared((stages, tile, columns), dtype)  # grad_x_part in, grad_x out
-            record = T.alloc_shared((stages, tile, record_width(n)), F32)
+            state = T.alloc_shared((stages, tile, state_size(n)), F32)
             weights = T.alloc_shared((tile, n + 1), F32)
             grad_raw = T.alloc_shared((tile, rows), F32)
             grad_raw_high = T.alloc_shared((tile, rows), dtype) if narrow else grad_raw
@@ -260,13 +305,12 @@ def columns_program(
             x_low = T.alloc_shared((tile, columns), F32)
             grad_phi = T.alloc_fragment((columns, rows), F32)
             grad_streams = T.alloc_fragment((tile, columns), F32)
-            word = T.alloc_local((ceil_div(record_words, threads),), F32)
-            value = T.alloc_var(F32)
+            word = T.alloc_local((ceil_div(tile * state_size(n), threads),), F32)
             thread = T.get_thread_binding()
 
             # Swizzled, not padded: an asynchronous copy whose 128 bytes straddle two lines of
             # shared memory costs L2 half as much again.
-            T.annotate_layout({b: make_swizzled_layout(b) for b in (grad_input, staged, record)})
+            T.annotate_layout({b: make_swizzled_layout(b) for b in (grad_input, staged, state)})
             T.clear(grad_phi)
             for i in T.serial(n):
                 T.copy(
@@ -282,8 +326,8 @@ def columns_program(
             for slot in T.unroll(stages - 1):
                 token = (slot * groups + group) * tile
                 fetch(
-                    x, grad_layer_input, grad_x_part, records,
-                    streams, grad_input, staged, record, token, first, slot,
+                    x, grad_layer_input, grad_x_part, states,
+                    streams, grad_input, staged, state, token, first, slot,
                 )  # fmt: skip
 
             for step in T.serial(T.ceildiv(T.ceildiv(tokens, tile) - group, groups)):
@@ -292,45 +336,19 @@ def columns_program(
                 after = token + (stages - 1) * groups * tile
                 free = (step + stages - 1) % stages
                 fetch(
-                    x, grad_layer_input, grad_x_part, records,
-                    streams, grad_input, staged, record, after, first, free,
+                    x, grad_layer_input, grad_x_part, states,
+                    streams, grad_input, staged, state, after, first, free,
                 )  # fmt: skip
                 T.ptx_wait_group((stages - 1) * copies)
                 T.sync_threads()
-                for p in T.unroll(ceil_div(record_words, threads)):
-                    entry = p * threads + thread
-                    if entry < record_words:
-                        word[p] = record[now, entry // record_row, entry % record_row]
-                        if with_pre and overlap:
-                            while T.reinterpret(word[p], "int32") == PENDING:
-                                word[p] = T.atomic_load(
-                                    records[token + entry // record_row, entry % record_row],
-                                    memory_order="relaxed",
-                                )
-                for p in T.unroll(ceil_div(record_words, threads)):
-                    t = (p * threads + thread) // record_row
-                    k = (p * threads + thread) % record_row
-                    if (p * threads + thread < record_words) and (k < rows):
-                        value = T.if_then_else(k < logits, word[p], 0.0)
-                        grad_raw[t, k] = round_tf32(value)
-                        if narrow:
-                            grad_raw_high[t, k] = high(value)
-                        grad_raw_low[t, k] = low(value)
-                    if (p * threads + thread < record_words) and logits <= k <= logits + n:
-                        weights[t, k - logits] = word[p]
-                # grad_x[i, c] = radial * x[i, c] + h_pre[i] * grad_layer_input[c] + part[i, c] + ..
-                for t, c in T.Parallel(tile, columns):
-                    grad_streams[t, c] = (
-                        weights[t, n] * T.cast(streams[now, t, c], F32)
-                        + pre_term(weights, grad_input, now, t, c)
-                        + part_term(h_res, staged, now, token, t, c)
-                    )
-                # .. + sum_k grad_raw[k] * phi[k, i*C + c]
-                T.gemm(grad_raw, phi_tile, grad_streams, policy=T.GemmWarpPolicy.FullCol)
-                if exact:
-                    T.gemm(grad_raw_low, phi_tile, grad_streams, policy=T.GemmWarpPolicy.FullCol)
-                    T.gemm(grad_raw, phi_low, grad_streams, policy=T.GemmWarpPolicy.FullCol)
-                # grad_phi[k, i*C + c] = sum_t grad_raw[t, k] * x[t, i, c]
+                load_state(
+                    word, state, states, grad_raw, grad_raw_high, grad_raw_low, weights, now,
+                    token, thread,
+                )  # fmt: skip
+                add_grad_x(
+                    grad_streams, streams, grad_input, staged, h_res, weights,
+                    grad_raw, grad_raw_low, phi_tile, phi_low, now, token, (tile, width),
+                )  # fmt: skip
                 add_grad_phi(streams, x_high, x_low, grad_raw_high, grad_raw_low, grad_phi, now)
                 T.copy(grad_streams, staged[now, :, :])
                 for i in T.serial(n):
@@ -344,7 +362,7 @@ def columns_program(
                 if with_pre:
                     T.pdl_sync()
             for c, k in T.Parallel(columns, rows):
-                if first + c % width < channels and k < logits:
-                    grad_phi_parts[group, k, c // width, first + c % width] = grad_phi[c, k]
+                if first + c % width < C and k < logits:
+                    grad_phi_partials[group, k, c // width, first + c % width] = grad_phi[c, k]
 
-    return mapping_backward_columns
+    return mapping_backward_grad_x

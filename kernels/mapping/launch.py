@@ -6,13 +6,11 @@
     h_pre      = sigmoid(logits_pre) + pre_eps
     h_post     = post_scale * sigmoid(logits_post)
 
-`project` splits nC over `members` blocks, each with its columns of phi stationary in registers;
-groups of tokens stream past through a ring of shared-memory tiles. It reads n * C elements a token,
-phi once a block, and writes n * n + 2n + 1 floats a token and member (5% of x at 1024 elements a
-member, n = 4). `finish` adds these parts in the order of the members and forms the maps; `pre` has
-a finish of its own. The segments of nC follow from C alone, so a token's bits never depend on its
-neighbours. Squares and their sums are fp32, subnormal numbers included: a token counts as zero
-where they vanish, as in the reference, for |x| below 3e-23.
+`project` reads n C elements a token, and phi once a block; it writes n*n + 2n + 1 floats a token
+and segment of nC, which `finish` adds in the order of the segments. Segments follow from C alone,
+so a token's bits never depend on its neighbours. phi stays in registers, because every token needs
+all of it; x passes through a ring of tiles in shared memory. Squares and their sums are fp32,
+subnormal numbers included: a token counts as zero where they vanish, as in the reference.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,8 +22,8 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
-from ..common import projection_simt as _projection_any
 from ..common.architectures import shared_limit
+from ..common.knobs import knob
 from ..common.phi import load_macro, scale_macro
 from ..common.problem import Problem, Target
 from ..common.programs import (
@@ -36,9 +34,7 @@ from ..common.programs import (
     dtype_name,
     logits_per_token,
     macro,
-    problem_of,
     program,
-    target_of,
 )
 from ..common.projection import (
     WARP,
@@ -49,6 +45,7 @@ from ..common.projection import (
     segment_width,
     sigmoid,
 )
+from . import simt
 
 
 @dataclass(frozen=True)
@@ -60,15 +57,15 @@ class Config:
         blocks: blocks that share the tokens, at most (a launch has no more than it has groups).
         steps: pieces of 32 elements of nC that a warp holds; phi takes 8 * steps * ceil(rows / 8)
             of its registers.
-        group: tokens that travel together.
+        group: tokens of a tile.
         ahead: groups in flight from memory.
         warps: warps of a block of `finish`.
     """
 
-    members: int
+    members: int = knob(reduction_order=True)
     blocks: int
-    steps: int = 4
-    group: int = 16
+    steps: int = knob(4, reduction_order=True)
+    group: int = knob(16, reduction_order=True)
     ahead: int = 3
     warps: int = 4
 
@@ -78,14 +75,14 @@ class Config:
         if self.group % 8 or smallest < 1 or not 1 <= self.warps <= 32:
             raise ValueError(f"mapping: config must be one that can launch, got {self}")
 
-    def segment(self, n: int, channels: int) -> Segment:
+    def segment(self, n: int, C: int) -> Segment:
         """The share of a member."""
-        width = segment_width(channels, self.members)
-        return Segment(n, channels, logits_per_token(n), width, self.steps, self.group)
+        width = segment_width(C, self.members)
+        return Segment(n, C, logits_per_token(n), width, self.steps, self.group)
 
-    def launches(self, n: int, channels: int, arch: str) -> bool:
+    def launches(self, n: int, C: int, arch: str) -> bool:
         """Whether shared memory and threads allow `project`."""
-        segment = self.segment(n, channels)
+        segment = self.segment(n, C)
         shared = segment.shared_bytes(self.ahead + 1)
         return shared <= shared_limit(arch) and segment.threads <= 1024
 
@@ -95,51 +92,57 @@ class Config:
 
 
 @lru_cache(maxsize=1024)
-def default_config(problem: Problem, target: Target, *, batch_invariant: bool = False) -> Config:
+def default_config(
+    problem: Problem, target: Target, *, batch_invariant: bool = False
+) -> Config | simt.Config:
     """Segments of about 1024 elements (n = 4), as many groups in flight as shared memory allows.
 
-    256 channels of every stream at n = 4 are 96 registers a thread for phi. The H200, 2026-11-22,
-    runs `project` alone at 73% (1280 and 7168 channels) to 82% (2560) of its copy bandwidth.
+    256 channels of every stream at n = 4 are 96 registers a thread for phi. x in fp32, or C that is
+    no multiple of 8, has the form of `simt.py`.
 
     Raises:
         RuntimeError: the GPU has too little shared memory for any configuration.
     """
-    n, channels = problem.n, problem.channels
+    if not problem.fits_tensor_cores:
+        return simt.default_config(problem, target)
+    n, C = problem.n, problem.channels
     width = max(32, 1024 // n // ceil_div(logits_per_token(n), 24))
-    members = ceil_div(channels, width)
+    members = ceil_div(C, width)
     blocks = max(1, target.multiprocessors // members)
     steps = 4 if n <= 4 else 1
     for group in (16, 8):
-        # one group a block: nothing to keep in flight behind it
+        # one group a block: none comes after it
         for ahead in (3, 2, 1) if problem.tokens > group * blocks else (1,):
             config = Config(members, blocks, steps, group, ahead)
-            if config.launches(n, channels, target.arch):
+            if config.launches(n, C, target.arch):
                 return config
     raise RuntimeError(
-        f"mapping: the GPU must have more shared memory for n {n}, C {channels}, got {target.arch} "
+        f"mapping: the GPU must have more shared memory for n {n}, C {C}, got {target.arch} "
         f"with {shared_limit(target.arch)} bytes a block; run the reference on it"
     )
 
 
-def candidates(problem: Problem, target: Target) -> Iterator[Config]:
+def candidates(problem: Problem, target: Target) -> Iterator[Config | simt.Config]:
     """Every configuration worth timing that can launch."""
-    n, channels = problem.n, problem.channels
+    n, C = problem.n, problem.channels
     default = default_config(problem, target)
     yield default
-    smallest = ceil_div(channels, 512)
-    counts = {ceil_div(channels, width) for width in (192, 224, 256, 320, 512)}
+    if isinstance(default, simt.Config):
+        return
+    smallest = ceil_div(C, 512)
+    counts = {ceil_div(C, width) for width in (192, 224, 256, 320, 512)}
     for members in sorted(counts | {default.members} if n == 4 else {default.members, smallest}):
         for blocks in sorted({max(1, k * target.multiprocessors // members) for k in (1, 2)}):
             for ahead in (1, 2, 3):
                 config = Config(members, blocks, default.steps, default.group, ahead)
-                if config != default and config.launches(n, channels, target.arch):
+                if config != default and config.launches(n, C, target.arch):
                     yield config
 
 
 @program(WARP_ROLE_CONFIGS)
 def project_program(
     n: int,
-    channels: int,
+    C: int,
     dtype: str,
     members: int,
     most_blocks: int,
@@ -147,8 +150,8 @@ def project_program(
     group: int,
     ahead: int,
 ) -> Any:
-    """parts[member, token] = [sum x^2, sum phi[r] * x] over the member's segment of nC."""
-    C, G = channels, group
+    """partials[member, token] = [sum x^2, sum phi[r] * x] over the member's segment of nC."""
+    G = group
     rows = logits_per_token(n)
     segment = Segment(n, C, rows, segment_width(C, members), steps, G)
     columns, warps, threads = segment.columns, segment.warps, segment.threads
@@ -162,7 +165,7 @@ def project_program(
     def mhc_project(
         x: T.Tensor((tokens, n, C), dtype),
         phi: T.Tensor((rows, n, C), F32),
-        parts: T.Tensor((members, tokens, columns), F32),
+        partials: T.Tensor((members, tokens, columns), F32),
     ):
         with T.Kernel(members, blocks, threads=threads) as (member, block):
             tx = T.get_thread_binding()
@@ -171,7 +174,7 @@ def project_program(
             fragments = T.alloc_local(*segment.fragments(dtype))
             unscales = T.alloc_local((segment.phi_tiles,), F32)
             total = T.alloc_var(F32, 0.0)
-            rounds = T.alloc_var(
+            iterations = T.alloc_var(
                 "int32", (T.ceildiv(tokens, G) + most_blocks - 1 - block) // most_blocks
             )
 
@@ -181,16 +184,16 @@ def project_program(
             load_phi(fragments, phi, member, tx)
             scale_phi(fragments, unscales)
 
-            for j in T.serial(rounds + 1):
+            for j in T.serial(iterations + 1):
                 T.ptx_wait_group(ahead - 1)
                 T.sync_threads()
-                if j + ahead < rounds:
+                if j + ahead < iterations:
                     first = T.cast((j + ahead) * most_blocks + block, "int64") * G
                     fetch(x_tile, (j + ahead) % (ahead + 1), x, first, member, tx)
                 T.ptx_commit_group()
-                if j < rounds:
+                if j < iterations:
                     project(sums, j % 2, fragments, unscales, x_tile, j % (ahead + 1), tx)
-                # parts[member, token] = sum over the warps of group j - 1
+                # partials[member, token] = sum over the warps of group j - 1
                 if j >= 1:
                     for p in T.serial(ceil_div(G * columns, threads)):
                         entry = p * threads + tx
@@ -200,26 +203,26 @@ def project_program(
                             total = sums[(j - 1) % 2, 0, row, entry % columns]
                             for w in T.unroll(1, warps):
                                 total = add(total, sums[(j - 1) % 2, w, row, entry % columns])
-                            parts[member, token, entry % columns] = total
+                            partials[member, token, entry % columns] = total
 
     return mhc_project
 
 
-def gather_macro(n: int, channels: int, members: int, norm_eps: float) -> Callable[..., None]:
-    """The macro `gather(totals, scale, parts, token, lane)` that begins a `finish`."""
+def gather_macro(n: int, C: int, members: int, norm_eps: float) -> Callable[..., None]:
+    """The macro `gather(totals, scale, partials, token, lane)` that begins a `finish`."""
     columns = logits_per_token(n) + 1
 
     @T.macro
-    def gather(totals, scale: T.Ref, parts, token, lane):
+    def gather(totals, scale: T.Ref, partials, token, lane):
         """Scale = inv_rms of the token, totals[q] = its projection[q * 32 + lane - 1]."""
-        # every lane adds the members' parts of its columns, in order
+        # every lane adds the members' partials of its columns, in order
         for q in T.unroll(ceil_div(columns, WARP)):
             totals[q] = 0.0
             if q * WARP + lane < columns:
                 for m in T.unroll(members):
-                    totals[q] = add(totals[q], parts[m, token, q * WARP + lane])
+                    totals[q] = add(totals[q], partials[m, token, q * WARP + lane])
         scale = T.shfl_sync(totals[0], 0)
-        inverse_rms(scale, n * channels, norm_eps)
+        inverse_rms(scale, n * C, norm_eps)
         for q in T.unroll(ceil_div(columns, WARP)):
             totals[q] = totals[q] * scale
 
@@ -240,22 +243,22 @@ def logit(value: T.Ref, projection, alpha, bias, r, n):
 @program(WARP_ROLE_CONFIGS)
 def finish_program(
     n: int,
-    channels: int,
+    C: int,
     members: int,
     warps: int,
     norm_eps: float,
     pre_eps: float,
     post_scale: float,
 ) -> Any:
-    """From the members' parts to the maps, one warp a token."""
+    """From the members' partials to the maps, one warp a token."""
     rows = logits_per_token(n)
     lanes = ceil_div(rows + 1, WARP)
     tokens = T.dynamic("tokens")
-    gather = gather_macro(n, channels, members, norm_eps)
+    gather = gather_macro(n, C, members, norm_eps)
 
     @T.prim_func
     def mhc_mapping_finish(
-        parts: T.Tensor((members, tokens, rows + 1), F32),
+        partials: T.Tensor((members, tokens, rows + 1), F32),
         alpha: T.Tensor((3,), F32),
         bias: T.Tensor((rows,), F32),
         h_pre: T.Tensor((tokens, n), F32),
@@ -273,7 +276,7 @@ def finish_program(
             value = T.alloc_var(F32, 0.0)
 
             if token < tokens:
-                gather(totals, scale, parts, token, lane)
+                gather(totals, scale, partials, token, lane)
                 if lane == 0:
                     inv_rms[token] = scale
                 for q in T.unroll(lanes):
@@ -294,11 +297,6 @@ def finish_program(
     return mhc_mapping_finish
 
 
-def aligned(tensor: Tensor) -> Tensor:
-    """The tensor where its first element is 16-byte aligned, else a copy."""
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
 def project(x: Tensor, phi: Tensor, config: Config) -> Tensor:
     """Launch `project_program`.
 
@@ -308,18 +306,18 @@ def project(x: Tensor, phi: Tensor, config: Config) -> Tensor:
         config: of the launch.
 
     Returns:
-        parts [members, T, 1 + n*n + 2n], fp32.
+        partials [members, T, 1 + n*n + 2n], fp32.
     """
-    tokens, n, channels = x.shape
+    tokens, n, C = x.shape
     rows = logits_per_token(n)
-    assert channels % 8 == 0
+    assert C % 8 == 0
     assert x.dtype in (torch.bfloat16, torch.float16)
-    assert phi.shape == (rows, n * channels)
-    parts = x.new_empty(config.members, tokens, rows + 1, dtype=torch.float32)
+    assert phi.shape == (rows, n * C)
+    partials = x.new_empty(config.members, tokens, rows + 1, dtype=torch.float32)
     knobs = config.projection()
-    kernel = project_program(architecture(x.device), n, channels, dtype_name(x), *knobs)
-    kernel(aligned(x), aligned(phi).view(rows, n, channels), parts)
-    return parts
+    kernel = project_program(architecture(x.device), n, C, dtype_name(x), *knobs)
+    kernel(x, phi.view(rows, n, C), partials)
+    return partials
 
 
 def forward(
@@ -331,26 +329,25 @@ def forward(
     norm_eps: float,
     pre_eps: float,
     post_scale: float,
-    config: Config | None = None,
+    config: Config | simt.Config,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """From the streams to h_pre, h_post and the logits of h_res (eqs. 14-18).
 
     Args:
-        x: [T, n, C], bf16, fp16 or fp32. Residual streams.
+        x: [T, n, C], bf16, fp16 or fp32, as all tensors starting at 16 bytes. Residual streams.
         phi: [n*n + 2n, n*C], fp32.
         alpha: [3], fp32.
         bias: [n*n + 2n], fp32.
         norm_eps: added to the mean of squares, at least 0.
         pre_eps: added to h_pre.
         post_scale: factor of h_post.
-        config: of the launch, `default_config` if None; where x is fp32 or C no multiple of 8, only
-            of `finish`: `_projection_any` has a configuration of its own.
+        config: launch knobs, which choose the projection's form.
 
     Returns:
         h_pre [T, n], h_post [T, n], h_res_logits [T, n, n], projection [T, n*n + 2n], inv_rms [T],
         all fp32.
     """
-    tokens, n, channels = x.shape
+    tokens, n, C = x.shape
     rows = logits_per_token(n)
     h_pre, h_post, h_res_logits, projection = (
         x.new_empty(tokens, columns, dtype=torch.float32) for columns in (n, n, n * n, rows)
@@ -358,20 +355,19 @@ def forward(
     inv_rms = x.new_empty(tokens, dtype=torch.float32)
     if tokens:
         arch = architecture(x.device)
-        config = config or default_config(problem_of("mapping", x), target_of(x.device))
-        if _projection_any.takes(x):
-            parts = _projection_any.project(aligned(x), aligned(phi))
+        if isinstance(config, simt.Config):
+            partials, warps = simt.project(x, phi, config), config.finish_warps
         else:
-            parts = project(x, phi, config)
+            partials, warps = project(x, phi, config), config.warps
         constants = float(norm_eps), float(pre_eps), float(post_scale)
-        kernel = finish_program(arch, n, channels, parts.shape[0], config.warps, *constants)
-        kernel(parts, alpha, bias, h_pre, h_post, h_res_logits, projection, inv_rms)
+        kernel = finish_program(arch, n, C, partials.shape[0], warps, *constants)
+        kernel(partials, alpha, bias, h_pre, h_post, h_res_logits, projection, inv_rms)
     return h_pre, h_post, h_res_logits.view(tokens, n, n), projection, inv_rms
 
 
 def traffic(problem: Problem) -> int:
     """Bytes that must move forward: x and phi once, the maps."""
-    n, channels = problem.n, problem.channels
+    n, C = problem.n, problem.channels
     rows = logits_per_token(n)
-    per_token = n * channels * ITEM_BYTES[problem.dtype] + 4 * (2 * rows + 1)
-    return problem.tokens * per_token + 4 * rows * n * channels
+    per_token = n * C * ITEM_BYTES[problem.dtype] + 4 * (2 * rows + 1)
+    return problem.tokens * per_token + 4 * rows * n * C

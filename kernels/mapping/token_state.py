@@ -1,13 +1,16 @@
-"""One record of floats per token: what the rest of mapping's backward needs of the token.
+"""The state of each token that the rest of mapping's backward reads.
 
-    grad_raw[k] = alpha[part of k] * grad_logits[k] * inv_rms             n*n + 2n floats
+    grad_raw[k] = alpha[gate of k] * grad_logits[k] * inv_rms             n*n + 2n floats
     h_pre[i]                                                              n floats
-    radial      = -inv_rms^2 / (n*C) * sum_k alpha[part of k] * grad_logits[k] * projection[k]
+    radial      = -inv_rms^2 / (n*C) * sum_k alpha[gate of k] * grad_logits[k] * projection[k]
 
-`mapping_backward` says what grad_logits is. One thread a token walks back through the sigmoids and,
-for `pre`, through Sinkhorn, in registers; about 3 (n*n + 2n) floats cross device memory. For `pre`
-the records are not complete: the rows of h_pre wait for the dot products of `pre_backward`.
+`backward.py` defines grad_logits. About 3 (n*n + 2n) floats a token cross device memory. One thread
+owns one token: everything of it stays in registers, but the sums of Sinkhorn's steps, which the
+reverse pass reads from shared memory. For `pre` the states are incomplete: grad_h_pre, which
+decides the first n floats and a part of radial, comes from a later launch.
 """
+
+from typing import Any
 
 import tilelang.language as T
 import torch
@@ -23,16 +26,16 @@ from ..common.programs import (
     macro,
     program,
 )
-from ..common.sinkhorn_on_chip import sigmoid, sinkhorn_replay, sinkhorn_walk_back, softmax_out_back
+from ..common.sinkhorn_on_chip import sigmoid, sinkhorn_replay, sinkhorn_reverse, softmax_out_back
 
 TOKENS_PER_BLOCK = 32
-# A word of a record that is still to come: a NaN that no arithmetic makes.
-PENDING = 0x7FC5EED5
-NO_MESSAGE = 1  # of an exchange: its first messages are even words
+# A word of a state that is still to come: a NaN that no arithmetic makes.
+NOT_READY = 0x7FC5EED5
+NO_MESSAGE = 1  # in a mailbox, whose first messages are even words
 
 
-def record_width(n: int) -> int:
-    """Floats of a token's record, a multiple of 4: grad_raw [n*n + 2n], h_pre [n], radial."""
+def state_size(n: int) -> int:
+    """Floats of a token's state, a multiple of 4: grad_raw [n*n + 2n], h_pre [n], radial."""
     return ceil_div(logits_per_token(n) + n + 1, 4) * 4
 
 
@@ -52,56 +55,96 @@ def _residual_logits(matrix, projection, gate, bias, n):
 
 @macro
 def _maps_back(
-    grad_pre, grad_post, grad_res, projection, gate, bias, scale, record, gate_sums, constants
+    grad_pre, grad_post, grad_res, projection, gate, bias, scale, state, gate_sums, constants
 ):
-    """Turn cotangents of h_pre and h_post into those of logits; fill `record` except `radial`.
+    """Turn cotangents of h_pre and h_post into those of logits; fill `state` except `radial`.
 
     `constants`: n, pre_eps, post_scale and whether the cotangent of h_pre is known. Where it is
-    not, its rows of the record hold s * (1 - s), and what they add to other sums is left out.
+    not, its rows of the state hold s * (1 - s), and what they add to other sums is left out.
     """
     n, pre_eps, post_scale, complete = constants
     value = T.alloc_var(F32)
-    for part in T.unroll(3):
-        gate_sums[part] = 0.0
+    for g in T.unroll(3):
+        gate_sums[g] = 0.0
     for i in T.unroll(n):
         # h_pre = sigmoid(logits_pre) + pre_eps ; grad_logits = grad_h_pre * s * (1 - s)
         value = sigmoid(projection[i] * gate[0] + bias[i])
-        record[logits_per_token(n) + i] = value + pre_eps
+        state[logits_per_token(n) + i] = value + pre_eps
         if complete:
             grad_pre[i] *= value * (1.0 - value)
-            record[i] = grad_pre[i] * gate[0] * scale
+            state[i] = grad_pre[i] * gate[0] * scale
             gate_sums[0] += grad_pre[i] * projection[i]
         else:
             grad_pre[i] = 0.0
-            record[i] = value * (1.0 - value)
-        # h_post = post_scale * sigmoid(logits_post)
+            state[i] = value * (1.0 - value)
+        # h_post = post_scale * sigmoid(logits_post) ; grad_logits likewise
         value = sigmoid(projection[n + i] * gate[1] + bias[n + i])
         grad_post[i] *= post_scale * value * (1.0 - value)
-        record[n + i] = grad_post[i] * gate[1] * scale
+        state[n + i] = grad_post[i] * gate[1] * scale
         gate_sums[1] += grad_post[i] * projection[n + i]
+    # grad_raw[k] = alpha_res * grad_logits[k] * inv_rms
     for o in T.unroll(n):
         for i in T.unroll(n):
-            record[2 * n + o * n + i] = grad_res[o, i] * gate[2] * scale
+            state[2 * n + o * n + i] = grad_res[o, i] * gate[2] * scale
             gate_sums[2] += grad_res[o, i] * projection[2 * n + o * n + i]
 
 
+@macro
+def _add_block(
+    block_sums, value: T.Ref, present: T.Ref, grad_pre, grad_post, grad_res, gate_sums,
+    block, lane, n,
+):  # fmt: skip
+    """The sums over a block's tokens, `present` of them: grad_bias and grad_alpha."""
+    logits = logits_per_token(n)
+    # grad_bias[k] = sum_t grad_logits[t, k]
+    for i in T.unroll(n):
+        value = T.warp_reduce_sum(grad_pre[i] * present)
+        if lane == 0:
+            block_sums[block, i] = value
+        value = T.warp_reduce_sum(grad_post[i] * present)
+        if lane == 0:
+            block_sums[block, n + i] = value
+        for o in T.unroll(n):
+            value = T.warp_reduce_sum(grad_res[i, o] * present)
+            if lane == 0:
+                block_sums[block, 2 * n + i * n + o] = value
+    # grad_alpha[g] = sum_t sum_{k of g} grad_logits[t, k] * projection[t, k]
+    for g in T.unroll(3):
+        value = T.warp_reduce_sum(gate_sums[g] * present)
+        if lane == 0:
+            block_sums[block, logits + g] = value
+    # the padding, which is read with the rest
+    for q in T.unroll(sums_width(n) // TOKENS_PER_BLOCK):
+        if q * TOKENS_PER_BLOCK + lane >= logits + 3:
+            block_sums[block, q * TOKENS_PER_BLOCK + lane] = 0.0
+
+
 @program({**PASS_CONFIGS, "tl.device_compile_flags": ["-ftz=true"]})
-def tokens_program(channels, n, iters, eps, pre_eps, post_scale, complete, messages, overlap):
-    """Per token: the maps' cotangents to its record and, for blocks of tokens, sums.
+def token_state_program(
+    C: int,
+    n: int,
+    iters: int,
+    eps: float,
+    pre_eps: float,
+    post_scale: float,
+    complete: bool,
+    clear_mailbox: bool,
+    overlap: bool,
+) -> Any:
+    """From the cotangents of the maps to the states of tokens and the sums of blocks of tokens.
 
     With iters = 0 grad_h_res is the cotangent of the logits already. Without `complete` grad_h_pre
-    is not read: see `_maps_back`. With `messages` an exchange of the next launch is emptied: each
-    word says that no message has come yet.
+    is not read: see `_maps_back`. With `clear_mailbox` every word of the next launch's mailbox is
+    set to NO_MESSAGE.
     """
     words = T.dynamic("words")
     tokens, blocks = T.dynamic("tokens"), T.dynamic("blocks")
-    logits = logits_per_token(n)
+    logits, size = logits_per_token(n), state_size(n)
     lanes = TOKENS_PER_BLOCK
-    width = record_width(n)
     load = T.unroll if n == 1 else T.vectorized  # 3 floats are no vector
 
     @T.prim_func
-    def mapping_backward_tokens(
+    def mapping_backward_token_state(
         grad_h_pre: T.Tensor((tokens, n), F32),
         grad_h_post: T.Tensor((tokens, n), F32),
         grad_h_res: T.Tensor((tokens, n, n), F32),
@@ -109,18 +152,18 @@ def tokens_program(channels, n, iters, eps, pre_eps, post_scale, complete, messa
         inv_rms: T.Tensor((tokens,), F32),
         alpha: T.Tensor((3,), F32),
         bias: T.Tensor((logits,), F32),
-        records: T.Tensor((tokens, width), F32),
+        states: T.Tensor((tokens, size), F32),
         block_sums: T.Tensor((blocks, sums_width(n)), F32),
-        exchange: T.Tensor((words,), "int32"),
+        mailbox: T.Tensor((words,), "int32"),
     ):
         with T.Kernel(T.ceildiv(tokens, lanes), threads=lanes) as block:
             if overlap:
                 T.pdl_trigger()
             lane = T.get_thread_binding()
-            if messages:
-                for turn in T.serial(T.ceildiv(words, blocks * lanes)):
-                    if (turn * blocks + block) * lanes + lane < words:
-                        exchange[(turn * blocks + block) * lanes + lane] = NO_MESSAGE
+            if clear_mailbox:
+                for step in T.serial(T.ceildiv(words, blocks * lanes)):
+                    if (step * blocks + block) * lanes + lane < words:
+                        mailbox[(step * blocks + block) * lanes + lane] = NO_MESSAGE
             token = T.alloc_var("int64")
             products = T.alloc_local((logits,), F32)
             grad_pre = T.alloc_local((n,), F32)
@@ -129,7 +172,7 @@ def tokens_program(channels, n, iters, eps, pre_eps, post_scale, complete, messa
             matrix = T.alloc_local((n, n), F32)
             gate = T.alloc_local((3,), F32)
             gate_sums = T.alloc_local((3,), F32)
-            record = T.alloc_local((width,), F32)
+            state = T.alloc_local((size,), F32)
             sums = T.alloc_shared((2 * max(iters, 1), n, lanes), F32)
             scale = T.alloc_var(F32)
             present = T.alloc_var(F32)
@@ -147,56 +190,39 @@ def tokens_program(channels, n, iters, eps, pre_eps, post_scale, complete, messa
             for o in T.unroll(n):
                 for i in T.vectorized(n):
                     grad_res[o, i] = grad_h_res[token, o, i]
-            for part in T.unroll(3):
-                gate[part] = alpha[part]
+            for g in T.unroll(3):
+                gate[g] = alpha[g]
+            # h_res = sinkhorn(logits_res), then grad_h_res_logits by the reverse pass
             if iters > 0:
                 _residual_logits(matrix, products, gate, bias, n)
                 sinkhorn_replay(matrix, sums, lane, n, iters, eps)
-                sinkhorn_walk_back(matrix, grad_res, sums, lane, n, iters, eps)
+                sinkhorn_reverse(matrix, grad_res, sums, lane, n, iters, eps)
                 for k in load(logits):  # again: as many registers less until here
                     products[k] = projection[token, k]
                 if eps > 0:
                     _residual_logits(matrix, products, gate, bias, n)
                     softmax_out_back(matrix, grad_res, n)
             _maps_back(
-                grad_pre, grad_post, grad_res, products, gate, bias, scale, record, gate_sums,
+                grad_pre, grad_post, grad_res, products, gate, bias, scale, state, gate_sums,
                 (n, pre_eps, post_scale, complete),
             )  # fmt: skip
-            # radial = -inv_rms^2 / (n*C) * sum_k alpha * grad_logits[k] * projection[k]
+            # radial = -inv_rms^2 / (n*C) * sum_k alpha[gate of k] * grad_logits[k] * projection[k]
             value = gate_sums[0] * gate[0] + gate_sums[1] * gate[1] + gate_sums[2] * gate[2]
-            record[logits + n] = value * (-1.0 / (n * channels)) * scale * scale
-            for k in T.unroll(logits + n + 1, width):
-                record[k] = 0.0
+            state[logits + n] = value * (-1.0 / (n * C)) * scale * scale
+            for k in T.unroll(logits + n + 1, size):
+                state[k] = 0.0
             if block * lanes + lane < tokens:
-                for k in T.unroll(width // 4):
+                for k in T.unroll(size // 4):
                     for v in T.vectorized(4):
-                        records[token, k * 4 + v] = record[k * 4 + v]
-            # grad_bias[k] = sum_t grad_logits[t, k]
-            for i in T.unroll(n):
-                value = T.warp_reduce_sum(grad_pre[i] * present)
-                if lane == 0:
-                    block_sums[block, i] = value
-                value = T.warp_reduce_sum(grad_post[i] * present)
-                if lane == 0:
-                    block_sums[block, n + i] = value
-                for o in T.unroll(n):
-                    value = T.warp_reduce_sum(grad_res[i, o] * present)
-                    if lane == 0:
-                        block_sums[block, 2 * n + i * n + o] = value
-            # grad_alpha[part] = sum_t sum_{k in part} grad_logits[t, k] * projection[t, k]
-            for part in T.unroll(3):
-                value = T.warp_reduce_sum(gate_sums[part] * present)
-                if lane == 0:
-                    block_sums[block, logits + part] = value
-            # the padding, which is read with the rest
-            for q in T.unroll(sums_width(n) // lanes):
-                if q * lanes + lane >= logits + 3:
-                    block_sums[block, q * lanes + lane] = 0.0
+                        states[token, k * 4 + v] = state[k * 4 + v]
+            _add_block(
+                block_sums, value, present, grad_pre, grad_post, grad_res, gate_sums, block, lane, n
+            )
 
-    return mapping_backward_tokens
+    return mapping_backward_token_state
 
 
-def token_records(
+def token_states(
     grad_h_pre: Tensor | None,
     grad_h_post: Tensor,
     grad_h_res: Tensor,
@@ -205,35 +231,35 @@ def token_records(
     alpha: Tensor,
     bias: Tensor,
     *,
-    channels: int,
+    C: int,
     pre_eps: float,
     post_scale: float,
     iters: int = 0,
     sinkhorn_eps: float = 0.0,
-    more_sums: int = 0,
-    exchange: Tensor | None = None,
+    extra_sums: int = 0,
+    mailbox: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch `tokens_program`.
+    """Launch `token_state_program`.
 
     Args:
-        grad_h_pre: [T, n], fp32. None: its rows of the records are left to `pre_backward`.
+        grad_h_pre: [T, n], fp32. None: the states are incomplete, `pre_backward` completes them.
         grad_h_post: [T, n], fp32, T at least 1.
         grad_h_res: [T, n, n], fp32; the cotangent of the logits instead where iters is 0.
         projection: [T, n*n + 2n], fp32.
         inv_rms: [T], fp32.
         alpha: [3], fp32.
         bias: [n*n + 2n], fp32.
-        channels: C.
+        C: hidden size.
         pre_eps: added to the sigmoids of h_pre.
         post_scale: factor of the sigmoids of h_post.
         iters: of Sinkhorn, or 0.
         sinkhorn_eps: see `reference.sinkhorn`.
-        more_sums: rows to leave behind the blocks' sums.
-        exchange: words to empty for the next launch, int32, of any shape.
+        extra_sums: rows that a later launch adds to the blocks' sums.
+        mailbox: of the next launch, int32, of any shape; cleared.
 
     Returns:
-        records [T, record_width(n)] and, for blocks of tokens, sums
-        [blocks + more_sums, sums_width(n)], fp32.
+        states [T, state_size(n)] and, for blocks of tokens, sums
+        [blocks + extra_sums, sums_width(n)], fp32.
 
     Raises:
         RuntimeError: The sums of so many iterations do not fit this GPU's shared memory.
@@ -245,14 +271,15 @@ def token_records(
         raise RuntimeError(
             f"pre_backward: iters must be at most {most} for {n} streams on this GPU, got {iters}"
         )
-    records = projection.new_empty(tokens, record_width(n))
+    states = projection.new_empty(tokens, state_size(n))
     blocks = ceil_div(tokens, TOKENS_PER_BLOCK)
-    block_sums = projection.new_empty(blocks + more_sums, sums_width(n))
-    constants = (channels, n, iters, float(sinkhorn_eps), float(pre_eps), float(post_scale))
-    terms = (grad_h_pre is not None, exchange is not None)
-    kernel = tokens_program(arch, *constants, *terms, overlaps(arch))
-    grad_h_pre = grad_h_post if grad_h_pre is None else grad_h_pre  # left unread
+    block_sums = projection.new_empty(blocks + extra_sums, sums_width(n))
+    constants = (C, n, iters, float(sinkhorn_eps), float(pre_eps), float(post_scale))
+    terms = (grad_h_pre is not None, mailbox is not None)
+    kernel = token_state_program(arch, *constants, *terms, overlaps(arch))
+    # what a program does not read still has its shape
+    grad_h_pre = grad_h_post if grad_h_pre is None else grad_h_pre
+    words = inv_rms.view(torch.int32) if mailbox is None else mailbox.view(-1)
     maps = (grad_h_pre, grad_h_post, grad_h_res, projection, inv_rms, alpha, bias)
-    words = inv_rms.view(torch.int32) if exchange is None else exchange.view(-1)
-    kernel(*maps, records, block_sums[:blocks], words)
-    return records, block_sums
+    kernel(*maps, states, block_sums[:blocks], words)
+    return states, block_sums

@@ -19,8 +19,6 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
-from .. import pre_apply, sinkhorn
-from ..common import projection_simt
 from ..common.problem import Problem, Target
 from ..common.programs import (
     F32,
@@ -29,13 +27,11 @@ from ..common.programs import (
     ceil_div,
     dtype_name,
     logits_per_token,
-    problem_of,
     program,
-    target_of,
 )
 from ..common.projection import WARP, WARP_ROLE_CONFIGS, sigmoid, sinkhorn_registers
 from ..mapping import launch as mapping
-from . import persistent
+from . import persistent, simt
 
 PIECE = WARP * 8  # channels that a warp reads at once
 # Iterations of the persistent loop from which on one launch is faster than two: 1 to 2 at widths
@@ -63,7 +59,7 @@ class Config(mapping.Config):
 @lru_cache(maxsize=1024)
 def default_config(
     problem: Problem, target: Target, *, batch_invariant: bool = False
-) -> "Config | persistent.Config":
+) -> "Config | persistent.Config | simt.Config":
     """One persistent launch for many tokens where the GPU can run it, else two launches.
 
     H200, 2026-11-24, us, one / two launches: 8192x1280 46 / 56, 8192x2560 77 / 104, 8192x4096
@@ -74,6 +70,8 @@ def default_config(
         target: the GPU.
         batch_invariant: the same form for every number of tokens, that of many.
     """
+    if not problem.fits_tensor_cores:
+        return simt.default_config(problem, target)
     one = persistent.default_config(problem, target)
     if one and (batch_invariant or problem.tokens >= MANY_ITERATIONS * one.group * one.teams):
         return one
@@ -92,10 +90,14 @@ def _with_splits(base: mapping.Config, splits: int) -> Config:
     )
 
 
-def candidates(problem: Problem, target: Target) -> Iterator["Config | persistent.Config"]:
+def candidates(
+    problem: Problem, target: Target
+) -> "Iterator[Config | persistent.Config | simt.Config]":
     """Every configuration worth timing that can launch."""
     default = default_config(problem, target)
     yield default
+    if isinstance(default, simt.Config):
+        return
     ahead = mapping.default_config(problem, target).ahead
     one_launch = persistent.default_config(problem, target) is not None
     splits = {1, 4, getattr(default, "splits", 1), ceil_div(problem.channels, PIECE)}
@@ -224,13 +226,12 @@ def forward(
     post_scale: float,
     iters: int,
     sinkhorn_eps: float,
-    config: "Config | persistent.Config | None" = None,
+    config: "Config | persistent.Config | simt.Config",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Everything before the layer (eqs. 8, 9 and 14-19).
 
     Args:
-        x: [T, n, C], bf16, fp16 or fp32. Residual streams; fp32, or C that is no multiple of 8, is
-            takes a launch for each stage, where config has no effect.
+        x: [T, n, C], bf16, fp16 or fp32, as all tensors starting at 16 bytes. Residual streams.
         phi: [n*n + 2n, n*C], fp32.
         alpha: [3], fp32.
         bias: [n*n + 2n], fp32.
@@ -239,17 +240,17 @@ def forward(
         post_scale: factor of h_post.
         iters: Sinkhorn iterations, at least 1.
         sinkhorn_eps: as in `reference.sinkhorn`.
-        config: of the launch, `default_config` if None; a `persistent.Config` asks for one launch.
+        config: launch knobs, whose type chooses the form.
 
     Returns:
         layer_input [T, C] in x's dtype; h_post [T, n], h_res [T, n, n], projection [T, n*n + 2n],
         inv_rms [T], fp32.
     """
-    if projection_simt.takes(x):
-        scales = {"norm_eps": norm_eps, "pre_eps": pre_eps, "post_scale": post_scale}
-        h_pre, h_post, logits, projection, inv_rms = mapping.forward(x, phi, alpha, bias, **scales)
-        h_res = sinkhorn.forward(logits, iters=iters, eps=sinkhorn_eps)
-        return pre_apply.forward(x, h_pre), h_post, h_res, projection, inv_rms
+    if isinstance(config, simt.Config):
+        return simt.forward(
+            x, phi, alpha, bias, norm_eps=norm_eps, pre_eps=pre_eps, post_scale=post_scale,
+            iters=iters, sinkhorn_eps=sinkhorn_eps, config=config,
+        )  # fmt: skip
     tokens, n, channels = x.shape
     rows = logits_per_token(n)
     layer_input = x.new_empty(tokens, channels)
@@ -261,8 +262,6 @@ def forward(
     constants = float(norm_eps), float(pre_eps), float(post_scale), int(iters), float(sinkhorn_eps)
     if tokens:
         arch = architecture(x.device)
-        config = config or default_config(problem_of("pre", x), target_of(x.device))
-        x, phi = mapping.aligned(x), mapping.aligned(phi)
         if isinstance(config, persistent.Config):
             persistent.launch(config, x, phi, alpha, bias, outputs, constants)
         else:

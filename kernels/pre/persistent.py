@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..common.architectures import overlaps, shared_limit
+from ..common.knobs import knob
 from ..common.problem import Problem, Target
 from ..common.programs import F32, architecture, ceil_div, dtype_name, logits_per_token, program
 from ..common.programs import multiprocessors as count_multiprocessors
@@ -49,13 +50,13 @@ class Config:
             the projection warps take what is left.
     """
 
-    members: int
+    members: int = knob(reduction_order=True)
     teams: int
-    steps: int = 4
-    group: int = 16
+    steps: int = knob(4, reduction_order=True)
+    group: int = knob(16, reduction_order=True)
     ahead: int = 1
     lag: int = 4
-    batches: int = 1
+    batches: int = knob(1, reduction_order=True)
     apply_warps: int = 4
     owners: int = 3
     registers: int = 80

@@ -27,7 +27,7 @@ from ..common.programs import (
 )
 from ..common.rows import WARP, vector_width
 from ..mapping.grad_x_pass import is_aligned
-from ..mapping.token_state import PENDING, record_width, sums_width
+from ..mapping.token_state import NOT_READY, state_size, sums_width
 
 # The program guards its own indices (TileLang's guards would split 16-byte accesses) and orders its
 # own accesses of shared memory: a thread reads what it has copied itself.
@@ -135,8 +135,8 @@ def multiply(plan: Plan, dots, grad_layer_input, x, ring, token, piece, stage, t
 @macro
 def mark_not_ready(plan: Plan, state, value: T.Ref, token: T.Ref, block, blocks, thread, tokens):
     """Write NOT_READY to all words of the CTA's tokens, then let the next launch begin."""
-    width = record_width(plan.n)
-    value = T.reinterpret(T.int32(PENDING), F32)
+    width = state_size(plan.n)
+    value = T.reinterpret(T.int32(NOT_READY), F32)
     for step in T.serial(T.ceildiv(tokens - block, blocks)):
         token = T.cast(step, "int64") * blocks + block
         for q in T.unroll(ceil_div(width, plan.threads)):
@@ -177,7 +177,7 @@ def dots_program(plan: Plan) -> Any:
     tokens, blocks = T.dynamic("tokens"), T.dynamic("blocks")
     channels, n, dtype, threads = plan.C, plan.n, plan.dtype, plan.threads
     pieces, stages = plan.pieces, plan.num_stages
-    logits, width, sums_row = logits_per_token(n), record_width(n), sums_width(n)
+    logits, width, sums_row = logits_per_token(n), state_size(n), sums_width(n)
     warps = threads // WARP
 
     @T.prim_func
@@ -295,11 +295,11 @@ def complete_state(
         projection: [T, n*n + 2n], fp32.
         inv_rms: [T], fp32.
         alpha: [3], fp32.
-        unfinished_state: [T, record_width(n)], fp32, of `token_records` without grad_h_pre.
+        unfinished_state: [T, state_size(n)], fp32, of `token_states` without grad_h_pre.
         block_sums: [blocks, sums_width(n)], fp32; written.
 
     Returns:
-        The per-token backward state [T, record_width(n)], fp32.
+        The per-token backward state [T, state_size(n)], fp32.
     """
     _, n, channels = x.shape
     arch = architecture(x.device)

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from ..common.problem import Problem, Target
-from ..common.programs import ITEM_BYTES, logits_per_token, multiprocessors, problem_of, target_of
+from ..common.programs import ITEM_BYTES, logits_per_token, multiprocessors
 from ..mapping import grad_x_pass
-from ..mapping.backward import add_parts, gradients_from_records
+from ..mapping.backward import add_partials, gradients_from_states
 from ..mapping.grad_x_pass import Config
-from ..mapping.token_state import token_records
+from ..mapping.token_state import token_states
 from . import dots, persistent
 
 __all__ = ["Config", "backward", "candidates", "default_config", "traffic"]
@@ -75,7 +75,7 @@ def backward(
     post_scale: float,
     iters: int,
     sinkhorn_eps: float,
-    config: Config | persistent.Config | None = None,
+    config: Config | persistent.Config,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradient of `reference.pre`; see the module's docstring for the equations.
 
@@ -95,7 +95,7 @@ def backward(
         post_scale: factor of the sigmoids of h_post.
         iters: of Sinkhorn, at least 1.
         sinkhorn_eps: see `reference.sinkhorn`.
-        config: launch knobs of the grad_x pass or of the persistent launch; the default if None.
+        config: launch knobs of the grad_x pass or of the persistent launch.
 
     Returns:
         grad_x in x's dtype; grad_phi, grad_alpha, grad_bias, fp32.
@@ -105,29 +105,27 @@ def backward(
     """
     if x.shape[0] == 0:
         return torch.empty_like(x), *(torch.zeros_like(value) for value in (phi, alpha, bias))
-    if config is None:
-        config = default_config(problem_of("pre_backward", x), target_of(x.device))
     one_launch = isinstance(config, persistent.Config)
     if one_launch:
-        more_sums, mailbox = config.sums, config.mailbox(x.device)
+        extra_sums, mailbox = config.sums, config.mailbox(x.device)
     else:
-        more_sums = min(len(x), multiprocessors(x.device) * dots.resident_blocks(x))
+        extra_sums = min(len(x), multiprocessors(x.device) * dots.resident_blocks(x))
         mailbox = None
-    unfinished_state, block_sums = token_records(
+    unfinished_state, block_sums = token_states(
         None, grad_h_post, grad_h_res, projection, inv_rms, alpha, bias,
-        channels=x.shape[2], pre_eps=pre_eps, post_scale=post_scale,
-        iters=iters, sinkhorn_eps=sinkhorn_eps, more_sums=more_sums, exchange=mailbox,
+        C=x.shape[2], pre_eps=pre_eps, post_scale=post_scale,
+        iters=iters, sinkhorn_eps=sinkhorn_eps, extra_sums=extra_sums, mailbox=mailbox,
     )  # fmt: skip
     saved = projection, inv_rms, alpha, unfinished_state
-    own_sums = block_sums[-more_sums:]
+    own_sums = block_sums[-extra_sums:]
     if one_launch:
         grad_x, partials = persistent.launch(
             config, grad_layer_input, x, phi, *saved, grad_x_part, h_res, mailbox, own_sums
         )
-        return grad_x, *add_parts(partials, block_sums, phi)
+        return grad_x, *add_partials(partials, block_sums, phi)
     state = dots.complete_state(grad_layer_input, x, *saved, own_sums)
-    return gradients_from_records(
-        state, block_sums, x, phi, grad_layer_input, grad_x_part, h_res, config
+    return gradients_from_states(
+        state, block_sums, x, phi, grad_layer_input, grad_x_part, h_res, config=config
     )
 
 

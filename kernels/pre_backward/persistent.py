@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from ..common.architectures import overlaps, shared_limit
+from ..common.knobs import knob
 from ..common.problem import Problem, Target
 from ..common.programs import F32, architecture, ceil_div, logits_per_token, program
 from ..common.programs import multiprocessors as count_multiprocessors
 from ..common.projection import WARP_ROLE_CONFIGS
 from ..mapping.grad_x_pass import ADDED, MIXED
-from ..mapping.token_state import record_width, sums_width
+from ..mapping.token_state import state_size, sums_width
 from .grad_phi import grad_phi_warps
 from .grad_x import grad_x_warps
 from .plan import (
@@ -64,7 +65,7 @@ class Config:
             warps that mix merge_grad by h_res, for at most 16 ranks.
     """
 
-    members: int
+    members: int = knob(reduction_order=True)
     teams: int
     lag: int = 2
     registers: int = 80
@@ -184,7 +185,7 @@ def persistent_program(channels: int, merge_grad_is: str, config: Config, reallo
         # first, so that the number of tokens is read from it: products below may wrap at 2^31
         projection: T.Tensor((tokens, logits), F32),
         inv_rms: T.Tensor((tokens,), F32),
-        unfinished_state: T.Tensor((tokens, record_width(n)), F32),
+        unfinished_state: T.Tensor((tokens, state_size(n)), F32),
         grad_layer_input: T.Tensor((tokens * C,), BF16),
         x: T.Tensor((tokens * (n * C),), BF16),
         merge_grad: T.Tensor((tokens * (n * C),), BF16),
@@ -255,10 +256,10 @@ def launch(
         projection: [T, n*n + 2n], fp32.
         inv_rms: [T], fp32.
         alpha: [3], fp32.
-        unfinished_state: [T, record_width(n)], fp32, of `token_records` without grad_h_pre.
+        unfinished_state: [T, state_size(n)], fp32, of `token_states` without grad_h_pre.
         grad_x_part: [T, n, C], bf16, or None.
         h_res: [T, n, n], fp32, with which grad_x_part is mixed, or None.
-        mailbox: config.mailbox_shape, int32, emptied by `token_records`.
+        mailbox: config.mailbox_shape, int32, emptied by `token_states`.
         block_sums: [config.sums, sums_width(n)], fp32; written.
 
     Returns:

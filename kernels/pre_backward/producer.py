@@ -9,7 +9,7 @@ import tilelang.language as T
 from ..common.mailbox import peek, send, stage_of, staleness, value_of
 from ..common.programs import F32, ceil_div, logits_per_token, macro
 from ..common.split import exponent_of, rest, scale_of, unscale_of
-from ..mapping.token_state import record_width, sums_width
+from ..mapping.token_state import state_size, sums_width
 from .plan import (
     BF16,
     CHUNK,
@@ -31,7 +31,7 @@ from .plan import (
 )
 
 LOGITS = logits_per_token(STREAMS)
-assert record_width(STREAMS) >= LOGITS + STREAMS + 1
+assert state_size(STREAMS) >= LOGITS + STREAMS + 1
 
 
 @macro

@@ -1,98 +1,20 @@
-"""Named sizes of the decoder: `ModelConfig` and its parts, `CONFIGS` and `model_config`."""
+"""The shape of a decoder (`ModelConfig`), which parts it has, and its named configurations.
+
+An architecture is a file with the configuration of a part and the sublayer that it describes. Here
+it has a field of `ModelConfig`, its place in `attention` or `feed_forward`, and named sizes.
+"""
 
 import dataclasses
 import difflib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
-from ..config import check_count, check_number
+from torch import nn
 
-# torch's grouped matmul takes fewer than 1024 groups.
-_MOST_EXPERTS = 1023
-
-
-@dataclass(frozen=True)
-class MoEConfig:
-    """Experts in place of the dense FFN (`mhc_tile.models.moe`).
-
-    Args:
-        num_experts: routed experts of a layer; 1 to 1023.
-        experts_per_token: how many of them a token takes; 1 to num_experts.
-        shared_experts: experts that every token takes, computed as one; at least 0.
-        expert_ffn_size: inner width of one expert; at least 1.
-        leading_dense_layers: layers before the first mixture, with the dense FFN of ffn_size; at
-            least 0.
-        balance_rate: step of the bias that balances the experts' load; at least 0.
-
-    Raises:
-        TypeError: A count is not an int, or balance_rate not a number.
-        ValueError: A value is out of range; the message names it.
-
-    Example:
-        >>> MoEConfig(num_experts=64, expert_ffn_size=896).experts_per_token
-        6
-    """
-
-    num_experts: int
-    expert_ffn_size: int
-    experts_per_token: int = 6
-    shared_experts: int = 2
-    leading_dense_layers: int = 1
-    balance_rate: float = 1e-3
-
-    def __post_init__(self) -> None:
-        """Reject what no layer could have."""
-        _check_counts(self, at_least_0=("shared_experts", "leading_dense_layers"))
-        if self.num_experts > _MOST_EXPERTS:
-            raise ValueError(
-                f"MoEConfig: num_experts must be at most {_MOST_EXPERTS}, got {self.num_experts}"
-            )
-        if self.experts_per_token > self.num_experts:
-            raise ValueError(
-                f"MoEConfig: experts_per_token must be at most num_experts {self.num_experts}, "
-                f"got {self.experts_per_token}"
-            )
-        check_number(self, "balance_rate")
-
-
-@dataclass(frozen=True)
-class MLAConfig:
-    """Multi-head latent attention in place of multi-head attention (`mhc_tile.models.mla`).
-
-    The heads' own channels of queries, keys and values are the model's head_size.
-
-    Args:
-        kv_rank: width of the latent that keys and values are made from; at least 1.
-        rope_size: channels of queries and of the one shared key that carry the position; even.
-        query_rank: width of a latent for the queries; None to project them in one step.
-
-    Raises:
-        TypeError: A count is not an int.
-        ValueError: A value is out of range; the message names it.
-
-    Example:
-        >>> MLAConfig().kv_rank
-        512
-    """
-
-    kv_rank: int = 512
-    rope_size: int = 64
-    query_rank: int | None = None
-
-    def __post_init__(self) -> None:
-        """Reject what no layer could have."""
-        _check_counts(self)
-        if self.query_rank is not None:
-            check_count(self, "query_rank")
-        if self.rope_size % 2:
-            raise ValueError(f"MLAConfig: rope_size must be even, got {self.rope_size}")
-
-
-def _check_counts(config: Any, at_least_0: tuple[str, ...] = ()) -> None:
-    """Check every field that is declared as an int."""
-    for field in dataclasses.fields(config):
-        if field.type is int:
-            check_count(config, field.name, 0 if field.name in at_least_0 else 1)
+from .. import _checks
+from .layers import Attention, FeedForward
+from .mla import LatentAttention, MLAConfig
+from .moe import MixtureOfExperts, MoEConfig
 
 
 @dataclass(frozen=True)
@@ -136,44 +58,49 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Reject what no decoder could have."""
-        _check_counts(self)
+        _checks.fields(self, above_0=("rope_theta",))
         if self.head_size % 2:
             raise ValueError(f"ModelConfig: head_size must be even, got {self.head_size}")
-        check_number(self, "rope_theta", positive=True)
-        check_number(self, "norm_eps")
-        for name, kind in _PARTS.items():
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, kind):
-                raise TypeError(
-                    f"ModelConfig: {name} must be of {kind.__name__} or None, got {value!r}"
-                )
+
+    def attention(self) -> nn.Module:
+        """A new attention sublayer."""
+        return Attention(self) if self.mla is None else LatentAttention(self)
+
+    def feed_forward(self, layer: int) -> nn.Module:
+        """The new FFN sublayer of a layer, counted from 0."""
+        if self.moe is None or layer < self.moe.leading_dense_layers:
+            return FeedForward(self)
+        return MixtureOfExperts(self)
 
     def replace(self, **changes: Any) -> "ModelConfig":
         """A copy with some fields changed, validated again.
 
-        A dict as `moe` or `mla` changes some fields of that part.
+        A dict for a part (`moe`, `mla`) changes some fields of that part.
 
         Raises:
             ValueError: The dict is for a part that is None.
         """
-        for name in _PARTS:
-            if isinstance(changes.get(name), dict):
+        for name, value in changes.items():
+            if name in _parts() and isinstance(value, dict):
                 part = getattr(self, name)
                 if part is None:
                     raise ValueError(
                         f"ModelConfig: {name} must be set to change fields of it, got None"
                     )
-                changes[name] = dataclasses.replace(part, **changes[name])
+                changes[name] = dataclasses.replace(part, **value)
         return dataclasses.replace(self, **changes)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
         """The configuration that `dataclasses.asdict` wrote."""
-        parts = {name: kind(**values[name]) for name, kind in _PARTS.items() if values.get(name)}
+        parts = {name: kind(**values[name]) for name, kind in _parts().items() if values.get(name)}
         return cls(**{**values, **parts})
 
 
-_PARTS: dict[str, Any] = {"moe": MoEConfig, "mla": MLAConfig}
+def _parts() -> dict[str, Any]:
+    """The class of each field that may be None."""
+    fields = dataclasses.fields(ModelConfig)
+    return {field.name: get_args(field.type)[0] for field in fields if get_args(field.type)}
 
 
 def _bytes(layers: int, hidden: int, heads: int, head: int, ffn: int, context: int) -> ModelConfig:
@@ -209,18 +136,16 @@ CONFIGS: dict[str, ModelConfig] = {
 }
 """Every named configuration.
 
-"1m", "10m", "100m" and "2m-moe" read bytes and are called after their parameter count; of the last,
-a token meets 0.9M.
+"1m", "10m", "100m" and "2m-moe" read bytes; the names are their parameter counts. A token activates
+0.9M parameters of "2m-moe".
 
 "paper-3b", "paper-9b" and "paper-27b" are the models of arXiv 2512.24880 (Table 5): latent
-attention, a dense first layer, then mixtures of experts. With mHC they have 2.81B, 8.93B and 26.7B
-parameters, of which a token meets 612M, 1.66B and 4.14B. The paper's totals, 2.97B, 9.18B and
-27.0B, are these with a head of its own instead of one that is tied to the embedding; its active
-counts are ours.
+attention, a dense first layer, then mixtures of experts. Their output heads are tied to the
+embedding; the paper's totals count a separate head.
 
-The three "-dense" ones have the same hidden sizes, depths, heads and vocabulary, but plain
-attention and one dense FFN as wide as the experts that a token takes: their parameter counts
-(0.62B, 1.7B, 4.4B) are near the paper's ACTIVE counts, not its totals.
+The "-dense" ones have the same hidden sizes, depths, heads and vocabulary, plain attention, and one
+dense FFN as wide as the experts that a token activates. Their parameter counts are near the active
+counts of the paper's models.
 """
 
 

@@ -1,19 +1,21 @@
-"""A decoder-only transformer whose sublayers are joined by residuals, HC or mHC.
+"""A decoder-only transformer whose sublayers are connected by residuals, HC or mHC.
 
-Pre-norm RMSNorm, rotary attention through SDPA (multi-head or latent), SwiGLU or a mixture of
-experts, an output head tied to the embedding. Attention and FFN are separate sublayers and each is
-wrapped in its own connection. With n streams the hidden state is copied into the streams behind the
-embedding and averaged behind the last sublayer.
+Pre-norm RMSNorm, rotary attention through SDPA, SwiGLU or a mixture of experts, an output head tied
+to the embedding. Attention and FFN are separate sublayers, and each has its own connection. With n
+streams the embedding is copied into the streams, and the streams are averaged after the last
+sublayer.
 
 Axes: B batch, S sequence, C hidden size, n streams.
 """
 
 from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import _checks
 from .._autocast import autocast_dtype
 from ..config import MHCConfig
 from ..nn import (
@@ -26,12 +28,10 @@ from ..nn import (
 )
 from ..nn._arguments import check_config
 from .configs import ModelConfig
-from .layers import INPUT_STD, Attention, FeedForward, RMSNorm
-from .mla import LatentAttention
-from .moe import MixtureOfExperts
+from .layers import INPUT_STD, RMSNorm
 
-RESIDUALS = ("residual", "hc", "mhc")
-Sublayer = Attention | LatentAttention | FeedForward | MixtureOfExperts
+ResidualKind = Literal["residual", "hc", "mhc"]
+RESIDUALS: tuple[str, ...] = get_args(ResidualKind)
 
 
 class Decoder(nn.Module):
@@ -57,9 +57,9 @@ class Decoder(nn.Module):
         >>> decoder(torch.zeros(2, 16, dtype=torch.long)).shape
         torch.Size([2, 16, 256])
 
-        A decoder that is to be loaded needs no memory before. `reset_parameters` fills what no
-        state dict holds, such as the tables of rotary positions; it also starts some parameters,
-        and not all, nor as `Decoder` does: so reset first, then load.
+        A decoder whose state is loaded can start without memory. `reset_parameters` fills the
+        buffers that no state dict holds, such as the tables of rotary positions. It also draws
+        some of the parameters, so call it before loading.
 
         >>> state = decoder.state_dict()
         >>> with torch.device("meta"):
@@ -78,17 +78,15 @@ class Decoder(nn.Module):
         super().__init__()
         if not isinstance(config, ModelConfig):
             raise TypeError(f"Decoder: config must be a ModelConfig, got {type(config).__name__}")
-        if residual not in RESIDUALS:
-            raise ValueError(
-                f"Decoder: residual must be one of {list(RESIDUALS)}, got {residual!r}"
-            )
+        residual = _checks.one_of("Decoder", "residual", residual, RESIDUALS)
         connection = check_config("Decoder", connection, "connection")
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        # Every sublayer before any connection, so that connections take no part of its random draw.
-        layers: list[Sublayer] = []
+        # Every sublayer before any connection: the random draws of the sublayers do not depend on
+        # the kind of connection.
+        layers: list[Any] = []
         for index in range(config.num_layers):
-            layers += [_attention(config), _feed_forward(config, index)]
+            layers += [config.attention(), config.feed_forward(index)]
         nn.init.normal_(self.embedding.weight, std=INPUT_STD)
         for layer in layers:
             layer.initialise(INPUT_STD / len(layers) ** 0.5)
@@ -126,23 +124,10 @@ class Decoder(nn.Module):
         return F.linear(self.norm(hidden), self.embedding.weight)
 
     def balance_experts(self) -> None:
-        """Move every router's `expert_bias` against its load; call it after each optimizer step.
-
-        See `mhc_tile.models.moe`. Without effect where there are no experts.
-        """
+        """Call every `update_bias` (`mhc_tile.models.moe.Router`), after each optimizer step."""
         for module in self.modules():
-            if isinstance(module, MixtureOfExperts):
-                module.router.update_bias()
-
-
-def _attention(config: ModelConfig) -> Sublayer:
-    return Attention(config) if config.mla is None else LatentAttention(config)
-
-
-def _feed_forward(config: ModelConfig, index: int) -> Sublayer:
-    if config.moe is None or index < config.moe.leading_dense_layers:
-        return FeedForward(config)
-    return MixtureOfExperts(config)
+            if callable(update := getattr(module, "update_bias", None)):
+                update()
 
 
 def _connect(
@@ -161,12 +146,7 @@ def _connect(
 def count_parameters(
     config: ModelConfig, residual: str = "mhc", connection: MHCConfig | None = None
 ) -> int:
-    """Number of parameters of a decoder, without allocating it.
-
-    Args:
-        config: the decoder's shape.
-        residual: as for `Decoder`.
-        connection: as for `Decoder`.
+    """Number of parameters of a decoder, which is not allocated; arguments as for `Decoder`.
 
     Returns:
         The count; the tied head counts once.
@@ -176,20 +156,15 @@ def count_parameters(
         >>> count_parameters(model_config("1m"), "residual")
         885888
     """
-    with torch.device("meta"):
-        decoder = Decoder(config, residual, connection)
-    return sum(parameter.numel() for parameter in decoder.parameters())
+    return _count(config, residual, connection)[0]
 
 
 def count_active_parameters(
     config: ModelConfig, residual: str = "mhc", connection: MHCConfig | None = None
 ) -> int:
-    """Number of parameters that a token meets: all but those of the experts it is not routed to.
+    """Number of parameters that a token uses: without those of the experts it is not routed to.
 
-    Args:
-        config: the decoder's shape.
-        residual: as for `Decoder`.
-        connection: as for `Decoder`.
+    Arguments as for `Decoder`.
 
     Returns:
         The count; that of `count_parameters` where there are no experts.
@@ -199,9 +174,11 @@ def count_active_parameters(
         >>> count_active_parameters(model_config("1m"), "residual")
         885888
     """
-    count = count_parameters(config, residual, connection)
-    if config.moe is None:
-        return count
-    idle = config.moe.num_experts - config.moe.experts_per_token
-    expert = 3 * config.hidden_size * config.moe.expert_ffn_size
-    return count - max(0, config.num_layers - config.moe.leading_dense_layers) * idle * expert
+    return _count(config, residual, connection)[1]
+
+
+def _count(config: ModelConfig, residual: str, connection: MHCConfig | None) -> tuple[int, int]:
+    with torch.device("meta"):
+        decoder = Decoder(config, residual, connection)
+    count = sum(parameter.numel() for parameter in decoder.parameters())
+    return count, count - sum(getattr(m, "idle_parameters", 0) for m in decoder.modules())

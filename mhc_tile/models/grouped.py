@@ -1,13 +1,13 @@
 """Matrix products by groups of rows, and the permutations that make and undo the groups.
 
-`grouped_linear`: rows [R, K], sorted by group, times one matrix per group. Where torch's
-grouped matmul takes the operands (bf16 on CUDA, widths that are multiples of 8) it is one launch
-that reads the groups' ends on the device: no host sync, and CUDA graphs may capture it (compute
-capability 9.0 and later; before, torch itself waits for the ends). Elsewhere it is a loop over the
-groups, which waits for the ends. Both are torch ops, so that `torch.compile(fullgraph=True)` sees
-neither the loop nor the wait. The gradients are these two ops again, to any order.
+`grouped_linear` multiplies rows [R, K], sorted by group, by one matrix per group. For operands that
+torch's grouped matmul accepts (bf16 on CUDA, widths that are multiples of 8) it is one launch that
+reads the groups' ends on the device. From compute capability 9.0 on this needs no host sync, and
+CUDA graphs may capture it. Elsewhere it is a loop over the groups, which waits for the ends. Both
+are inside a torch op, so `torch.compile(fullgraph=True)` does not trace them. The gradients are the
+same ops, to any order.
 
-`spread` and `gather` are each other's gradient and both only read by index: no atomics, so
+`spread` and `gather` are each other's gradient. Both only read by index, without atomics, so
 gradients have the same bits every time.
 
 Axes: R rows, G groups, K and N widths.
@@ -65,40 +65,32 @@ def spread(values: Tensor, source_R: Tensor, slots_TM: Tensor) -> Tensor:
 def gather(rows: Tensor, source_R: Tensor, slots_TM: Tensor) -> Tensor:
     """`out[t] = sum_m rows[slots[t, m]]`, accumulated in at least fp32: the transpose of `spread`.
 
-    Args:
-        rows: [R, ...].
-        source_R: [R], as for `spread`.
-        slots_TM: [T, M], as for `spread`.
-
-    Returns:
-        [T, ...].
+    Arguments as for `spread`, but rows are [R, ...] and the result is [T, ...].
     """
     function = _Gather.forward if under_transforms() else _Gather.apply
     return function(rows, source_R, slots_TM)
 
 
-class _Spread(torch.autograd.Function):
-    @staticmethod
-    def forward(values: Tensor, source_R: Tensor, slots_TM: Tensor) -> Tensor:
-        return values[source_R]
-
+class _ByIndex(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs[1:])
+
+
+class _Spread(_ByIndex):
+    @staticmethod
+    def forward(values: Tensor, source_R: Tensor, slots_TM: Tensor) -> Tensor:
+        return values[source_R]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         return gather(grad, *ctx.saved_tensors), None, None
 
 
-class _Gather(torch.autograd.Function):
+class _Gather(_ByIndex):
     @staticmethod
     def forward(rows: Tensor, source_R: Tensor, slots_TM: Tensor) -> Tensor:
         return rows[slots_TM].sum(1, dtype=rows.dtype)  # autocast on CUDA would return fp32
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -106,7 +98,7 @@ class _Gather(torch.autograd.Function):
 
 
 def _fits(rows: Tensor, other: Tensor, *widths: int) -> bool:
-    """Whether torch's grouped matmul takes them: bf16, steps of whole 16 bytes, and not empty."""
+    """Whether torch's grouped matmul accepts them: bf16, strides of whole 16 bytes, not empty."""
     bf16 = rows.dtype == other.dtype == torch.bfloat16
     return bf16 and rows.shape[0] > 0 and all(width % 8 == 0 for width in widths)
 
@@ -138,9 +130,9 @@ def _linear_fake(rows_RK: Tensor, weights_GNK: Tensor, ends_G: Tensor, transpose
     return rows_RK.new_empty((rows_RK.shape[0], weights_GNK.shape[-1 if transposed else -2]))
 
 
-def _linear_context(ctx: Any, inputs: Any, output: Any) -> None:
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*inputs[:3])
-    ctx.transposed = inputs[3]
+    ctx.transposed = inputs[3:] == (True,)
 
 
 def _linear_backward(ctx: Any, grad_RN: Tensor) -> tuple[Tensor | None, ...]:
@@ -170,10 +162,6 @@ def _outer_fake(left_RN: Tensor, right_RK: Tensor, ends_G: Tensor) -> Tensor:
     return left_RN.new_empty((ends_G.shape[0], left_RN.shape[-1], right_RK.shape[-1]))
 
 
-def _outer_context(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _outer_backward(ctx: Any, grad_GNK: Tensor) -> tuple[Tensor | None, ...]:
     left_RN, right_RK, ends_G = ctx.saved_tensors
     grad_left = grad_right = None
@@ -189,7 +177,7 @@ _outer = define(
     cpu=_outer_loop,
     cuda=_outer_cuda,
     fake=_outer_fake,
-    setup_context=_outer_context,
+    setup_context=_save,
     backward=_outer_backward,
 )
 _linear = define(
@@ -197,6 +185,6 @@ _linear = define(
     cpu=_linear_loop,
     cuda=_linear_cuda,
     fake=_linear_fake,
-    setup_context=_linear_context,
+    setup_context=_save,
     backward=_linear_backward,
 )

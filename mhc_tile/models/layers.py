@@ -1,23 +1,40 @@
 """Sublayers of the decoder and their parts: RMSNorm, rotary positions, attention, SwiGLU.
 
-A sublayer maps [B, S, C] to [B, S, C], starts with its norm, and has `initialise(output_std)`.
+A sublayer of the decoder maps [B, S, C] to [B, S, C] and starts with its norm.
 
 Axes: B batch, S sequence, C hidden size, H heads, D head size.
 """
+
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn._parameters import MappingModule, wide_dtype, writable
-from .configs import ModelConfig
+
+if TYPE_CHECKING:
+    from .configs import ModelConfig
 
 INPUT_STD = 0.02
-"""Standard deviation of every matrix at the start, but for those that end a sublayer."""
+"""Initial standard deviation of every matrix, except the last one of a sublayer."""
+
+
+class Sublayer(nn.Module):
+    """A module that ends with the matrix `project_out`."""
+
+    project_out: nn.Module
+
+    def initialise(self, output_std: float) -> None:
+        """Draw the matrices again: `project_out` with output_std, the others with INPUT_STD."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                std = output_std if module is self.project_out else INPUT_STD
+                nn.init.normal_(module.weight, std=std)
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm in its input's dtype, so that under autocast the fused kernel serves it."""
+    """RMSNorm in its input's dtype, which lets the fused kernel run under autocast."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalise over C."""
@@ -26,10 +43,10 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Rotary(MappingModule):
-    """Rotary positions: turns channel i with channel i + size / 2, by an angle of the position.
+    """Rotary positions: rotates channels i and i + size / 2 by an angle of the position.
 
-    The tables are made in fp32 (fp64 where that is the default) and stay so when a model is cast
-    to bf16 or fp16: an angle of many turns has no digits left in 16 bits.
+    The tables are computed in fp32 (fp64 where that is the default) and keep that dtype when a
+    model is cast to bf16 or fp16: 16 bits do not resolve an angle of many turns.
 
     Args:
         size: channels of what is rotated; even.
@@ -39,7 +56,7 @@ class Rotary(MappingModule):
     cos_SD: Tensor
     sin_SD: Tensor
 
-    def __init__(self, size: int, config: ModelConfig):
+    def __init__(self, size: int, config: "ModelConfig"):
         super().__init__()
         self.size, self.rope_theta = size, config.rope_theta
         for name in ("cos_SD", "sin_SD"):
@@ -65,14 +82,10 @@ class Rotary(MappingModule):
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-class Attention(nn.Module):
-    """Norm and causal multi-head attention with rotary positions, [B, S, C] -> [B, S, C].
+class Attention(Sublayer):
+    """Norm and causal multi-head attention with rotary positions, [B, S, C] -> [B, S, C]."""
 
-    Args:
-        config: the decoder's shape.
-    """
-
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: "ModelConfig"):
         super().__init__()
         inner = config.num_heads * config.head_size
         self.head_size = config.head_size
@@ -80,11 +93,6 @@ class Attention(nn.Module):
         self.project_in = nn.Linear(config.hidden_size, 3 * inner, bias=False)
         self.project_out = nn.Linear(inner, config.hidden_size, bias=False)
         self.rotary = Rotary(config.head_size, config)
-
-    def initialise(self, output_std: float) -> None:
-        """Start the matrices again."""
-        nn.init.normal_(self.project_in.weight, std=INPUT_STD)
-        nn.init.normal_(self.project_out.weight, std=output_std)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Attend to the same and earlier positions."""
@@ -99,23 +107,13 @@ class Attention(nn.Module):
         return self.project_out(attended_BHSD.transpose(1, 2).flatten(-2))
 
 
-class SwiGLU(nn.Module):
-    """`project_out(silu(gate) * up)`, [..., C] -> [..., C].
-
-    Args:
-        hidden_size: C.
-        ffn_size: the inner width.
-    """
+class SwiGLU(Sublayer):
+    """`project_out(silu(gate) * up)`, [..., C] -> [..., C], inside of width ffn_size."""
 
     def __init__(self, hidden_size: int, ffn_size: int):
         super().__init__()
         self.project_in = nn.Linear(hidden_size, 2 * ffn_size, bias=False)
         self.project_out = nn.Linear(ffn_size, hidden_size, bias=False)
-
-    def initialise(self, output_std: float) -> None:
-        """Start the matrices again."""
-        nn.init.normal_(self.project_in.weight, std=INPUT_STD)
-        nn.init.normal_(self.project_out.weight, std=output_std)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Apply it."""
@@ -124,13 +122,9 @@ class SwiGLU(nn.Module):
 
 
 class FeedForward(SwiGLU):
-    """Norm and SwiGLU, [..., C] -> [..., C].
+    """Norm and SwiGLU, [..., C] -> [..., C]."""
 
-    Args:
-        config: the decoder's shape.
-    """
-
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: "ModelConfig"):
         super().__init__(config.hidden_size, config.ffn_size)
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
 

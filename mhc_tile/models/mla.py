@@ -1,42 +1,75 @@
-"""Multi-head latent attention (MLA) in the form that trains: keys and values are materialised.
+"""Multi-head latent attention (MLA) for training: keys and values are materialised.
 
-`latent, key_rope = W_down h`; head h has the key `[W_key[h] norm(latent) | rotary(key_rope)]`, the
-query `[query | rotary(query_rope)]` and the value `W_value[h] norm(latent)`. All heads share the
-one rotated key. The rotation turns channel i with channel i + size / 2: with pairs of neighbours
-instead, as DeepSeek-V3 has them, the same function has its weights in another order.
+`latent, key_rope = W_down hidden`; head h has the key `[W_key[h] norm(latent) | rotary(key_rope)]`,
+the query `[query | rotary(query_rope)]` and the value `W_value[h] norm(latent)`. All heads share
+the rotated key. The rotation pairs channel i with channel i + size / 2; DeepSeek-V3 pairs
+neighbours, so its weights have another order.
 
 Axes: B batch, S sequence, C hidden size, H heads, D head size.
 """
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import _checks
 from ..nn._parameters import while_tracing
-from .configs import ModelConfig
-from .layers import INPUT_STD, RMSNorm, Rotary
+from .layers import RMSNorm, Rotary, Sublayer
+
+if TYPE_CHECKING:
+    from .configs import ModelConfig
 
 # torch prefers cuDNN's attention to flash attention from this version on.
 _CUDNN = 91501
 
 
-class LatentAttention(nn.Module):
+@dataclass(frozen=True)
+class MLAConfig:
+    """Multi-head latent attention in place of multi-head attention.
+
+    The model's head_size is the width of values, and of the unrotated part of queries and keys.
+
+    Args:
+        kv_rank: width of the latent that keys and values are computed from; at least 1.
+        rope_size: rotated channels of queries and of the one shared key; even.
+        query_rank: width of a latent for the queries; None to project them in one step.
+
+    Raises:
+        TypeError: A count is not an int.
+        ValueError: A value is out of range; the message names it.
+
+    Example:
+        >>> MLAConfig().kv_rank
+        512
+    """
+
+    kv_rank: int = 512
+    rope_size: int = 64
+    query_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        """Reject what no layer could have."""
+        _checks.fields(self)
+        if self.rope_size % 2:
+            raise ValueError(f"MLAConfig: rope_size must be even, got {self.rope_size}")
+
+
+class LatentAttention(Sublayer):
     """Norm and causal multi-head latent attention, [B, S, C] -> [B, S, C].
 
     Queries and keys have head_size + rope_size channels, values head_size. cuDNN's attention, which
-    torch prefers on Hopper and on data centre Blackwell, takes such heads as they are. Flash
-    attention does not: where it is torch's choice (other GPUs, an older cuDNN), values are padded
-    with zeros to the width of the keys, so that a larger product is the price and not a slower
-    kernel. Results are the same.
-
-    Args:
-        config: the decoder's shape.
+    torch prefers on Hopper and on data centre Blackwell, accepts such heads. Flash attention does
+    not: where torch would choose it (other GPUs, an older cuDNN), values are padded with zeros to
+    the width of the keys. The results are the same.
 
     Raises:
         ValueError: The configuration has no `mla`.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: "ModelConfig"):
         super().__init__()
         mla, heads, size = config.mla, config.num_heads, config.head_size
         if mla is None:
@@ -55,13 +88,6 @@ class LatentAttention(nn.Module):
         self.project_latent = nn.Linear(mla.kv_rank, 2 * heads * size, bias=False)
         self.project_out = nn.Linear(heads * size, config.hidden_size, bias=False)
         self.rotary = Rotary(mla.rope_size, config)
-
-    def initialise(self, output_std: float) -> None:
-        """Start the matrices again."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                std = output_std if module is self.project_out else INPUT_STD
-                nn.init.normal_(module.weight, std=std)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Attend to the same and earlier positions."""
@@ -82,16 +108,9 @@ class LatentAttention(nn.Module):
 
 
 def attend(query_BSHD: Tensor, key_BSHD: Tensor, value_BSHD: Tensor, *, pad: bool) -> Tensor:
-    """Causal attention, scaled by the root of the width of the queries.
+    """Causal attention scaled by 1 / sqrt(D), [B, S, H, V] from values with V at most D channels.
 
-    Args:
-        query_BSHD: [B, S, H, D].
-        key_BSHD: [B, S, H, D].
-        value_BSHD: [B, S, H, V], V at most D.
-        pad: give values the width of the keys while they are summed.
-
-    Returns:
-        [B, S, H, V].
+    `pad` fills the values with zeros to D channels during the product.
     """
     width = value_BSHD.shape[-1]
     if pad:

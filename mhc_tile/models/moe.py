@@ -1,31 +1,78 @@
-"""Mixture of experts: a router, routed experts of which a token takes a few, shared experts.
+"""Mixture of experts: a router, routed experts of which each token uses a few, shared experts.
 
 `affinity = sigmoid(W h)`; the token's experts are the `experts_per_token` with the largest
 `affinity + expert_bias`; its gates are their affinities divided by their sum;
 `out = sum_e gate[e] * expert_e(h) + shared(h)`, every expert a SwiGLU (DeepSeek-V3's layer).
 
-Load is balanced without an auxiliary loss: `expert_bias` has no gradient and moves by a fixed step
-against the load of the last optimizer step, when `update_bias` is called. The forward pass in
-training only counts: it may run more than once for a step (several batches, recompute), and all
-passes of a step must choose by the same bias. Counting a pass twice does not change which experts
-are above the mean.
+`update_bias` balances the experts' load without an auxiliary loss: it moves `expert_bias`, which
+has no gradient, by a fixed step against the load of the last optimizer step. The forward pass in
+training only counts, because it may run several times per step (several batches, recompute), and
+all passes of a step must choose by the same bias.
 
 Axes: T tokens, C hidden size, E experts, K experts per token, F expert FFN size, R = T * K rows.
 """
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import _checks
 from .._autocast import autocast_dtype, without_autocast
 from ..nn._parameters import MappingModule, parameter
 from ..reference import wide
-from .configs import ModelConfig, MoEConfig
 from .grouped import gather, grouped_linear, spread
 from .layers import INPUT_STD, RMSNorm, SwiGLU
 
+if TYPE_CHECKING:
+    from .configs import ModelConfig
+
+# torch's grouped matmul accepts fewer than 1024 groups.
+_MOST_EXPERTS = 1023
 # Added to the sum of a token's affinities, all of which may have underflowed.
 _GATE_EPS = 1e-20
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Experts in place of the dense FFN.
+
+    Args:
+        num_experts: routed experts of a layer; 1 to 1023.
+        expert_ffn_size: inner width of one expert; at least 1.
+        experts_per_token: routed experts of a token; 1 to num_experts.
+        shared_experts: experts that every token uses, computed as one; at least 0.
+        leading_dense_layers: layers before the first mixture, with the dense FFN of ffn_size; at
+            least 0.
+        balance_rate: step of the bias that balances the experts' load; at least 0.
+
+    Raises:
+        TypeError: A count is not an int, or balance_rate not a number.
+        ValueError: A value is out of range; the message names it.
+
+    Example:
+        >>> MoEConfig(num_experts=64, expert_ffn_size=896).experts_per_token
+        6
+    """
+
+    num_experts: int
+    expert_ffn_size: int
+    experts_per_token: int = 6
+    shared_experts: int = 2
+    leading_dense_layers: int = 1
+    balance_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        """Reject what no layer could have."""
+        _checks.fields(self, at_least_0=("shared_experts", "leading_dense_layers"))
+        for name, most, value in (
+            ("num_experts", _MOST_EXPERTS, self.num_experts),
+            ("experts_per_token", self.num_experts, self.experts_per_token),
+        ):
+            if value > most:
+                raise ValueError(f"MoEConfig: {name} must be at most {most}, got {value}")
 
 
 class Router(MappingModule):
@@ -57,19 +104,12 @@ class Router(MappingModule):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start the bias and the count again; `MixtureOfExperts.initialise` starts the weight."""
+        """Zero the bias and the count; `MixtureOfExperts.initialise` draws the weight."""
         self.expert_bias.zero_()
         self.expert_load.zero_()
 
     def forward(self, hidden_TC: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose.
-
-        Args:
-            hidden_TC: [T, C].
-
-        Returns:
-            gates [T, K], fp32, and chosen [T, K], int64: experts in the order of preference.
-        """
+        """Gates [T, K], fp32, and experts [T, K], int64, in the order of preference."""
         (weight,) = self.read(hidden_TC, self.weight)
         with without_autocast(hidden_TC.device.type):
             affinity_TE = F.linear(hidden_TC.to(weight.dtype), weight).sigmoid()
@@ -80,11 +120,7 @@ class Router(MappingModule):
 
     @torch.no_grad()
     def count(self, ends_E: Tensor) -> None:
-        """Add a batch to `expert_load`.
-
-        Args:
-            ends_E: [E], running sum of the tokens of each expert.
-        """
+        """Add a batch to `expert_load`; ends_E is the running sum of the experts' tokens."""
         self.expert_load += torch.diff(ends_E, prepend=torch.zeros_like(ends_E[:1]))
 
     @torch.no_grad()
@@ -102,13 +138,10 @@ class Router(MappingModule):
 class MixtureOfExperts(nn.Module):
     """Norm and mixture of experts, [..., C] -> [..., C].
 
-    A token's rows are gathered by expert, so that each of the two products is one grouped matmul
-    (see `mhc_tile.models.grouped` for where that needs no host sync). Gates multiply the inner
-    activation, which is narrower than the output and is kept for the backward pass anyway. No
-    token is dropped, and every pass, forward and backward, has the same bits each time.
-
-    Args:
-        config: the decoder's shape.
+    The rows of the tokens are sorted by expert, so that each of the two products is one grouped
+    matmul (`mhc_tile.models.grouped` says where that needs no host sync). Gates multiply the inner
+    activation, which is narrower than the output. No token is dropped, and every pass, forward and
+    backward, has the same bits each time.
 
     Raises:
         ValueError: The configuration has no `moe`.
@@ -118,9 +151,10 @@ class MixtureOfExperts(nn.Module):
         experts_in: [E, 2F, C], gates then ups.
         experts_out: [E, C, F].
         shared: the shared experts as one SwiGLU; None without.
+        idle_parameters: parameters that a token does not use.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: "ModelConfig"):
         super().__init__()
         moe, width = config.moe, config.hidden_size
         if moe is None:
@@ -128,13 +162,14 @@ class MixtureOfExperts(nn.Module):
         self.norm = RMSNorm(width, eps=config.norm_eps)
         self.router = Router(width, moe)
         count, inner = moe.num_experts, moe.expert_ffn_size
+        self.idle_parameters = (count - moe.experts_per_token) * 3 * inner * width
         self.experts_in = nn.Parameter(torch.empty(count, 2 * inner, width))
         self.experts_out = nn.Parameter(torch.empty(count, width, inner))
         self.shared = SwiGLU(width, moe.shared_experts * inner) if moe.shared_experts else None
         self.initialise(INPUT_STD)
 
     def initialise(self, output_std: float) -> None:
-        """Start the matrices again."""
+        """Draw the matrices again."""
         nn.init.normal_(self.router.weight, std=INPUT_STD)
         nn.init.normal_(self.experts_in, std=INPUT_STD)
         nn.init.normal_(self.experts_out, std=output_std)
@@ -161,15 +196,15 @@ class MixtureOfExperts(nn.Module):
 
 
 def sort_by_expert(chosen_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The places of tokens in rows that are sorted by expert, then by token; without a host sync.
+    """Sort the tokens' choices by expert, then by token; without a host sync.
 
     Args:
         chosen_TK: [T, K], int64.
         num_experts: E.
 
     Returns:
-        order [R]: which of the T * K choices a row is for; source [R]: which token; slots [T, K]:
-        the row of each choice; ends [E], int32: behind the last row of each expert.
+        order [R]: the choice (of T * K) of each row; source [R]: its token; slots [T, K]: the row
+        of each choice; ends [E], int32: the end of each expert's rows.
 
     Example:
         >>> sort_by_expert(torch.tensor([[1, 0], [0, 2]]), 3)[2:]

@@ -1,11 +1,9 @@
-"""The checks of what modules are given, so that every message reads alike."""
+"""The checks of the arguments of modules and of what layers return."""
 
-import operator
 from typing import Any
 
 from torch import Tensor, nn
 
-from .. import _checks
 from ..config import MHCConfig
 
 Extras = tuple[Any, ...]
@@ -13,7 +11,7 @@ Extras = tuple[Any, ...]
 
 
 def check_module(kind: str, name: str, value: object) -> None:
-    """Check that something is a module: the parameters of another callable would be nobody's."""
+    """Check that something is a module: no parameter of another callable would be found."""
     if isinstance(value, nn.Module):
         return
     how = ""
@@ -24,12 +22,6 @@ def check_module(kind: str, name: str, value: object) -> None:
     raise TypeError(f"{kind}: {name} must be a module, got {type(value).__name__}{how}")
 
 
-def check_count(kind: str, name: str, value: Any, minimum: int = 1) -> int:
-    """Check a size or an index; returns it as Python's int."""
-    _checks.count(kind, minimum=minimum, **{name: value})
-    return operator.index(value)
-
-
 def check_config(kind: str, config: MHCConfig | None, name: str = "config") -> MHCConfig:
     """Check the constants of a mapping; returns them, the paper's if None."""
     if config is None:
@@ -37,15 +29,6 @@ def check_config(kind: str, config: MHCConfig | None, name: str = "config") -> M
     if not isinstance(config, MHCConfig):
         raise TypeError(f"{kind}: {name} must be an MHCConfig, got {type(config).__name__}")
     return config
-
-
-def check_streams(kind: str, x: Tensor, num_streams: int, hidden_size: int) -> None:
-    """Check the residual streams at the entrance of a module of this size."""
-    if isinstance(x, Tensor) and x.shape[-2:] != (num_streams, hidden_size):
-        raise ValueError(
-            f"{kind}: x must have shape [..., {num_streams}, {hidden_size}], got {list(x.shape)}"
-        )
-    _checks.streams(kind, x)
 
 
 def check_output(kind: str, layer_input: Tensor, result: Any) -> Any:

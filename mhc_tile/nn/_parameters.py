@@ -1,18 +1,18 @@
-"""What modules with a mapping share: parameters made, started, kept and read in float32."""
+"""Parameters of a mapping: made, initialised, kept and read in float32."""
 
 import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from .. import _checks
+from .._library import while_tracing
 from ..config import MHCConfig
 from ..reference import compute_dtype
-
-Function = TypeVar("Function", bound=Callable[..., Any])
+from ._arguments import check_config
 
 _HALVES = frozenset({torch.bfloat16, torch.float16})
 
@@ -29,17 +29,17 @@ def parameter(*shape: int, device: torch.device | str | None) -> nn.Parameter:
 
 
 def wide_dtype() -> torch.dtype:
-    """What maps and tables are made in: float32, or float64 where that is the default."""
+    """The dtype of new parameters: float32, or float64 where that is torch's default."""
     return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
 def parameters_without_weight_decay(module: nn.Module) -> list[nn.Parameter]:
     """The parameters of a module that an optimizer should not decay: those of less than two dims.
 
-    Among them are alpha and bias of every connection and head. The bias IS the static mapping: a
-    decaying one would pull h_res to the uniform matrix (to zero for `HyperConnection`), whatever
-    the data say. Norms and the biases of layers are the others. phi and theta are matrices and
-    decay.
+    Among them are alpha and bias of every connection and head. The bias is the static mapping:
+    its decay would pull h_res to the uniform matrix (to zero for `HyperConnection`) against the
+    data. The weights of norms and the biases of layers belong to them too. phi and theta are
+    matrices and decay.
 
     Args:
         module: a connection, a stack or a whole model.
@@ -158,15 +158,6 @@ def _start_projection(phi: Tensor, alpha: Tensor, config: MHCConfig) -> None:
     nn.init.constant_(alpha, 0.01 if config.init == "paper" else 0.0)
 
 
-def while_tracing(function: Function) -> Function:
-    """Let torch.compile call a function as it traces, and take its result for a constant.
-
-    What `torch.compiler.assume_constant_result` does, which would import Dynamo.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
 @while_tracing
 def _warn_of_rounding(kind: str) -> None:
     warnings.warn(
@@ -218,3 +209,27 @@ class MappingModule(nn.Module):
             _warn_of_rounding(type(self).__name__)
         dtype = compute_dtype(x)
         return tuple(p.to(dtype) if p.dtype in _HALVES else p for p in parameters)
+
+
+class StreamsModule(MappingModule):
+    """A module whose mapping reads the residual streams [..., n, C]."""
+
+    def __init__(self, hidden_size: int, config: MHCConfig | None) -> None:
+        super().__init__()
+        kind = type(self).__name__
+        self.hidden_size = _checks.whole(kind, "hidden_size", hidden_size)
+        self.config = check_config(kind, config)
+
+    def extra_repr(self) -> str:
+        """The sizes, for `print(model)`."""
+        return f"hidden_size={self.hidden_size}, num_streams={self.config.num_streams}"
+
+    def check_input(self, x: Tensor) -> None:
+        """Check that x has as many streams, of the same size, as the parameters are for."""
+        sizes = (self.config.num_streams, self.hidden_size)
+        if isinstance(x, Tensor) and x.shape[-2:] != sizes:
+            raise ValueError(
+                f"{type(self).__name__}: x must have shape [..., {sizes[0]}, {sizes[1]}], "
+                f"got {list(x.shape)}"
+            )
+        _checks.streams(type(self).__name__, x)

@@ -1,4 +1,8 @@
-"""The three ways to connect a layer: mHC, Hyper-Connections, plain residual."""
+"""The three ways to connect a layer: mHC, Hyper-Connections, plain residual.
+
+A connection that is not fused with its neighbours is a class here, a name in `nn/__init__.py` and,
+for decoders, a line of `_connect` in `models/decoder.py`.
+"""
 
 from typing import Any
 
@@ -8,43 +12,31 @@ from torch import Tensor, nn
 from .. import _checks, ops, reference
 from .._autocast import without_autocast
 from ..config import MHCConfig
-from ..ops.sublayer import Open, begin, cross, finish
-from ._arguments import (
-    check_config,
-    check_count,
-    check_module,
-    check_output,
-    check_streams,
-    join_extras,
-    split_extras,
-)
-from ._parameters import MappingModule, identity, parameter, start_mapping, writable
+from ..ops import OpenSublayer
+from ._arguments import check_module, check_output, join_extras, split_extras
+from ._parameters import StreamsModule, identity, parameter, start_mapping, writable
 
 
-class Connection(MappingModule):
+class Connection(StreamsModule):
     """What `ManifoldHyperConnection` and `HyperConnection` share."""
 
     def __init__(self, layer: nn.Module, hidden_size: int, config: MHCConfig | None) -> None:
-        super().__init__()
-        kind = type(self).__name__
-        check_module(kind, "layer", layer)
+        check_module(type(self).__name__, "layer", layer)
+        super().__init__(hidden_size, config)
         self.layer = layer
-        self.hidden_size = check_count(kind, "hidden_size", hidden_size)
-        self.config = check_config(kind, config)
         self.tap = nn.Identity()
-
-    def extra_repr(self) -> str:
-        """The sizes, for `print(model)`."""
-        return f"hidden_size={self.hidden_size}, num_streams={self.config.num_streams}"
-
-    def check_input(self, x: Tensor) -> None:
-        """The streams that enter have to be as many and as wide as the parameters are for."""
-        check_streams(type(self).__name__, x, self.config.num_streams, self.hidden_size)
 
     def run_layer(self, layer_input: Tensor, /, *args: Any, **kwargs: Any) -> Any:
         """What the wrapped layer returns, its output in the dtype of the streams."""
         result = self.layer(layer_input, *args, **kwargs)
         return check_output(type(self).__name__, layer_input, result)
+
+
+def close_by(h_res: Tensor, state: OpenSublayer, layer_output: Tensor) -> Tensor:
+    """`mhc_tile.close_sublayer`, by another h_res if a hook on the tap has returned one."""
+    if h_res is state.h_res:
+        return ops.close_sublayer(state, layer_output)
+    return ops.merge(state.x, layer_output, state.h_post, h_res)
 
 
 class ManifoldHyperConnection(Connection):
@@ -54,7 +46,7 @@ class ManifoldHyperConnection(Connection):
     `x_next[o, c] = sum_i h_res[o, i] * x[i, c] + h_post[o] * layer(layer_input)[c]`
 
     Initialisations (`config.init`); phi is normal with variance 1 / (n*C) in both, so that
-    projections have variance 1 at any width:
+    projections have variance 1 for any C:
 
     - "paper": alpha = 0.01 as the paper says, bias = 0 (h_pre = 1/2, h_post = post_scale / 2,
       h_res = 1/n everywhere, up to what the gates let through).
@@ -65,7 +57,7 @@ class ManifoldHyperConnection(Connection):
 
     Args:
         layer: a module that maps [..., C] to [..., C], or to a tuple that starts with [..., C].
-        hidden_size: C, the width of one stream.
+        hidden_size: C, the size of one stream.
         config: the constants; `MHCConfig.paper()` if None.
         device: where phi, alpha and bias are made.
 
@@ -116,31 +108,21 @@ class ManifoldHyperConnection(Connection):
             x_next: [..., n, C], dtype of x; where the layer returns a tuple of its output and
             extras, (x_next, *extras).
         """
-        opened = self.begin(x)
-        if (tapped := self.tap(opened.h_res)) is not opened.h_res:
-            return self.merge_tapped(opened, tapped, *args, **kwargs)
-        result = self.run_layer(opened.layer_input, *args, **kwargs)
+        state = self.begin(x)
+        h_res = self.tap(state.h_res)
+        result = self.run_layer(state.layer_input, *args, **kwargs)
         layer_output, extras = split_extras(result)
-        return join_extras(finish(opened, layer_output), extras)
+        return join_extras(close_by(h_res, state, layer_output), extras)
 
-    def begin(self, x: Tensor) -> Open:
-        """`ops.sublayer.begin` with this sublayer's parameters; the tap is the caller's."""
+    def begin(self, x: Tensor) -> OpenSublayer:
+        """`mhc_tile.open_sublayer` with this sublayer's parameters; the caller calls the tap."""
         self.check_input(x)
-        return begin(x, *self._parameters_for(x), **self._constants())
+        return ops.open_sublayer(x, *self._parameters_for(x), **self._constants())
 
-    def cross(self, opened: Open, layer_output: Tensor) -> Open:
-        """`ops.sublayer.cross` into this sublayer; the tap is the caller's."""
-        parameters = self._parameters_for(opened.x)
-        return cross(opened, layer_output, *parameters, **self._constants())
-
-    def merge_tapped(self, opened: Open, h_res: Tensor, /, *args: Any, **kwargs: Any) -> Any:
-        """Layer and merge with another h_res, which a hook on the tap has put in its place.
-
-        `opened.x` must have a gradient of its own: it is then no `opened.handed`.
-        """
-        result = self.run_layer(opened.layer_input, *args, **kwargs)
-        layer_output, extras = split_extras(result)
-        return join_extras(ops.merge(opened.x, layer_output, opened.h_post, h_res), extras)
+    def cross(self, state: OpenSublayer, layer_output: Tensor) -> OpenSublayer:
+        """`mhc_tile.next_sublayer` into this sublayer; the caller calls the tap."""
+        parameters = self._parameters_for(state.layer_input)
+        return ops.next_sublayer(state, layer_output, *parameters, **self._constants())
 
     def pre(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`mhc_tile.pre` with this sublayer's parameters, for callers who merge themselves.
@@ -151,13 +133,11 @@ class ManifoldHyperConnection(Connection):
             x: [..., n, C]. The residual streams.
 
         Returns:
-            layer_input, h_post, h_res, and x for `merge` to read.
+            layer_input, h_post, h_res, and x itself for `merge` to read.
         """
         self.check_input(x)
-        layer_input, h_post, h_res, x = ops.pre(
-            x, *self._parameters_for(x), **self._constants(), return_x=True
-        )
-        return layer_input, h_post, self.tap(h_res), x
+        maps = ops.pre(x, *self._parameters_for(x), **self._constants())
+        return maps[0], maps[1], self.tap(maps[2]), x
 
     def _parameters_for(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.read(x, self.phi, self.alpha, self.bias)
@@ -183,7 +163,7 @@ class HyperConnection(Connection):
 
     Args:
         layer: a module that maps [..., C] to [..., C], or to a tuple that starts with [..., C].
-        hidden_size: C, the width of one stream.
+        hidden_size: C, the size of one stream.
         config: num_streams and norm_eps are read; `MHCConfig.paper()` if None.
         layer_index: the depth of this sublayer, from 0; at least 0.
         device: where theta, alpha and bias are made.
@@ -209,7 +189,7 @@ class HyperConnection(Connection):
     ) -> None:
         super().__init__(layer, hidden_size, config)
         n = self.config.num_streams
-        self.layer_index = check_count(type(self).__name__, "layer_index", layer_index, minimum=0)
+        self.layer_index = _checks.whole(type(self).__name__, "layer_index", layer_index, 0)
         self.theta = parameter(2 + n, self.hidden_size, device=device)
         self.alpha = parameter(3, device=device)
         self.bias = parameter(n * (n + 2), device=device)

@@ -11,28 +11,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..ops.sublayer import Open, finish
+from .. import _checks
+from ..ops import OpenSublayer, close_sublayer
 from ._arguments import Extras, check_module, split_extras
-from .connections import Connection, ManifoldHyperConnection, Residual
+from .connections import Connection, ManifoldHyperConnection, Residual, close_by
 
-# A tool that puts another function in its place is to see every call.
+# With another function in its place, as by a tool that traces calls, every connection is called.
 _CALL = nn.Module.__call__
 # Where modules whose forward takes anything hold what they call: torch.compile, activation
 # checkpointing, FSDP1, DDP.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-# What a fused stack runs in place of a connection's call, and nobody may have replaced.
+# Methods that a fused stack runs in place of a connection's call, if an instance has no own ones.
 _REPLACED = frozenset({"forward", "begin", "cross"})
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 class HyperConnectedStack(nn.Module):
-    """Thread the residual streams through a list of connected layers.
+    """Run the residual streams through a list of connected layers.
 
     Between two neighbouring `ManifoldHyperConnection`s the `merge` of the first and the `pre` of
     the second are one op, `mhc_tile.boundary`. The result is that of calling the connections one
     after the other. Connections of other kinds, those with a `forward` of their own, compiled ones
     (`connection.compile()`) and those with hooks (such as FSDP2's, which gather parameters) are
-    called as they are; all are where torch has global hooks of modules.
+    called as modules; where torch has global module hooks, all connections are.
 
     `len(stack)`, `stack[i]`, `stack[i:j]` (a stack of the same connections) and iteration are those
     of its connections.
@@ -62,8 +63,7 @@ class HyperConnectedStack(nn.Module):
 
     def __init__(self, connections: Iterable[nn.Module], *, fused: bool = True) -> None:
         super().__init__()
-        if not isinstance(fused, bool):
-            raise TypeError(f"HyperConnectedStack: fused must be True or False, got {fused!r}")
+        _checks.flag("HyperConnectedStack", fused=fused)
         if not isinstance(connections, Iterable):
             raise TypeError(
                 f"HyperConnectedStack: connections must be an iterable of modules, "
@@ -123,28 +123,24 @@ class HyperConnectedStack(nn.Module):
         routed = self._route(kwargs) if kwargs else None
         fused = self.fused and not _has_any_global_hook() and nn.Module.__call__ is _CALL
         extras: list[Extras | None] = []
-        pending: tuple[Open, Tensor] | None = None  # the sublayer before, and its layer's output
+        # the open sublayer and its layer's output, which the next connection merges
+        pending: tuple[OpenSublayer, Tensor] | None = None
         for index, connection in enumerate(self.connections):
             own = kwargs if routed is None else routed[index]
-            if not (fused and _may_fuse(connection)):
-                x = x if pending is None else finish(*pending)
-                pending = None
+            if fused and _may_fuse(connection):
+                state = connection.begin(x) if pending is None else connection.cross(*pending)
+                h_res = connection.tap(state.h_res)
+                result = connection.run_layer(state.layer_input, *args, **own)
+                output, more = split_extras(result)
+                if h_res is state.h_res:
+                    pending = state, output
+                else:
+                    x, pending = close_by(h_res, state, output), None
+            else:
+                x, pending = x if pending is None else close_sublayer(*pending), None
                 x, more = split_extras(connection(x, *args, **own))
-                extras.append(more)
-                continue
-            opened = connection.begin(x) if pending is None else connection.cross(*pending)
-            if (tapped := connection.tap(opened.h_res)) is not opened.h_res:
-                if opened.x is opened.handed:  # compiled: there x_next has no gradient of its own
-                    x = finish(*pending) if pending else x
-                    opened = opened._replace(x=x)
-                pending = None
-                x, more = split_extras(connection.merge_tapped(opened, tapped, *args, **own))
-                extras.append(more)
-                continue
-            output, more = split_extras(connection.run_layer(opened.layer_input, *args, **own))
             extras.append(more)
-            pending = opened, output
-        x = x if pending is None else finish(*pending)
+        x = x if pending is None else close_sublayer(*pending)
         if all(more is None for more in extras):
             return x
         return x, tuple(more or () for more in extras)
@@ -155,7 +151,7 @@ class HyperConnectedStack(nn.Module):
         self._keywords = [_keywords_of(connection) for connection in self.connections]
 
     def _forwards(self) -> tuple[Any, ...]:
-        """What the connections and their layers run, as far as their classes tell."""
+        """The `forward` of the classes of all connections and layers."""
         found = []
         for connection in self.connections:
             found.append(getattr(type(connection), "forward", None))
@@ -167,7 +163,7 @@ class HyperConnectedStack(nn.Module):
         return {key: value for key, value in self.__dict__.items() if key != "_read"}
 
     def _route(self, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
-        """Those of the keywords that each connection takes, as its `forward` is now."""
+        """For each connection the keywords that its present `forward` takes."""
         # torch.compile need not trace signatures where no layer has been replaced
         if not torch.compiler.is_compiling() or self._forwards() != self._read:
             self._inspect()
@@ -215,9 +211,7 @@ _SIGNATURES: "weakref.WeakKeyDictionary[Any, Any]" = weakref.WeakKeyDictionary()
 def _signature(function: Any, bound: bool) -> tuple[frozenset[str], bool] | None:
     """The keywords of a `forward` after its input, and whether it takes any other; None: unknown.
 
-    Args:
-        function: without the module that it may be bound to.
-        bound: whether its first argument is that module.
+    The function is not bound; `bound` says whether its first argument is a module.
     """
     with suppress(KeyError, TypeError):  # TypeError: it has no hash or no weak reference
         return _SIGNATURES[function]
@@ -226,8 +220,8 @@ def _signature(function: Any, bound: bool) -> tuple[frozenset[str], bool] | None
     except (TypeError, ValueError):  # no function of Python, as in TorchScript
         return None
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    behind = parameters[2 if bound else 1 :]
-    keywords = frozenset(parameter.name for parameter in behind if parameter.kind in named)
+    after_input = parameters[2 if bound else 1 :]
+    keywords = frozenset(parameter.name for parameter in after_input if parameter.kind in named)
     found = keywords, any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     with suppress(TypeError):
         _SIGNATURES[function] = found

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from .. import _checks, ops
 from ..config import MHCConfig
-from ._arguments import check_config, check_count, check_streams
-from ._parameters import MappingModule, parameter, start_head, writable
+from ._parameters import StreamsModule, parameter, start_head, writable
 
 
 class Expand(nn.Module):
@@ -22,7 +21,7 @@ class Expand(nn.Module):
 
     def __init__(self, num_streams: int) -> None:
         super().__init__()
-        self.num_streams = check_count("Expand", "num_streams", num_streams)
+        self.num_streams = _checks.whole("Expand", "num_streams", num_streams)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`mhc_tile.expand` of hidden [..., C]."""
@@ -49,9 +48,7 @@ class Collapse(nn.Module):
 
     def __init__(self, mode: str = "mean") -> None:
         super().__init__()
-        if mode not in ("sum", "mean"):
-            raise ValueError(f"Collapse: mode must be one of ['sum', 'mean'], got {mode!r}")
-        self.mode = mode
+        self.mode = _checks.one_of("Collapse", "mode", mode, ops.streams.MODES)
 
     def forward(self, x: Tensor) -> Tensor:
         """`mhc_tile.collapse` of x [..., n, C]."""
@@ -62,14 +59,14 @@ class Collapse(nn.Module):
         return f"mode={self.mode!r}"
 
 
-class Head(MappingModule):
+class Head(StreamsModule):
     """The learned exit of DeepSeek-V4: [..., n, C] to [..., C], weights from the streams.
 
     phi is normal with variance 1 / (n*C). With `config.init` "paper" alpha is 0.01 and bias 0
     (every stream weighs 1/2); with "residual" the head starts as the mean of the streams.
 
     Args:
-        hidden_size: C, the width of one stream; at least 1.
+        hidden_size: C, the size of one stream; at least 1.
         config: num_streams, norm_eps, pre_eps and init are read; `MHCConfig.paper()` if None.
         device: where phi [n, n*C], alpha [1] and bias [n] are made, in fp32.
 
@@ -85,9 +82,7 @@ class Head(MappingModule):
         *,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        self.hidden_size = check_count("Head", "hidden_size", hidden_size)
-        self.config = check_config("Head", config)
+        super().__init__(hidden_size, config)
         n = self.config.num_streams
         self.phi = parameter(n, n * self.hidden_size, device=device)
         self.alpha = parameter(1, device=device)
@@ -101,11 +96,7 @@ class Head(MappingModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """`mhc_tile.head` of x [..., n, C]."""
-        check_streams("Head", x, self.config.num_streams, self.hidden_size)
+        self.check_input(x)
         constants = {"norm_eps": self.config.norm_eps, "pre_eps": self.config.pre_eps}
         phi, alpha, bias = self.read(x, self.phi, self.alpha, self.bias)
         return ops.head(x, phi, alpha, bias, **constants)
-
-    def extra_repr(self) -> str:
-        """The sizes, for `print(model)`."""
-        return f"hidden_size={self.hidden_size}, num_streams={self.config.num_streams}"

@@ -1,9 +1,9 @@
 """The public ops, one file each: checks, schema, CPU and CUDA implementations, gradient.
 
-Each function here calls the torch op of the same name, `torch.ops.mhc_tile.<name>`; `sublayer`,
-which takes a layer, calls those of `pre` and `merge`. The torch ops
-of mapping, pre, boundary and head return, after the public results, the `projection` and `inv_rms`
-that their backward keeps; `torch.ops.mhc_tile.<name>_backward` is the gradient.
+Each function here calls the torch op of the same name, `torch.ops.mhc_tile.<name>`; `sublayer`
+and its steps call those of `pre`, `merge` and `boundary`. The torch ops of mapping, pre, boundary
+and head return, after the public results, the `projection` and `inv_rms` that their backward keeps;
+`torch.ops.mhc_tile.<name>_backward` is the gradient.
 """
 
 from .boundary import boundary
@@ -13,15 +13,19 @@ from .pre import pre
 from .pre_apply import pre_apply
 from .sinkhorn import sinkhorn
 from .streams import collapse, expand, head
-from .sublayer import sublayer
+from .sublayer import OpenSublayer, close_sublayer, next_sublayer, open_sublayer, sublayer
 
 __all__ = [
+    "OpenSublayer",
     "boundary",
+    "close_sublayer",
     "collapse",
     "expand",
     "head",
     "mapping",
     "merge",
+    "next_sublayer",
+    "open_sublayer",
     "pre",
     "pre_apply",
     "sinkhorn",

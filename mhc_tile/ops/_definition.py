@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mhc_tile.autotune.registry import KERNELS
+from mhc_tile.kernels.common.quantities import Quantity, quantity, shape_of, sizes_of
+
 from .. import _library
-from ..autotune.registry import KERNELS
-from ..kernels.common.quantities import Quantity, quantity, shape_of, sizes_of
 from ._dispatch import flat, leading, on_cuda, tuned
-from ._saved import given, keep_shapes
 
 Function = Callable[..., Any]
 
@@ -127,18 +127,15 @@ class Op:
             optional: which of the optional tensors are given.
         """
         given = [*map(tensor, self.tensors), *(others[name] for name in self.arguments)]
-        if optional:
-            given += [tensor(name) if name in optional else None for name in self.optional]
+        given += [tensor(name) if name in optional else None for name in self.optional]
         keywords = [a.name for a in self.call._schema.arguments if a.kwarg_only]
         return given, {name: others[name] for name in keywords}
 
     def on_cpu(self, *args: Any, **constants: Any) -> Any:
         """The reference, its results in their dtypes."""
-        dtypes: dict[bool, torch.dtype] = {}
-        for name, value in zip(self.tensors, args, strict=False):
-            dtypes.setdefault(quantity(name).of_streams, value.dtype)
-        results = zip(self.returned, _listed(self.reference(*args, **constants)), strict=True)
-        return _single([value.to(dtypes[quantity(name).of_streams]) for name, value in results])
+        alike, results = self._alike(args), _listed(self.reference(*args, **constants))
+        pairs = zip(self.returned, results, strict=True)
+        return _single([value.to(alike[quantity(name).of_streams].dtype) for name, value in pairs])
 
     def by_kernel(self, *args: Any, **constants: Any) -> Any:
         """A kernel's results, its configuration from a table or the default."""
@@ -171,6 +168,10 @@ class Op:
         return results[0] if len(results) == 1 else results
 
     @cached_property
+    def _given(self) -> list[Quantity]:
+        return [quantity(name) for name in (*self.tensors, *self.optional)]
+
+    @cached_property
     def _flattened(self) -> list[int | None]:
         """Of each tensor how many dims are no tokens; None where no dim is."""
         return [len(known.axes) if known.per_token else None for known in self._given]
@@ -180,14 +181,9 @@ class Op:
         return [quantity(name).per_token for name in self.returned]
 
     @cached_property
-    def _given(self) -> list[Quantity]:
-        return [quantity(name) for name in (*self.tensors, *self.optional)]
-
-    @cached_property
     def _first(self) -> int:
         """Which tensor decides on dtype, device and tokens: the first x, hidden state or other."""
-        known = self._given
-        return next((i for i, q in enumerate(known) if q.axes == ("n", "C")), 0)
+        return next((i for i, known in enumerate(self._given) if known.axes == ("n", "C")), 0)
 
     @cached_property
     def _axes(self) -> int:
@@ -199,18 +195,16 @@ class Op:
         first = args[self._first]
         return first, args[len(self.tensors)] if self._axes == 1 else first.shape[-2]
 
+    def _alike(self, args: Sequence[Any]) -> dict[bool, Tensor]:
+        """The first tensor in the streams' dtype (True) and the first in the maps' (False)."""
+        pairs = reversed(list(zip(self.tensors, args, strict=False)))
+        return {quantity(name).of_streams: value for name, value in pairs}
+
     def _fake(self, *args: Any, **constants: Any) -> Any:
-        sizes = sizes_of(self.tensors, args[: len(self.tensors)])
+        alike, sizes = self._alike(args), sizes_of(self.tensors, args[: len(self.tensors)])
         sizes.setdefault("n", self._streams(*args)[1])
-        alike: dict[bool, Tensor] = {}
-        for name, value in zip(self.tensors, args, strict=False):
-            alike.setdefault(quantity(name).of_streams, value)
-        return _single(
-            [
-                alike[quantity(name).of_streams].new_empty(shape_of(name, sizes))
-                for name in self.returned
-            ]
-        )
+        known = ((quantity(name), shape_of(name, sizes)) for name in self.returned)
+        return _single([alike[each.of_streams].new_empty(shape) for each, shape in known])
 
     def _formula(self) -> dict[str, Function]:
         """`setup_context` and `backward` of the torch op, by the names that its backward reads."""
@@ -230,10 +224,10 @@ class Op:
             ctx.save_for_backward(*(named[name] for name in saved))
             ctx.arguments = [named[name] for name in backward.arguments]
             ctx.constants = keyword_only_inputs or {}
-            keep_shapes(ctx, outputs[:count])
+            save_output_shapes(ctx, outputs[:count])
 
         def formula(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            own, kept = given(ctx, grads[:count]), iter(ctx.saved_tensors)
+            own, kept = fill_missing_grads(ctx, grads[:count]), iter(ctx.saved_tensors)
             tensors = [
                 own[cotangents[name]] if name in cotangents else next(kept)
                 for name in backward.tensors
@@ -252,6 +246,19 @@ class Op:
         again = zip(self.forward.returned, self.forward.on_cpu(*inputs, **constants), strict=True)
         named.update((name, value) for name, value in again if name in named)
         return self.on_cpu(*named.values(), *args[len(named) :], **constants)
+
+
+def save_output_shapes(ctx: Any, outputs: Sequence[Tensor]) -> None:
+    """Keep what `fill_missing_grads` needs."""
+    ctx.outputs = [(value.shape, value.dtype, value.device) for value in outputs]
+
+
+def fill_missing_grads(ctx: Any, grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """The cotangents of the outputs, zeros for an output that nothing read."""
+    return [
+        torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
+        for grad, (shape, dtype, device) in zip(grads, ctx.outputs, strict=True)
+    ]
 
 
 def _listed(results: Any) -> tuple[Any, ...]:

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mhc_tile.autotune import lookup
+from mhc_tile.autotune._switches import switch
+from mhc_tile.kernels.common import toolchain as _toolchain
+
 from .. import _checks
-from ..autotune import lookup
-from ..autotune._switches import switch
-from ..kernels.common import toolchain as _toolchain
 
 REFERENCE_ONLY = switch("MHC_TILE_REFERENCE")
 BATCH_INVARIANT = switch("MHC_TILE_BATCH_INVARIANT")
@@ -29,18 +30,15 @@ LAUNCHERS: dict[str, Callable[..., Any]] = {}
 def set_batch_invariant(enabled: bool) -> None:
     """Choose whether a token's bits are the same in a batch of any size, in every direction.
 
-    They never depend on a token's neighbours. Few tokens and many take different kernels in three
-    places, which add or round in another order: `pre` (from one and a half groups of 16 tokens a
-    team of blocks on: 312 tokens at C = 2560 on an H200), its backward (from 16 groups a team on)
-    and the backward of `merge` and `pre_apply` (from 1024 tokens on). With this switch the kernels
-    of many tokens serve every number of them: few tokens take longer, many do not. Tuned tables
-    keep to this: they hold one order of sums for few tokens and one for many, and with the switch
-    the latter serves all. Gradients of parameters sum over the tokens and still depend on how many
-    there are. The reference, which serves what no kernel takes, knows no switch.
+    A token's bits never depend on its neighbours. But few tokens take other kernels than many in
+    three places, with another reduction order: `pre`, its backward, and the backward of `merge` and
+    `pre_apply`. With this switch the kernels and the tuned configurations of many tokens serve
+    every number of them: few tokens take longer, many do not. Gradients of parameters sum over the
+    tokens and still depend on their number. The reference is not affected.
 
-    It belongs to the process, holds for every thread, and is read when an op runs: by compiled
-    functions too, and by CUDA graphs when they are captured. It starts as the environment variable
-    MHC_TILE_BATCH_INVARIANT says, off by default.
+    The switch holds for every thread of the process and is read when an op runs, by compiled
+    functions too; a CUDA graph keeps the value of its capture. The environment variable
+    MHC_TILE_BATCH_INVARIANT sets the first value; it is off by default.
 
     Args:
         enabled: whether one configuration serves every number of tokens.
@@ -66,13 +64,14 @@ def tuned(kernel: str, x: Tensor, sizes: Sequence[int], launch: Callable[[Any], 
         kernel: a name of `autotune.registry.KERNELS`.
         x: a tensor of the device and the dtype that decide.
         sizes: T, n and C; C is 0 for kernels that see none.
-        launch: from a configuration the results; from None where nothing is launched, as there
-            are no tokens or no GPU.
+        launch: from a configuration the results.
     """
-    if not (sizes[0] and x.is_cuda):
-        return launch(None)
     asked = question(kernel, x, sizes)
-    config = lookup.config(asked)
+    if not x.is_cuda:  # a dry run
+        from mhc_tile.kernels.common.programs import target_of
+
+        return launch(lookup.default(asked, target_of(x.device)))
+    config = lookup.config(asked) if sizes[0] else lookup.default(asked)
     try:
         return launch(config)
     except torch.OutOfMemoryError:
@@ -100,17 +99,10 @@ def on_cuda(
     streams: Callable[..., tuple[Tensor, int]],
     dims: int = 2,
 ) -> Callable[..., Any]:
-    """The CUDA implementation of an op: its kernel, or the reference where no kernel fits.
+    """The CUDA implementation of an op: its kernel, or `fallback` where no kernel fits.
 
-    Args:
-        op: the op's name, for the warning.
-        kernel: takes the op's arguments.
-        fallback: takes the same.
-        streams: from the op's arguments, a tensor whose device, dtype and tokens decide, and n.
-        dims: how many of that tensor's last dims are no tokens.
-
-    Returns:
-        The function to register for CUDA.
+    `streams` returns, from the op's arguments, the tensor whose device, dtype and tokens decide,
+    and n. The last `dims` dims of that tensor are no tokens.
     """
     LAUNCHERS[op] = kernel
 

@@ -2,20 +2,21 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
+from mhc_tile.autotune import lookup
+from mhc_tile.autotune.problems import Problem
+from mhc_tile.autotune.registry import KERNELS
+from mhc_tile.kernels.common.quantities import Samples
+
 from .. import _checks
-from ..autotune import lookup
-from ..autotune.problems import Problem
-from ..autotune.registry import KERNELS
 from ..config import MHCConfig
-from ..kernels.common.quantities import Samples
 from . import _dispatch
-from ._definition import Op
 from .boundary import BOUNDARY
 from .merge import MERGE, MERGE_BACKWARD_MAPS
 from .pre import PRE
@@ -50,13 +51,14 @@ def warmup(
         progress: whether to show a bar, where tqdm is installed.
 
     Raises:
-        ValueError: A size or the dtype is off; the message names it.
+        ValueError: A size, threads or the dtype is off; the message names it.
         RuntimeError: A kernel does not compile; the message says what to do.
 
     Example:
         >>> warmup(MHCConfig.paper(), 2560, tokens=8192, device="cpu")  # nothing to do there
     """
     counts = _counts("warmup", hidden_size, tokens, dtype)
+    _checks.count("warmup", threads=threads)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if place.type != "cuda":
         return
@@ -109,39 +111,29 @@ def kernels_info(
     if not torch.cuda.is_available():
         raise RuntimeError("kernels_info: torch must see a CUDA device, got none")
     index = torch.cuda.current_device() if device is None else device
-    if why := _dispatch._unfit(index, config.num_streams):
-        n, kind = config.num_streams, str(dtype).removeprefix("torch.")
-        return [
-            lookup.Decision(Problem(name, n, hidden_size, kind, count), None, "reference", why)
-            for count in counts
-            for name in KERNELS
-        ]
-    return [
-        lookup.explain(
-            (
-                name,
-                config.num_streams,
-                hidden_size if kernel.of_channels else 0,
-                dtype if kernel.of_channels else torch.float32,
-                count,
-                index,
-                _dispatch.BATCH_INVARIANT,
-            )
-        )
-        for count in counts
-        for name, kernel in KERNELS.items()
-    ]
+    n, why = config.num_streams, _dispatch._unfit(index, config.num_streams)
+    found = []
+    for count, (name, kernel) in itertools.product(counts, KERNELS.items()):
+        if why:
+            problem = Problem(name, n, hidden_size, str(dtype).removeprefix("torch."), count)
+            found.append(lookup.Decision(problem, None, "reference", why))
+            continue
+        sizes = (hidden_size, dtype) if kernel.of_channels else (0, torch.float32)
+        asked = (name, n, *sizes, count, index, _dispatch.BATCH_INVARIANT)
+        found.append(lookup.explain(asked))
+    return found
 
 
 def _counts(
     op: str, hidden_size: int, tokens: int | Sequence[int], dtype: torch.dtype
 ) -> list[int]:
-    counts = [tokens] if isinstance(tokens, int) else list(tokens)
+    given: Iterable[Any] = [tokens]
+    if isinstance(tokens, Iterable) and getattr(tokens, "ndim", 1) > 0:  # else a scalar tensor
+        given = tokens
+    counts = [_checks.whole(op, "tokens", count) for count in given]
     if not counts:
         raise ValueError(f"{op}: tokens must be a number or some numbers, got {tokens!r}")
     _checks.count(op, hidden_size=hidden_size)
-    for count in counts:
-        _checks.count(op, tokens=count)
     if dtype not in DTYPES:
         raise ValueError(f"{op}: dtype must be one of {[str(d) for d in DTYPES]}, got {dtype}")
     return counts
@@ -154,24 +146,14 @@ def _calls(
     # one tensor of a name: a model has as many at once
     tensor = functools.cache(Samples(tokens, config.num_streams, hidden_size, dtype, device).get)
     others = dataclasses.asdict(config) | {"num_streams": config.num_streams, "mode": "mean"}
-    calls: dict[str, tuple[Op, tuple[str, ...]]] = {
-        "pre": (PRE, ()),
-        "pre_backward": (PRE.backward, ()),
-        "pre_backward with a part of grad_x": (PRE.backward, ("grad_x_part",)),
-        "pre_backward of a sublayer": (PRE.backward, ("grad_x_part", "h_res")),
-        "merge": (MERGE, ()),
-        "boundary": (BOUNDARY, ()),
-        "merge_backward": (MERGE.backward, ()),
-        "merge_backward of a sublayer": (MERGE_BACKWARD_MAPS, ()),
-        "expand": (EXPAND, ()),
-        "expand_backward": (EXPAND.backward, ()),
-        "collapse": (COLLAPSE, ()),
-        "collapse_backward": (COLLAPSE.backward, ()),
-    }
+    forward = (PRE, BOUNDARY, MERGE, EXPAND, COLLAPSE)
+    backward = (PRE.backward, MERGE.backward, MERGE_BACKWARD_MAPS, EXPAND.backward)
     made: dict[str, Callable[[], Any]] = {}
-    for name, (op, optional) in calls.items():
-        given, keywords = op.call_of(tensor, others, optional)
-        made[name] = functools.partial(op.call, *given, **keywords)
+    for op in (*forward, *backward, COLLAPSE.backward):
+        for optional in dict.fromkeys([(), op.optional]):
+            positional, keywords = op.call_of(tensor, others, optional)
+            name = " with ".join((op.name, *optional))
+            made[name] = functools.partial(op.call, *positional, **keywords)
     made["collapse by sum"] = functools.partial(COLLAPSE.call, tensor("x"), "sum")
     return made
 

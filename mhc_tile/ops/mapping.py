@@ -67,16 +67,12 @@ def _with_projection(
     return (*maps, projection, inv_rms)
 
 
-def _gradient(*tensors: Tensor, post_scale: float, **_: Any) -> tuple[Tensor, ...]:
-    return gradients.mapping_backward(*tensors, post_scale=post_scale)
-
-
 MAPPING = Op(
     "mapping",
     ("x", "phi", "alpha", "bias"),
     ("h_pre", "h_post", "h_res_logits"),
     _with_projection,
-    _gradient,
+    gradients.mapping_backward,
     kernel="mapping",
     gradient_kernel="mapping_backward",
     kept=("projection", "inv_rms"),

@@ -36,9 +36,9 @@ def merge(x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor) -> Ten
 
 def check_merge(op: str, x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor) -> None:
     """The checks that `merge` shares with `boundary`."""
-    num_streams, width = _checks.streams(op, x)
+    num_streams, hidden_size = _checks.streams(op, x)
     tokens = x.shape[:-2]
-    _checks.like(op, "layer_output", layer_output, (*tokens, width), x)
+    _checks.like(op, "layer_output", layer_output, (*tokens, hidden_size), x)
     _checks.map_of(op, "h_post", h_post, (*tokens, num_streams), x)
     _checks.map_of(op, "h_res", h_res, (*tokens, num_streams, num_streams), x)
 

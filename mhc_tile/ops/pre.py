@@ -1,14 +1,16 @@
 """`pre`: everything before the layer, in one op: mapping, sinkhorn and pre_apply."""
 
+import warnings
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import _checks, gradients, reference
-from .._library import under_transforms
+from .._library import while_tracing
 from ._definition import Op
-from ._saved import given, keep_shapes
+from .mapping import MAPPING
+from .pre_apply import PRE_APPLY
+from .sinkhorn import SINKHORN
 
 
 def pre(
@@ -22,12 +24,15 @@ def pre(
     post_scale: float = 2.0,
     iters: int = 20,
     sinkhorn_eps: float = 0.0,
+    h_pre: Tensor | None = None,
+    return_h_pre: bool = False,
     return_x: bool = False,
 ) -> tuple[Tensor, ...]:
     """Read the layer's input from the streams, and the maps that `merge` will need (eqs. 14-19).
 
     `h_pre, h_post, h_res_logits = mapping(x, phi, alpha, bias)`,
-    `h_res = sinkhorn(h_res_logits)`, `layer_input[c] = sum_i h_pre[i] * x[i, c]`
+    `h_res = sinkhorn(h_res_logits)`, `layer_input[c] = sum_i h_pre[i] * x[i, c]`, where a given
+    h_pre takes the place of the mapping's
 
     Args:
         x: [..., n, C], bf16, fp16, fp32 or fp64. A copy is made if it is not contiguous.
@@ -39,13 +44,18 @@ def pre(
         post_scale: the upper bound of h_post; above 0.
         iters: Sinkhorn iterations; at least 1.
         sinkhorn_eps: the epsilon of `sinkhorn`; at least 0.
-        return_x: also return x, for `merge` to read. The gradient that merge has for x then
-            reaches the backward of `pre`, which adds it to its own as it writes it; of two
-            gradients of one x autograd would read both and write the sum.
+        h_pre: [..., n], dtype of phi. What the layer's input is read with instead of the h_pre of
+            this x, such as the h_pre that the sublayer before returned (DeepSeek-V4.1).
+        return_h_pre: also return the h_pre of this x, differentiable.
+        return_x: deprecated; also return x. Use `open_sublayer` and `close_sublayer`, or give
+            `merge` the x that `pre` was given.
+
+    With `h_pre` or `return_h_pre` the three ops above run instead of one kernel. What a backward
+    pass that recomputes needs of them is small: `pre_apply(x, h_pre)` alone gives layer_input back.
 
     Returns:
         layer_input [..., C], dtype of x; h_post [..., n] and h_res [..., n, n] ([out, in]), dtype
-        of phi; with return_x, x as a fourth, the same storage.
+        of phi; with return_h_pre also h_pre [..., n], dtype of phi; with return_x last x itself.
 
     Raises:
         TypeError: An argument is not a tensor.
@@ -56,18 +66,53 @@ def pre(
         >>> layer_input, h_post, h_res = pre(x, phi, torch.ones(3), torch.zeros(24), norm_eps=1e-6)
         >>> layer_input.shape, h_post.shape, h_res.shape
         (torch.Size([7, 64]), torch.Size([7, 4]), torch.Size([7, 4, 4]))
-        >>> layer_input, h_post, h_res, x = pre(
-        ...     x, phi, torch.ones(3), torch.zeros(24), norm_eps=1e-6, return_x=True)
-        >>> x_next = merge(x, torch.tanh(layer_input), h_post, h_res)
+        >>> *_, h_pre = pre(
+        ...     x, phi, torch.ones(3), torch.zeros(24), norm_eps=1e-6, return_h_pre=True)
+        >>> torch.equal(pre_apply(x, h_pre), layer_input)
+        True
     """
     constants = check_pre(
         "pre", x, phi, alpha, bias, norm_eps, pre_eps, post_scale, iters, sinkhorn_eps
     )
-    _checks.flag("pre", return_x=return_x)
-    if return_x and not under_transforms():
-        return HandingOn.apply(x, phi, alpha, bias, constants, False)
-    results = PRE.call(x, phi, alpha, bias, **constants)[:3]
-    return (*results, x) if return_x else results
+    _checks.flag("pre", return_h_pre=return_h_pre, return_x=return_x)
+    if h_pre is None and not return_h_pre:
+        results = PRE.call(x, phi, alpha, bias, **constants)[:3]
+    else:
+        results = _with_h_pre(x, phi, alpha, bias, h_pre, **constants)[: 3 + return_h_pre]
+    if not return_x:
+        return results
+    _warn_of_return_x()
+    return (*results, x)
+
+
+def _with_h_pre(
+    x: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    given: Tensor | None,
+    *,
+    iters: int,
+    sinkhorn_eps: float,
+    **constants: Any,
+) -> tuple[Tensor, ...]:
+    """`pre` by its three ops: layer_input by the given h_pre, if any; h_post, h_res, own h_pre."""
+    if given is not None:
+        _checks.map_of("pre", "h_pre", given, x.shape[:-1], x)
+    x = x.contiguous()  # once, not in each op that reads it
+    h_pre, h_post, h_res_logits = MAPPING.call(x, phi, alpha, bias, **constants)[:3]
+    h_res = SINKHORN.call(h_res_logits, iters=iters, eps=sinkhorn_eps)
+    return PRE_APPLY.call(x, h_pre if given is None else given), h_post, h_res, h_pre
+
+
+@while_tracing
+def _warn_of_return_x() -> None:
+    warnings.warn(
+        "pre: return_x is deprecated and returns x as it was given: open_sublayer and "
+        "close_sublayer have one gradient of x for pre and merge",
+        DeprecationWarning,
+        stacklevel=3,
+    )
 
 
 def check_pre(
@@ -109,60 +154,15 @@ def with_projection(
     return (*results, projection, inv_rms)
 
 
-def _gradient(*tensors: Tensor, norm_eps: float, **constants: Any) -> tuple[Tensor, ...]:
-    return gradients.pre_backward(*tensors, **constants)
-
-
 PRE = Op(
     "pre",
     ("x", "phi", "alpha", "bias"),
     ("layer_input", "h_post", "h_res"),
     with_projection,
-    _gradient,
+    gradients.pre_backward,
     kernel="pre",
     gradient_kernel="pre_backward",
     kept=("projection", "inv_rms"),
     gradient_optional=("grad_x_part", "h_res"),
     constants=CONSTANTS,
 )
-
-
-class HandingOn(torch.autograd.Function):
-    """`pre` that returns x, too, which a torch op may not.
-
-    With `mixed` the returned x is for one reader, `sublayer.finish` with the h_res of this `pre`:
-    what comes back for it is the cotangent of x_next, which is mixed where grad_x is written.
-
-    The context is an argument of forward because `apply` is slow with `setup_context`: it inspects
-    a signature in every call, 26 us of host time instead of 6.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        phi: Tensor,
-        alpha: Tensor,
-        bias: Tensor,
-        constants: dict[str, Any],
-        mixed: bool,
-    ) -> tuple[Tensor, ...]:
-        """The results of `pre`, and x."""
-        output = PRE.call(x, phi, alpha, bias, **constants)
-        ctx.save_for_backward(x, phi, alpha, bias, *output[3:], output[2] if mixed else None)
-        ctx.constants = constants
-        keep_shapes(ctx, output[:3])
-        if not torch.compiler.is_compiling():  # Dynamo does not know the method
-            ctx.set_materialize_grads(False)
-        return *output[:3], x
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The gradient of `pre`, with what the readers of the returned x have for x."""
-        *own, grad_x_part = grads
-        *saved, h_res = ctx.saved_tensors
-        if h_res is None and all(grad is None for grad in own):
-            return grad_x_part, None, None, None, None, None
-        mixing = None if grad_x_part is None else h_res
-        tensors = (*given(ctx, own), *saved, grad_x_part, mixing)
-        return *PRE.backward.call(*tensors, **ctx.constants), None, None

@@ -52,9 +52,7 @@ def collapse(x: Tensor, mode: str = "sum") -> Tensor:
         True
     """
     _checks.streams("collapse", x)
-    if mode not in MODES:
-        raise ValueError(f"collapse: mode must be one of {list(MODES)}, got {mode!r}")
-    return COLLAPSE.call(x, mode)
+    return COLLAPSE.call(x, _checks.one_of("collapse", "mode", mode, MODES))
 
 
 def head(
@@ -85,8 +83,8 @@ def head(
         >>> head(x, phi, torch.ones(1), torch.zeros(4), norm_eps=1e-6).shape
         torch.Size([7, 64])
     """
-    num_streams, width = _checks.streams("head", x)
-    _checks.map_of("head", "phi", phi, (num_streams, num_streams * width), x)
+    num_streams, hidden_size = _checks.streams("head", x)
+    _checks.map_of("head", "phi", phi, (num_streams, num_streams * hidden_size), x)
     _checks.map_of("head", "alpha", alpha, (1,), x)
     _checks.map_of("head", "bias", bias, (num_streams,), x)
     _checks.at_least("head", 0, norm_eps=norm_eps, pre_eps=pre_eps)
@@ -100,10 +98,6 @@ def _head(
     projection, inv_rms = reference.normalised_projection(x, phi, norm_eps)
     weights = torch.sigmoid(projection * alpha + bias) + pre_eps
     return reference.pre_apply(x, weights), projection, inv_rms
-
-
-def _head_gradient(*tensors: Tensor, norm_eps: float, pre_eps: float) -> tuple[Tensor, ...]:
-    return gradients.head_backward(*tensors, pre_eps=pre_eps)
 
 
 EXPAND = Op(
@@ -134,7 +128,7 @@ HEAD = Op(
     ("x", "phi", "alpha", "bias"),
     ("hidden",),
     _head,
-    _head_gradient,
+    gradients.head_backward,
     kept=("projection", "inv_rms"),
     constants="float norm_eps, float pre_eps=0.0",
 )

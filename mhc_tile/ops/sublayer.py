@@ -1,25 +1,38 @@
-"""A whole sublayer around a layer: `pre`, the layer, `merge`, with one gradient of x for both.
+"""A whole sublayer around a layer, or its steps, with one gradient of x for `pre` and `merge`.
 
-`pre` and `merge` of one sublayer read the same x through the same h_res. Here merge's backward
-leaves its share of grad_x, `sum_o h_res[o, i] * grad_x_next[o, c]`, to pre's backward, which reads
-grad_x_next itself in place of that share: 4 C elements a token less to write at n = 4. So the x
-that `begin` or `cross` hands on has a gradient only for the `cross` or `finish` that it is meant
-for; no public function returns it. Forward-mode AD and `torch.func` take the plain ops, each with
-its own gradient of x.
+`pre` and `merge` of a sublayer read the same x. Called apart, each has a gradient of x that its
+backward writes, and autograd adds the two. Here the backward of `merge` passes its cotangent on as
+it is, and the backward of `pre` multiplies it by h_res where it writes the one grad_x:
+
+    open_sublayer                                     close_sublayer
+    x --> pre --> layer_input --> layer --> layer_output --> merge --> x_next
+           |---------------- h_post, h_res -------------------^
+           `---------------- x_for_merge ---------------------'
+
+    edge            forward   what comes back for it          who adds it to grad_x
+    x_for_merge     x         grad_x_next, no gradient of x   backward of pre, times h_res^T
+    layer_input     values    its gradient                    backward of pre
+    h_post, h_res   values    their gradients                 backward of pre
+    state.x         x         a gradient of x                 autograd
+
+`next_sublayer` is a `close_sublayer` and an `open_sublayer` in one kernel. Only these functions see
+x_for_merge. They all multiply by the h_res of the state, so that a state may be closed several
+times: the cotangents add up. Without grad mode, under forward-mode AD and under `torch.func` a
+state has no x_for_merge, and the steps are the plain ops.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._autocast import autocast_dtype
 from .._library import under_transforms
-from ._saved import given, keep_shapes
+from ._definition import fill_missing_grads, save_output_shapes
 from .boundary import BOUNDARY
 from .merge import MERGE, MERGE_BACKWARD_MAPS, check_merge
-from .pre import PRE, HandingOn, check_pre
+from .pre import PRE, check_pre
 
 
 def sublayer(
@@ -39,8 +52,7 @@ def sublayer(
 
     `x_next[o, c] = sum_i h_res[o, i] * x[i, c] + h_post[o] * layer(sum_i h_pre[i] * x[i])[c]`
 
-    The result is that of calling the three one after the other; the backward moves fewer bytes, as
-    the share that merge has of x's gradient is formed where the gradient is written.
+    The result is that of the three one after the other; the backward moves fewer bytes.
 
     Args:
         x: [..., n, C], bf16, fp16, fp32 or fp64. A copy is made if it is not contiguous.
@@ -70,148 +82,288 @@ def sublayer(
     constants = check_pre(
         "sublayer", x, phi, alpha, bias, norm_eps, pre_eps, post_scale, iters, sinkhorn_eps
     )
-    opened = _open(x, phi, alpha, bias, constants)
-    layer_output = layer(opened.layer_input)
+    state = _open(x, phi, alpha, bias, constants)
+    layer_output = layer(state.layer_input)
     if autocast_dtype(x.device.type) is not None and isinstance(layer_output, Tensor):
         layer_output = layer_output.to(x.dtype)
-    check_merge("sublayer", x, layer_output, opened.h_post, opened.h_res)
-    return _finish(opened, layer_output)
+    return _close("sublayer", state, layer_output)
 
 
-class Open(NamedTuple):
-    """A sublayer between its `pre` and its `merge`.
+class OpenSublayer:
+    """A sublayer between its `pre` and its `merge`: what `open_sublayer` returns.
+
+    Every attribute is a tensor with a true gradient, for any reader. None can be replaced: to merge
+    by another h_res, call `merge(state.x, layer_output, state.h_post, other)`.
+    After `next_sublayer` a hook on x, or `torch.autograd.grad` with respect to x, gets the
+    gradients of the readers of `state.x` alone: the ops that merge and read x_next are inside.
 
     Attributes:
-        layer_input: [..., C].
-        h_post: [..., n].
-        h_res: [..., n, n].
-        handed: [..., n, C], x for `cross` or `finish`: what has a gradient for it leaves that
-            unmixed.
-        x: the same with a gradient of its own, for second derivatives. Where torch compiles, which
-            has none, it may be `handed`.
+        layer_input: [..., C], dtype of x.
+        h_post: [..., n], fp32 (fp64 where x is).
+        h_res: [..., n, n], [out, in], dtype of h_post.
+        x: [..., n, C], the streams that enter the sublayer.
     """
 
-    layer_input: Tensor
-    h_post: Tensor
-    h_res: Tensor
-    handed: Tensor
-    x: Tensor
+    def __init__(
+        self,
+        maps: Sequence[Tensor],
+        x: Tensor | None,
+        x_for_merge: Tensor | None = None,
+        previous: "tuple[OpenSublayer, Tensor] | None" = None,
+    ) -> None:
+        self._layer_input, self._h_post, self._h_res = maps
+        self._x = x
+        self._x_for_merge = x_for_merge
+        self._previous = previous
+
+    @property
+    def layer_input(self) -> Tensor:
+        """What the layer reads."""
+        return self._layer_input
+
+    @property
+    def h_post(self) -> Tensor:
+        """By what `merge` writes the layer's output into the streams."""
+        return self._h_post
+
+    @property
+    def h_res(self) -> Tensor:
+        """By what `merge` mixes the streams."""
+        return self._h_res
+
+    @property
+    def x(self) -> Tensor:
+        """The streams that enter. Compiled code after `next_sublayer` merges again for them."""
+        return close_sublayer(*self._previous) if self._x is None else self._x  # type: ignore[misc]
 
 
-def begin(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **constants: Any) -> Open:
-    """`pre`, to be followed by `cross` or `finish`."""
-    return _open(x, phi, alpha, bias, check_pre("pre", x, phi, alpha, bias, **constants))
+def open_sublayer(
+    x: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    *,
+    norm_eps: float,
+    pre_eps: float = 0.0,
+    post_scale: float = 2.0,
+    iters: int = 20,
+    sinkhorn_eps: float = 0.0,
+) -> OpenSublayer:
+    """`pre` of a sublayer that `next_sublayer` or `close_sublayer` will merge.
+
+    `layer_input, h_post, h_res = pre(x, phi, alpha, bias)`
+
+    Args:
+        x: [..., n, C], bf16, fp16, fp32 or fp64. A copy is made if it is not contiguous.
+        phi: [n*n + 2n, n*C], as alpha [3] and bias [n*n + 2n]; see `pre`.
+        alpha: see there.
+        bias: see there.
+        norm_eps: see there, as all that follow.
+        pre_eps: added to h_pre.
+        post_scale: the upper bound of h_post.
+        iters: Sinkhorn iterations.
+        sinkhorn_eps: the epsilon of `sinkhorn`.
+
+    Returns:
+        The open sublayer; its layer_input [..., C] is what the layer reads.
+
+    Raises:
+        TypeError: An argument is not a tensor.
+        ValueError: A shape, dtype, device or constant is off; the message names it.
+
+    Example:
+        >>> x, phi = torch.randn(7, 4, 64), torch.randn(24, 256)
+        >>> state = open_sublayer(x, phi, torch.ones(3), torch.zeros(24), norm_eps=1e-6)
+        >>> close_sublayer(state, torch.tanh(state.layer_input)).shape
+        torch.Size([7, 4, 64])
+    """
+    constants = check_pre(
+        "open_sublayer", x, phi, alpha, bias, norm_eps, pre_eps, post_scale, iters, sinkhorn_eps
+    )
+    return _open(x, phi, alpha, bias, constants)
 
 
-def _open(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, constants: dict[str, Any]) -> Open:
-    x = x.contiguous()  # once, not in each op that reads it
-    if under_transforms():
-        layer_input, h_post, h_res = PRE.call(x, phi, alpha, bias, **constants)[:3]
-        return Open(layer_input, h_post, h_res, x, x)
-    layer_input, h_post, h_res, handed = HandingOn.apply(x, phi, alpha, bias, constants, True)
-    return Open(layer_input, h_post, h_res, handed, x)
-
-
-def cross(
-    opened: Open,
+def next_sublayer(
+    state: OpenSublayer,
     layer_output: Tensor,
     phi: Tensor,
     alpha: Tensor,
     bias: Tensor,
-    **constants: Any,
-) -> Open:
-    """`boundary`: the merge of a sublayer and the pre of the next, whose parameters these are."""
-    _, h_post, h_res, handed, x = opened
-    check_merge("boundary", x, layer_output, h_post, h_res)
-    constants = check_pre("boundary", x, phi, alpha, bias, **constants)
-    maps = (h_post, h_res, phi, alpha, bias)
-    if under_transforms():
-        x, layer_input, h_post, h_res = BOUNDARY.call(x, layer_output, *maps, **constants)[:4]
-        return Open(layer_input, h_post, h_res, x, x)
-    layer_input, h_post, h_res, handed, *own = _Crossing.apply(
-        handed, _kept(opened), layer_output, *maps, constants
+    *,
+    norm_eps: float,
+    pre_eps: float = 0.0,
+    post_scale: float = 2.0,
+    iters: int = 20,
+    sinkhorn_eps: float = 0.0,
+) -> OpenSublayer:
+    """`merge` of an open sublayer and `pre` of the next, in the one op `boundary`.
+
+    `x_next[o, c] = sum_i h_res[o, i] * x[i, c] + h_post[o] * layer_output[c]`
+    `layer_input, h_post, h_res = pre(x_next, phi, alpha, bias)`
+
+    Args:
+        state: the open sublayer.
+        layer_output: [..., C], dtype of state.x. What its layer returned.
+        phi: [n*n + 2n, n*C], the NEXT sublayer's, as alpha [3] and bias [n*n + 2n]; see `pre`.
+        alpha: see there.
+        bias: see there.
+        norm_eps: see there, as all that follow.
+        pre_eps: added to h_pre.
+        post_scale: the upper bound of h_post.
+        iters: Sinkhorn iterations.
+        sinkhorn_eps: the epsilon of `sinkhorn`.
+
+    Returns:
+        The next sublayer, open; its x is x_next.
+
+    Raises:
+        TypeError: state is no `OpenSublayer`, or another argument is not a tensor.
+        ValueError: A shape, dtype, device or constant is off; the message names it.
+
+    Example:
+        >>> x, parameters = torch.randn(7, 4, 64), (torch.randn(24, 256), torch.ones(3))
+        >>> parameters = (*parameters, torch.zeros(24))
+        >>> state = open_sublayer(x, *parameters, norm_eps=1e-6)
+        >>> for layer in (torch.tanh, torch.sin):
+        ...     state = next_sublayer(state, layer(state.layer_input), *parameters, norm_eps=1e-6)
+        >>> close_sublayer(state, torch.cos(state.layer_input)).shape
+        torch.Size([7, 4, 64])
+    """
+    name = "next_sublayer"
+    x = _check(name, state, layer_output)
+    constants = check_pre(
+        name, x, phi, alpha, bias, norm_eps, pre_eps, post_scale, iters, sinkhorn_eps
     )
-    return Open(layer_input, h_post, h_res, handed, own[0] if own else handed)
+    tensors = (layer_output, state._h_post, state._h_res, phi, alpha, bias)
+    if state._x_for_merge is None or not _fuses():
+        x_next, *maps = BOUNDARY.call(state.x, *tensors, **constants)[:4]
+        return OpenSublayer(maps, x_next)
+    results = _FusedMerge.apply(x, _kept(state), *tensors, constants)
+    if len(results) == 4:  # compiled
+        return OpenSublayer(results[:3], None, results[3], (state, layer_output))
+    return OpenSublayer(results[:3], results[4], results[3])
 
 
-def finish(opened: Open, layer_output: Tensor) -> Tensor:
-    """`merge`."""
-    check_merge("merge", opened.x, layer_output, opened.h_post, opened.h_res)
-    return _finish(opened, layer_output)
+def close_sublayer(state: OpenSublayer, layer_output: Tensor) -> Tensor:
+    """`merge` of an open sublayer.
+
+    `x_next[o, c] = sum_i h_res[o, i] * x[i, c] + h_post[o] * layer_output[c]`
+
+    Args:
+        state: the open sublayer.
+        layer_output: [..., C], dtype of state.x. What its layer returned.
+
+    Returns:
+        x_next: [..., n, C], dtype of x.
+
+    Raises:
+        TypeError: state is no `OpenSublayer`, or layer_output is not a tensor.
+        ValueError: A shape, dtype or device is off; the message names it.
+
+    Example:
+        >>> x, phi = torch.randn(7, 4, 64), torch.randn(24, 256)
+        >>> state = open_sublayer(x, phi, torch.ones(3), torch.zeros(24), norm_eps=1e-6)
+        >>> x_next = close_sublayer(state, state.layer_input)
+        >>> torch.equal(x_next, merge(x, state.layer_input, state.h_post, state.h_res))
+        True
+    """
+    return _close("close_sublayer", state, layer_output)
 
 
-def _finish(opened: Open, layer_output: Tensor) -> Tensor:
-    maps = (opened.h_post, opened.h_res)
-    if under_transforms():
-        return MERGE.call(opened.x, layer_output, *maps)
-    return _Finishing.apply(opened.handed, _kept(opened), layer_output, *maps)
+def _open(
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, constants: dict[str, Any]
+) -> OpenSublayer:
+    x = x.contiguous()  # once, not in each op that reads it
+    parameters = (phi, alpha, bias)
+    if not _fuses():
+        return OpenSublayer(PRE.call(x, *parameters, **constants)[:3], x)
+    merged = (None, None, None, None)
+    *maps, x_for_merge = _FusedMerge.apply(x, *merged, *parameters, constants)
+    return OpenSublayer(maps, x, x_for_merge)
 
 
-def _kept(opened: Open) -> tuple[Tensor] | None:
+def _close(name: str, state: OpenSublayer, layer_output: Tensor) -> Tensor:
+    x = _check(name, state, layer_output)
+    tensors = (layer_output, state._h_post, state._h_res)
+    if state._x_for_merge is None or not _fuses():
+        return MERGE.call(state.x, *tensors)
+    return _FusedMerge.apply(x, _kept(state), *tensors, None, None, None, None)
+
+
+def _check(name: str, state: OpenSublayer, layer_output: Tensor) -> Tensor:
+    """The checks of a merge; returns x, without the gradient that it may have."""
+    if not isinstance(state, OpenSublayer):
+        raise TypeError(f"{name}: state must be an OpenSublayer, got {type(state).__name__}")
+    x = state.x if state._x_for_merge is None else state._x_for_merge
+    check_merge(name, x, layer_output, state._h_post, state._h_res)
+    return x
+
+
+def _fuses() -> bool:
+    return torch.is_grad_enabled() and not under_transforms()
+
+
+def _kept(state: OpenSublayer) -> tuple[Tensor] | None:
     """What to save of x for the backward, hidden from autograd, which has no gradient for it."""
-    return None if opened.x is opened.handed else (opened.x,)
+    return None if state._x is None else (state._x,)
 
 
-class _Finishing(torch.autograd.Function):
-    """`merge` of an x that was handed on: its cotangent goes back as it is."""
+class _FusedMerge(torch.autograd.Function):
+    """The merge of one sublayer, if layer_output is given; the pre of the next, if phi is given.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        handed: Tensor,
-        x: tuple[Tensor] | None,
-        layer_output: Tensor,
-        h_post: Tensor,
-        h_res: Tensor,
-    ) -> Tensor:
-        """The result of `merge`."""
-        ctx.save_for_backward(handed if x is None else x[0], layer_output, h_post)
-        return MERGE.call(handed, layer_output, h_post, h_res)
-
-    @staticmethod
-    def backward(ctx: Any, grad_x_next: Tensor) -> tuple[Tensor | None, ...]:
-        """The cotangent in place of a gradient of x."""
-        return grad_x_next, None, *MERGE_BACKWARD_MAPS.call(grad_x_next, *ctx.saved_tensors)
-
-
-class _Crossing(torch.autograd.Function):
-    """`boundary` of an x that was handed on, handing on x_next."""
+    The context is an argument of forward because `apply` is slow with `setup_context`: it inspects
+    a signature in every call.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        handed: Tensor,
+        x_for_merge: Tensor,
         x: tuple[Tensor] | None,
-        layer_output: Tensor,
-        h_post: Tensor,
-        h_res: Tensor,
-        phi: Tensor,
-        alpha: Tensor,
-        bias: Tensor,
-        constants: dict[str, Any],
-    ) -> tuple[Tensor, ...]:
-        """What `Open` holds."""
-        x_next, *output, projection, inv_rms = BOUNDARY.call(
-            handed, layer_output, h_post, h_res, phi, alpha, bias, **constants
-        )
-        compiling = torch.compiler.is_compiling()  # then zeros are filled for what nothing reads
-        handed_on = (x_next,) if compiling else (x_next, x_next.view_as(x_next))
-        saved = (handed_on[-1], phi, alpha, bias, projection, inv_rms, output[2])
-        ctx.save_for_backward(handed if x is None else x[0], layer_output, h_post, *saved)
-        ctx.constants = constants
-        keep_shapes(ctx, output)
+        layer_output: Tensor | None,
+        h_post: Tensor | None,
+        h_res: Tensor | None,
+        phi: Tensor | None,
+        alpha: Tensor | None,
+        bias: Tensor | None,
+        constants: dict[str, Any] | None,
+    ) -> Any:
+        """x_next alone; or the maps, x_for_merge of the next merge and x_next for other readers."""
+        streams, parameters = (x_for_merge, layer_output, h_post, h_res), (phi, alpha, bias)
+        merged: tuple[Any, ...] = (x_for_merge if x is None else x[0], layer_output, h_post)
+        ctx.merges, ctx.constants = layer_output is not None, constants
+        if constants is None:
+            ctx.save_for_backward(*merged)
+            return MERGE.call(*streams)
+        # compiled code would fill a gradient of zeros for an output that nothing reads
+        compiling = torch.compiler.is_compiling()
+        x_next: tuple[Tensor, ...] = (x_for_merge,)
+        if not ctx.merges:
+            merged, results = (), PRE.call(x_for_merge, *parameters, **constants)
+        else:
+            first, *results = BOUNDARY.call(*streams, *parameters, **constants)
+            x_next = (first,) if compiling else (first, first.view_as(first))
+        *maps, projection, inv_rms = results
+        ctx.save_for_backward(x_next[-1], *parameters, projection, inv_rms, maps[2], *merged)
+        save_output_shapes(ctx, maps)
         if not compiling:  # Dynamo does not know the method
             ctx.set_materialize_grads(False)
-        return *output, *handed_on
+        return *maps, *x_next
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The gradient of the next `pre` with its share of merge's, then merge's without x's."""
-        x, layer_output, h_post, *saved, h_res_next = ctx.saved_tensors
-        grad_x_part, grad_x = (*grads[3:], None)[:2]
-        mixing = None if grad_x_part is None else h_res_next
-        tensors = (*given(ctx, grads[:3]), *saved, grad_x_part, mixing)
-        grad_x_next, *grad_parameters = PRE.backward.call(*tensors, **ctx.constants)
-        grad_x_next = grad_x_next if grad_x is None else grad_x_next + grad_x
-        grad_merged = MERGE_BACKWARD_MAPS.call(grad_x_next, x, layer_output, h_post)
+        """The gradient of pre with merge's share of grad_x, then merge's without grad_x."""
+        grad_x_next, merged = grads[0], ctx.saved_tensors
+        grad_merged = grad_parameters = (None, None, None)
+        if ctx.constants is not None:
+            *read, h_res = merged[:7]
+            grad_x_for_merge, grad_x = (*grads[3:], None)[:2]
+            merged = merged[7:]
+            tensors = (*fill_missing_grads(ctx, grads[:3]), *read, grad_x_for_merge)
+            grad_x_next, *grad_parameters = PRE.backward.call(
+                *tensors, None if grad_x_for_merge is None else h_res, **ctx.constants
+            )
+            grad_x_next = grad_x_next if grad_x is None else grad_x_next + grad_x
+        if ctx.merges:
+            grad_merged = MERGE_BACKWARD_MAPS.call(grad_x_next, *merged)
         return grad_x_next, None, *grad_merged, *grad_parameters, None

@@ -1,40 +1,43 @@
-"""Checkpoints: written atomically, the previous one kept, foreign and truncated files refused."""
+"""Checkpoints: written in one step, the previous one kept, foreign and truncated files refused."""
 
-import os
-import re
-import textwrap
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
+from mhc_tile.kernels.common.files import replacing
+
+from .. import _checks
 from .config import TrainConfig
 from .folder import full_path
 
 FORMAT = "mhc_tile.training/1"
 FOLDER = "checkpoints"
-_PARTS = ("step", "config", "corpus", "model", "optimizer")
+
+
+class State(msgspec.Struct):
+    """What a checkpoint of a run holds, beside its "format"."""
+
+    step: int
+    config: dict[str, Any]
+    corpus: str
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    rows: list[dict[str, Any]] = []  # checkpoints of older versions have none
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step stands."""
+    """Where the checkpoint of a step is."""
     return run_dir / FOLDER / f"step_{step:08d}.pt"
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first; files of other names are none."""
-    folder = run_dir / FOLDER
-    steps = [_step_of(path) for path in folder.iterdir()] if folder.is_dir() else []
-    return [checkpoint_path(run_dir, step) for step in sorted(s for s in steps if s is not None)]
-
-
-def _step_of(path: Path) -> int | None:
-    """The step in a name that `checkpoint_path` gives; None for any other."""
-    digits = re.fullmatch(r"step_([0-9]{8,})\.pt", path.name)
-    if digits is None or path.name != checkpoint_path(path, int(digits[1])).name:
-        return None
-    return int(digits[1]) if path.is_file() else None
+    names = (path.stem.removeprefix("step_") for path in (run_dir / FOLDER).glob("step_*.pt"))
+    steps = sorted({int(name) for name in names if name.isdecimal()})
+    return [path for step in steps if (path := checkpoint_path(run_dir, step)).is_file()]
 
 
 class Checkpoints:
@@ -42,8 +45,7 @@ class Checkpoints:
 
     Args:
         run_dir: of the run.
-        resumed: the checkpoint that the run continues from, if any. Newer ones belong to a course
-            that is not taken again: `drop_newer` deletes them.
+        resumed: the checkpoint that the run continues from, if any.
     """
 
     def __init__(self, run_dir: Path, resumed: Path | None = None):
@@ -53,38 +55,21 @@ class Checkpoints:
     def drop_newer(self, step: int) -> None:
         """Delete the checkpoints of later steps than the one that the run continues from."""
         for path in list_checkpoints(self.run_dir):
-            if (_step_of(path) or 0) > step and path != self.last:
+            if int(path.stem.removeprefix("step_")) > step and path != self.last:
                 path.unlink()
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write a checkpoint; it is complete or absent, whenever the process ends.
-
-        Args:
-            step: number of completed steps.
-            state: tensors and plain values.
-
-        Returns:
-            Its path.
-
-        Raises:
-            OSError: It cannot be written whole; the checkpoints before are kept.
-        """
+        """Write the checkpoint after a step, in one step; an OSError leaves the older ones."""
         path = checkpoint_path(self.run_dir, step)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
         try:
-            with partial.open("wb") as file:
+            with replacing(path, path.with_suffix(".partial")) as file:
                 torch.save({"format": FORMAT, "step": step, **state}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
         except RuntimeError as error:  # torch.save's, where the file does not take it all
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             raise OSError(
-                f"train: checkpoint must be written whole, got {_one_line(cause)}: {path}"
+                f"train: checkpoint must be written whole, got {_checks.reason(cause)}: {path}"
             ) from error
-        finally:
-            partial.unlink(missing_ok=True)
         for other in list_checkpoints(self.run_dir):
             if other not in (path, self.last):
                 other.unlink()
@@ -93,17 +78,9 @@ class Checkpoints:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, or refuse it.
+    """What `Checkpoints.save` was given, with "step"; tensors on the CPU.
 
-    Args:
-        path: of the file.
-
-    Returns:
-        What `Checkpoints.save` was given, with "step"; tensors on the CPU.
-
-    Raises:
-        ValueError: The file is truncated or is not a checkpoint of this package; the message names
-            the older checkpoint to resume from, if there is one.
+    A truncated or foreign file is a ValueError that names the older checkpoint, if there is one.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -116,46 +93,25 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def stored_config(path: Path, state: dict[str, Any]) -> TrainConfig:
-    """The configuration of a run, from a checkpoint that has all that `resume` needs.
-
-    Args:
-        path: of the checkpoint, for the message.
-        state: what `load_checkpoint` read from it.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        ValueError: A part is missing, or the configuration is not one of this version.
-    """
-    for part in _PARTS:
-        if part not in state:
-            raise ValueError(_refusal(path, f"a file without {part!r}"))
+    """The configuration in a checkpoint; a ValueError if that or another part does not fit."""
+    try:
+        msgspec.convert(state, State)
+    except msgspec.ValidationError as error:
+        raise ValueError(_refusal(path, f"a file of other parts ({error})")) from error
     try:
         config = TrainConfig.from_dict(state["config"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = f"a file with another configuration ({type(error).__name__}: {error})"
+        reason = f"a file with another configuration ({_checks.reason(error)})"
         raise ValueError(_refusal(path, reason)) from error
-    step = state["step"]
-    if type(step) is not int or not 0 <= step <= config.steps:
-        raise ValueError(_refusal(path, f"a file of step {step!r} of {config.steps}"))
+    if not 0 <= state["step"] <= config.steps:
+        raise ValueError(_refusal(path, f"a file of step {state['step']} of {config.steps}"))
     return config
 
 
 def restore(
     path: Path, state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Load parameters and moments.
-
-    Args:
-        path: of the checkpoint, for the message.
-        state: what `load_checkpoint` read from it.
-        model: of the run.
-        optimizer: of the run.
-
-    Raises:
-        ValueError: They do not fit.
-    """
+    """Load parameters and moments from the state at a path; a ValueError if they do not fit."""
     try:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -164,28 +120,18 @@ def restore(
                 if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
                     raise ValueError(f"{name} {list(value.shape)} of {list(parameter.shape)}")
     except Exception as error:  # torch raises half a dozen unrelated types on what does not fit
-        reason = f"parameters that do not fit ({type(error).__name__}: {_one_line(error)})"
+        reason = f"parameters that do not fit ({_checks.reason(error)})"
         raise ValueError(_refusal(path, reason)) from error
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` stands for.
-
-    Args:
-        path: a checkpoint, or a run directory, which stands for its newest checkpoint.
-
-    Returns:
-        The path of a file; for a link, that which it leads to, folders on the way left as they are.
-
-    Raises:
-        ValueError: There is none, or it stands outside of a run directory.
-    """
+    """The checkpoint at `path`, through links to the file, or the newest of a run directory."""
     if path.is_file():
         while path.is_symlink():  # not `resolve`: the run's folder may link to another disk
             path = full_path(path.parent / path.readlink(), "resume: path")
         if path.parent.name != FOLDER:
             raise ValueError(
-                f"resume: checkpoint must stand in the folder {FOLDER!r} of its run directory, "
+                f"resume: checkpoint must be in the folder {FOLDER!r} of its run directory, "
                 f"got {str(path)!r}"
             )
         return path
@@ -204,9 +150,3 @@ def _refusal(path: Path, reason: str) -> str:
     if older:
         message += f"; the older one is kept, resume from it: {str(older[-1])!r}"
     return message
-
-
-def _one_line(error: Exception) -> str:
-    """What torch says at length, without the stack of C++ below it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return textwrap.shorten(" ".join(lines[:2]), 200, placeholder=" ...")

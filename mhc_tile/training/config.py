@@ -1,44 +1,43 @@
-"""What one training run is made of: `TrainConfig`."""
+"""The configuration of one training run: `TrainConfig`."""
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .. import _checks
 from ..config import MHCConfig
-from ..models import RESIDUALS, ModelConfig, model_config
+from ..models import ModelConfig, model_config
+from ..models.decoder import ResidualKind
 from .folder import full_path
-
-PRECISIONS = ("auto", "fp32", "bf16")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides the result of a run; it is stored in every checkpoint.
+    """Everything that decides the result of a run; every checkpoint stores it.
+
+    The descriptions of the arguments are also the help of `mhc-tile train`.
 
     Args:
-        model: shape of the decoder; its vocabulary must hold the 256 bytes.
-        residual: "residual", "hc" or "mhc".
+        model: shape of the decoder; its vocabulary holds at least the 256 bytes.
+        residual: kind of connection.
         connection: constants of the connections.
-        corpus: a file or folder, stored as an absolute path with `~` expanded; None for the Python
-            standard library's sources.
+        corpus: text file or folder; the Python standard library's sources if left out.
         steps: optimizer steps.
         batch_size: sequences per step.
-        sequence_length: predicted tokens per sequence, at most the model's context_length.
-        learning_rate: the peak, see `mhc_tile.training.schedule.learning_rate`.
+        sequence_length: bytes per sequence, at most the model's context_length.
+        learning_rate: peak learning rate.
         warmup_steps: steps of linear warm-up.
-        weight_decay: of matrices, see `mhc_tile.training.optimizer.build_optimizer`.
-        clip: gradients are scaled down to this global norm; 0 clips nothing.
+        weight_decay: weight decay of matrices.
+        clip: global gradient norm to clip to; 0 clips nothing.
         seed: of the initialisation and of the order of the data; below 2**64.
-        device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
-        precision: "auto" (bf16 autocast on CUDA, else fp32), "fp32" or "bf16".
+        device: auto (CUDA where there is one), cpu, cuda, cuda:1 and so on.
+        precision: of the layers; auto is bf16 autocast on CUDA, else fp32.
         log_every: steps between writes of metrics, each of which waits for the device once.
         monitor_every: steps between records of the stability monitor; 0 for none.
-        eval_every: steps between validations; 0 for one at the end only.
+        eval_every: steps between validations; 0 for one at the end.
         eval_batches: batches of one validation.
-        checkpoint_every: steps between checkpoints; 0 for one at the end only.
+        checkpoint_every: steps between checkpoints; 0 for one at the end.
         tensorboard: also write event files for TensorBoard.
 
     Raises:
@@ -46,7 +45,7 @@ class TrainConfig:
     """
 
     model: ModelConfig = field(default_factory=lambda: model_config("1m"))
-    residual: str = "mhc"
+    residual: ResidualKind = "mhc"
     connection: MHCConfig = field(default_factory=MHCConfig.paper)
     corpus: str | Path | None = None
     steps: int = 1000
@@ -58,7 +57,7 @@ class TrainConfig:
     clip: float = 1.0
     seed: int = 0
     device: str = "auto"
-    precision: str = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     log_every: int = 10
     monitor_every: int = 10
     eval_every: int = 200
@@ -67,55 +66,22 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        """Reject what no run could use."""
-        self._check_types()
+        """Reject what no run could use; store the corpus as an absolute path."""
+        zero = ("warmup_steps", "monitor_every", "eval_every", "checkpoint_every", "seed")
+        _checks.fields(self, at_least_0=zero, bits={"seed": 64})
         if self.corpus is not None:
             corpus = str(full_path(self.corpus, "TrainConfig: corpus"))
             object.__setattr__(self, "corpus", corpus)
-        for name in ("steps", "batch_size", "sequence_length", "log_every", "eval_batches"):
-            self._check(name, getattr(self, name) >= 1, "be at least 1")
-        for name in ("warmup_steps", "monitor_every", "eval_every", "checkpoint_every", "seed"):
-            self._check(name, getattr(self, name) >= 0, "be at least 0")
-        self._check("seed", self.seed < 2**64, "be below 2**64")
-        for name in ("weight_decay", "clip", "learning_rate"):
-            value = getattr(self, name)
-            self._check(name, math.isfinite(value) and value >= 0, "be finite and at least 0")
-        self._check("residual", self.residual in RESIDUALS, f"be one of {list(RESIDUALS)}")
-        self._check("precision", self.precision in PRECISIONS, f"be one of {list(PRECISIONS)}")
-        context = self.model.context_length
-        self._check(
-            "sequence_length",
-            self.sequence_length <= context,
-            f"be at most the model's context_length {context}",
-        )
+        if self.sequence_length > self.model.context_length:
+            raise ValueError(
+                f"TrainConfig: sequence_length must be at most the model's context_length "
+                f"{self.model.context_length}, got {self.sequence_length}"
+            )
         if self.model.vocab_size < 256:
             raise ValueError(
                 f"TrainConfig: model.vocab_size must be at least 256 for bytes, "
                 f"got {self.model.vocab_size}"
             )
-
-    def _check_types(self) -> None:
-        # Exact types: a checkpoint is refused when it is read where it holds NumPy's or an Enum's.
-        for entry in dataclasses.fields(self):
-            value = exact = getattr(self, entry.name)
-            if entry.type is int:
-                exact = _checks.as_int(value)
-                self._check(entry.name, exact is not None, "be an integer")
-            elif entry.type is float:
-                exact = _checks.as_number(value)
-                self._check(entry.name, exact is not None, "be a number")
-            elif isinstance(value, str):
-                exact = str.__str__(value)
-            object.__setattr__(self, entry.name, exact)
-        for name, kind in (("model", ModelConfig), ("connection", MHCConfig)):
-            self._check(name, isinstance(getattr(self, name), kind), f"be of {kind.__name__}")
-        self._check("corpus", isinstance(self.corpus, str | Path | None), "be a path or None")
-        self._check("device", isinstance(self.device, str), "be the name of a device")
-        self._check("tensorboard", isinstance(self.tensorboard, bool), "be True or False")
-
-    def _check(self, name: str, holds: bool, rule: str) -> None:
-        if not holds:
-            raise ValueError(f"TrainConfig: {name} must {rule}, got {getattr(self, name)!r}")
 
     def replace(self, **changes: Any) -> "TrainConfig":
         """A copy with some fields changed, validated again."""
@@ -131,34 +97,3 @@ class TrainConfig:
         model = ModelConfig.from_dict(values["model"])
         connection = MHCConfig(**values["connection"])
         return cls(**{**values, "model": model, "connection": connection})
-
-
-def resumed_config(
-    config: TrainConfig, corpus: str | Path | None, steps: int | None
-) -> TrainConfig:
-    """A stored configuration with what may change when a run is resumed.
-
-    Args:
-        config: the stored one.
-        corpus: where the corpus is now; None for where it was.
-        steps: the length; None for the stored one.
-
-    Returns:
-        The configuration of the resumed run.
-
-    Raises:
-        ValueError: The corpus is gone, or the steps are fewer than before.
-    """
-    if corpus is not None:
-        config = config.replace(corpus=corpus)
-    if config.corpus is not None and not Path(config.corpus).exists():
-        raise ValueError(
-            f"resume: corpus must exist, got {config.corpus!r}; "
-            "if it has moved, name its new place (--corpus)"
-        )
-    if steps is None:
-        return config
-    changed = config.replace(steps=steps)  # refuses what is no integer
-    if steps < config.steps:
-        raise ValueError(f"resume: steps must be at least the run's {config.steps}, got {steps}")
-    return changed

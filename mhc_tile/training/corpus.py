@@ -19,7 +19,6 @@ from torch import Tensor
 
 from .folder import full_path
 
-VOCAB_SIZE = 256
 HELD_OUT = 20  # one file in HELD_OUT, or the last 1 / HELD_OUT of a single file, is held out
 _OF_A_RUN = {"metrics.jsonl", "demo.json"}
 _SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib"}
@@ -34,7 +33,7 @@ class Corpus:
         train: [tokens], uint8.
         validation: [tokens], uint8.
         files: number of files that were read.
-        left_out: number of files that were there and do not count.
+        left_out: number of files that do not count.
     """
 
     name: str
@@ -54,23 +53,11 @@ class Corpus:
 
     def describe(self) -> dict[str, str | int]:
         """What was read, for the records of a run."""
-        return {
-            "name": self.name,
-            "files": self.files,
-            "left_out": self.left_out,
-            "train": len(self.train),
-            "validation": len(self.validation),
-        }
+        sizes = {"train": len(self.train), "validation": len(self.validation)}
+        return {"name": self.name, "files": self.files, "left_out": self.left_out, **sizes}
 
     def require(self, length: int) -> None:
-        """Refuse windows that do not fit.
-
-        Args:
-            length: tokens per window.
-
-        Raises:
-            ValueError: The training or the validation tokens are fewer than that.
-        """
+        """Refuse windows of more tokens than there are, with a ValueError."""
         for part, tokens in (("train", self.train), ("validation", self.validation)):
             if len(tokens) < length:
                 raise ValueError(
@@ -79,19 +66,9 @@ class Corpus:
                 )
 
     def batch(self, batch_size: int, length: int, *, seed: int, step: int) -> Tensor:
-        """Random windows of the training tokens, the same for the same seed and step.
+        """Random windows of the training tokens, [batch_size, length], uint8.
 
-        Args:
-            batch_size: B, number of windows.
-            length: S, tokens per window.
-            seed: of the run.
-            step: of the run.
-
-        Returns:
-            [B, S], uint8.
-
-        Raises:
-            ValueError: As `require`.
+        They are the same for the same seed and step. Errors as of `require`.
         """
         self.require(length)
         # Hashed, because a CPU generator takes 32 bits of its seed: seed + step would overlap.
@@ -102,15 +79,10 @@ class Corpus:
         return self.train[starts + torch.arange(length, device="cpu")]
 
     def validation_batches(self, batch_size: int, length: int, batches: int) -> list[Tensor]:
-        """Windows spread evenly over the validation tokens; always the same ones.
-
-        Args:
-            batch_size: B, windows per batch.
-            length: S, tokens per window.
-            batches: number of batches.
+        """Windows at even distances in the validation tokens, always the same ones.
 
         Returns:
-            `batches` tensors [B, S], uint8.
+            `batches` tensors [batch_size, length], uint8.
 
         Raises:
             ValueError: As `require`.
@@ -123,18 +95,7 @@ class Corpus:
 
 
 def is_held_out(relative_path: str) -> bool:
-    """Whether a file of a folder is held out for validation: decided by its path alone.
-
-    Args:
-        relative_path: POSIX path inside the folder.
-
-    Returns:
-        True for one path in `HELD_OUT`, by hash.
-
-    Example:
-        >>> is_held_out("json/decoder.py") == is_held_out("json/decoder.py")
-        True
-    """
+    """Whether a file is held out, by the hash of its POSIX path inside the folder alone."""
     digest = hashlib.blake2b(relative_path.encode("utf-8", "surrogateescape"), digest_size=8)
     return int.from_bytes(digest.digest(), "big") % HELD_OUT == 0
 
@@ -142,27 +103,22 @@ def is_held_out(relative_path: str) -> bool:
 def load_corpus(path: str | Path | None = None) -> Corpus:
     """Read a text file, a folder of text files, or the sources of Python's standard library.
 
-    Of a folder, every text file counts, in the order of its path; hidden ones, binary ones and
-    every directory below it with a run's `metrics.jsonl` or `demo.json` are left out, and one in
-    twenty is held out by the hash of its path. A folder that would hold out none or all holds out
-    its last one. Of a single file, the last twentieth is held out. Text is UTF-8 without zero
-    bytes.
+    Of a folder, every text file counts, in the order of the paths, except hidden files and every
+    directory below it with a run's `metrics.jsonl` or `demo.json`. One file in twenty is held out,
+    by the hash of its path; the last one, where that would be none or all. Of a single file, the
+    last twentieth is held out. Text is UTF-8 without zero bytes.
 
     Args:
         path: a file or folder, `~` for the home directory; None for the standard library's `.py`
             files (tests left out).
-
-    Returns:
-        The corpus.
 
     Raises:
         ValueError: Nothing is there, it holds no text, or a folder of it cannot be read.
     """
     if path is None:
         root = Path(sysconfig.get_paths()["stdlib"])
-        files = [
-            file for file in root.rglob("*.py") if not _SKIPPED & set(file.relative_to(root).parts)
-        ]
+        found = list(root.rglob("*.py"))
+        files = [file for file in found if not _SKIPPED & set(file.relative_to(root).parts)]
         if not files:
             raise ValueError(
                 f"corpus: path must be given where the standard library has no sources, "
@@ -175,14 +131,10 @@ def load_corpus(path: str | Path | None = None) -> Corpus:
     if not root.is_dir():
         raise ValueError(f"corpus: path must be a file or folder that exists, got {str(path)!r}")
     found = _files_below(root)
-    files = [
-        file
-        for file in found
-        if not any(part.startswith(".") for part in file.relative_to(root).parts)
-    ]
-    # Runs are recorded under the working directory, which may be the corpus: it must not grow.
-    runs = {file.parent for file in files if file.name in _OF_A_RUN} - {root}
-    files = [file for file in files if runs.isdisjoint(file.parents)]
+    hidden = {file for file in found if any(p[0] == "." for p in file.relative_to(root).parts)}
+    # Runs are recorded under the working directory. Where that is the corpus, it must not grow.
+    runs = {file.parent for file in found if file.name in _OF_A_RUN} - {root}
+    files = [file for file in found if file not in hidden and runs.isdisjoint(file.parents)]
     return _from_folder(root, files, str(root), len(found) - len(files))
 
 
@@ -198,7 +150,7 @@ def _files_below(root: Path) -> list[Path]:
 
 
 def _hash(tokens: Tensor, digest: Any) -> None:
-    """Hash a tensor's bytes in place; `Tensor.numpy` needs a package that nothing else does."""
+    """Hash a tensor's bytes in place, without NumPy."""
     tokens = tokens.cpu().contiguous()
     if tokens.numel():
         size = tokens.numel() * tokens.element_size()
@@ -206,13 +158,9 @@ def _hash(tokens: Tensor, digest: Any) -> None:
 
 
 def _is_text(content: bytes) -> bool:
-    if b"\0" in content:
-        return False
-    try:
-        content.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
+    with suppress(UnicodeDecodeError):
+        return "\0" not in content.decode("utf-8")
+    return False
 
 
 def _tokens(documents: list[bytes]) -> Tensor:

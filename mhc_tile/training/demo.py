@@ -13,39 +13,32 @@ from pathlib import Path
 
 import torch
 
-from ..models import ModelConfig, model_config
+from .. import _checks
+from ..models import model_config
 from .checkpoint import list_checkpoints
 from .config import TrainConfig
 from .figures import draw_all
 from .folder import full_path, owned
 from .loop import OnRows, TrainResult, resume, train_again
-from .metrics import read_metrics, replace_metrics, write_whole
+from .metrics import Row, read_metrics, replace_metrics, write_whole
 from .monitor import GainMonitor
 from .report import Leg, write_report
 
-# Unconstrained mixing multiplies over 24 sublayers and learns fast: HC's composite gain passes 100
-# within a few dozen steps on every seed tried.
-STRESS_MODEL = ModelConfig(
-    vocab_size=256,
-    hidden_size=64,
-    num_layers=12,
-    num_heads=2,
-    head_size=32,
-    ffn_size=192,
-    context_length=128,
+# Over 24 sublayers, and with a high learning rate, HC's composite gain grows within few steps.
+STRESS_MODEL = model_config(
+    "1m", hidden_size=64, num_layers=12, num_heads=2, ffn_size=192, context_length=128
 )
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What a user may choose.
+    """The choices of a user; the descriptions are also the help of `mhc-tile demo`.
 
     Args:
         seed: of every run.
-        steps: of each of the three ordinary runs.
-        stress_steps: of each of the two stress runs.
-        corpus: a file or folder, stored as an absolute path with `~` expanded; None for the Python
-            standard library's sources.
+        steps: of each ordinary run.
+        stress_steps: of each stress run.
+        corpus: text file or folder; the Python standard library's sources if left out.
     """
 
     seed: int = 0
@@ -54,7 +47,8 @@ class DemoSettings:
     corpus: str | None = None
 
     def __post_init__(self) -> None:
-        """Name the corpus for any working directory."""
+        """Refuse wrong types; store the corpus as an absolute path."""
+        _checks.fields(self, at_least_0=("seed",), bits={"seed": 64})
         if self.corpus is not None:
             object.__setattr__(self, "corpus", str(full_path(self.corpus, "demo: corpus")))
 
@@ -91,32 +85,15 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo ended with.
-
-    Args:
-        legs: the finished runs, in order.
-        report: path of report.md; None if a signal ended the demo before.
-        stop_signal: number of that signal.
-    """
+    """The finished runs of a demo, in order."""
 
     legs: list[Leg]
-    report: Path | None
+    report: Path | None  # None if a signal ended the demo before
     stop_signal: int | None = None
 
 
 def start_demo(out: Path, settings: DemoSettings) -> Path:
-    """Make the demo's folder and store the settings in it.
-
-    Args:
-        out: the folder; must not exist, or be empty.
-        settings: of the demo.
-
-    Returns:
-        The folder.
-
-    Raises:
-        FolderInUseError: The folder has files, or another process owns it; a ValueError.
-    """
+    """Make the demo's folder, which is new or empty, and store the settings in it."""
     with owned(out, "demo: out", new=True):
         _store(out, settings)
     return out
@@ -126,14 +103,15 @@ def _store(out: Path, settings: DemoSettings) -> None:
     write_whole(out / "demo.json", json.dumps(dataclasses.asdict(settings)))
 
 
-def stored_settings(out: Path) -> DemoSettings:
-    """The settings that `start_demo` stored.
+def is_demo(out: Path) -> bool:
+    """Whether a folder is a demo's."""
+    return (out / "demo.json").is_file()
 
-    Raises:
-        ValueError: The folder is not a demo's, or the settings are damaged.
-    """
+
+def stored_settings(out: Path) -> DemoSettings:
+    """The settings that `start_demo` stored; a ValueError where they are missing or damaged."""
     path = out / "demo.json"
-    if not path.is_file():
+    if not is_demo(out):
         raise ValueError(f"demo: resume must be the folder of a demo, got {str(out)!r}")
     try:
         settings = DemoSettings(**json.loads(path.read_bytes()))
@@ -142,7 +120,7 @@ def stored_settings(out: Path) -> DemoSettings:
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"demo: resume must be the folder of a demo with its settings, "
-            f"got {str(path)!r} ({type(error).__name__}: {error})"
+            f"got {str(path)!r} ({_checks.reason(error)})"
         ) from error
 
 
@@ -152,23 +130,12 @@ def run_legs(
     *,
     corpus: str | Path | None = None,
 ) -> DemoResult:
-    """Run, or continue, every leg of a started demo; then draw and report.
-
-    The process owns the folder until it returns.
+    """Run, or continue, every leg of a started demo in a folder; then draw and report.
 
     Args:
-        out: the demo's folder.
-        listener: called before each leg with its name and configuration; what it returns is given
-            the metrics rows of the leg.
-        corpus: where the corpus is now, if not where it was.
-
-    Returns:
-        The result.
-
-    Raises:
-        FolderInUseError: Another process owns the folder; a ValueError.
-        ValueError: The records of a leg are damaged, or the corpus is not that of the legs before.
-        OSError: The records or the report cannot be written.
+        out: the folder; the process owns it until the demo ends.
+        listener: returns the `on_rows` of a leg for its name and configuration.
+        corpus: where the corpus is now, if it has moved.
     """
     stored_settings(out)  # refuses a folder of somebody else before a lock is left there
     with owned(out, "demo: resume"):
@@ -202,21 +169,21 @@ def _run_legs(
         figures = draw_all(out, legs)
     except Exception as error:  # the report's numbers do without its pictures
         warnings.warn(
-            f"demo: the report has no figures ({type(error).__name__}: {error})",
+            f"demo: the report has no figures ({_checks.reason(error)})",
             RuntimeWarning,
             stacklevel=3,
         )
-        figures = {}
+        figures = []
     return DemoResult(legs, write_report(out, legs, figures, result.corpus.name))
 
 
 def _run_leg(run_dir: Path, config: TrainConfig, on_rows: OnRows) -> TrainResult:
     if list_checkpoints(run_dir):
         return resume(run_dir, on_rows=on_rows, corpus=config.corpus)
-    return train_again(config, run_dir, on_rows=on_rows)  # it may have ended before its first
+    return train_again(config, run_dir, on_rows)  # it may have ended before its first
 
 
-def _summarise(name: str, config: TrainConfig, result: TrainResult, rows: list) -> Leg:
+def _summarise(name: str, config: TrainConfig, result: TrainResult, rows: list[Row]) -> Leg:
     parameters = sum(parameter.numel() for parameter in result.model.parameters())
     monitor = GainMonitor(result.model)
     mean_h_res = None

@@ -1,16 +1,12 @@
 """The device of a run."""
 
-import textwrap
-
 import torch
+
+from .. import _checks
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that `TrainConfig.device` names; "auto" is CUDA where there is one.
-
-    Raises:
-        ValueError: It names no device, or one that this machine does not have.
-    """
+    """The device that `TrainConfig.device` names, if this machine has it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -22,6 +18,7 @@ def pick_device(name: str) -> torch.device:
     try:
         torch.zeros(1, device=device).item()
     except Exception as error:  # each backend raises another type where it is missing
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ...")
-        raise ValueError(f"train: device must be available, got {name!r} ({reason})") from error
+        raise ValueError(
+            f"train: device must be available, got {name!r} ({_checks.reason(error)})"
+        ) from error
     return device

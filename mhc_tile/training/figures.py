@@ -1,94 +1,61 @@
-"""The demo's pictures."""
+"""The figures of the demo."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .extras import require
+from .metrics import Row
 from .report import Leg
 
-# Okabe-Ito: told apart with every common colour blindness; line styles say the same again.
+# Okabe-Ito: distinct with every common colour blindness; line styles repeat the distinction.
 COLOURS = {"residual": "#555555", "hc": "#D55E00", "mhc": "#0072B2"}
 STYLES = {"residual": ":", "hc": "--", "mhc": "-"}
 _MAX_MAPS = 8
 
 
-def draw_all(folder: Path, legs: Sequence[Leg]) -> dict[str, str]:
-    """Draw every figure as a PNG.
-
-    Args:
-        folder: where they go.
-        legs: the runs of the demo.
-
-    Returns:
-        File name -> caption, in reading order.
-
-    Raises:
-        RuntimeError: matplotlib is missing.
-    """
+def draw_all(folder: Path, legs: Sequence[Leg]) -> list[str]:
+    """Draw every figure of the runs in a folder; returns the file names, in order."""
     ordinary = [leg for leg in legs if not leg.stress]
     stress = [leg for leg in legs if leg.stress]
     figures = {
-        "loss.png": (
-            _losses(ordinary),
-            "Left: training loss (thin: every step, thick: running mean) and validation loss "
-            "(dots). Right: its difference to the plain residual's loss on the same batch, running "
-            "median; below 0 is better.",
-        ),
-        "grad_norm.png": (
-            _grad_norms(ordinary),
-            "Global gradient norm before clipping; dotted: the clipping threshold.",
-        ),
-        "gains.png": (
-            _gains(ordinary, "Ordinary training: gain of the residual mixing h_res"),
-            "Gain of h_res, log scale: per sublayer at the last record, and of the product of all "
-            "sublayers over training. 1 is neutral.",
-        ),
-        "h_res.png": (
-            _maps(ordinary, "Ordinary training: the learned h_res"),
-            "The learned h_res, mean over validation tokens. mHC's rows and columns sum to 1.",
-        ),
-        "stress.png": (
-            _stress(stress),
-            "The stress recipe: deeper, higher learning rate. Loss on the left, gains of h_res on "
-            "the right.",
-        ),
-        "h_res_stress.png": (
-            _maps(stress, "Stress: the learned h_res"),
-            "The learned h_res of the stress recipe, of sublayers spread over the depth.",
-        ),
+        "loss.png": _losses(ordinary),
+        "grad_norm.png": _grad_norms(ordinary),
+        "gains.png": _gains(ordinary),
+        "h_res.png": _maps(ordinary, "Ordinary training: the learned h_res"),
+        "stress.png": _stress(stress),
+        "h_res_stress.png": _maps(stress, "Stress: the learned h_res"),
     }
-    for name, (figure, _) in figures.items():
+    for name, figure in figures.items():
         figure.savefig(folder / name, dpi=130)
-    return {name: caption for name, (_, caption) in figures.items()}
+    return list(figures)
 
 
-def _figure(width: float, height: float, title: str) -> Any:
-    # No pyplot: no global state, no window, nothing to close.
-    figure = require("matplotlib.figure", "figures").Figure(
-        figsize=(width, height), layout="constrained"
-    )
+def _figure(width: float, height: float, title: str, rows: int, columns: int) -> tuple[Any, Any]:
+    """A figure and its axes [rows, columns]; without pyplot, which has global state."""
+    figure_class = require("matplotlib.figure", "figures").Figure
+    figure = figure_class(figsize=(width, height), layout="constrained")
     figure.suptitle(title, fontsize=13)
-    return figure
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _finish(axes: Any, x: str, y: str) -> None:
+def _finish(axes: Any, title: str, x: str, y: str, **legend: Any) -> None:
+    axes.set_title(title, fontsize=10)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(True, alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(**legend)
 
 
 def _line(leg: Leg, **changes: Any) -> dict[str, Any]:
     return {"color": COLOURS[leg.kind], "linestyle": STYLES[leg.kind], "label": leg.label} | changes
 
 
-def _smooth(
-    values: list[float], average: Callable[[list[float]], float] = statistics.fmean
-) -> list[float]:
+def _smooth(values: list[float], average: Any = statistics.fmean) -> list[float]:
     """Running average over a twentieth of the run, centred."""
     reach = len(values) // 40
     return [average(values[max(0, at - reach) : at + reach + 1]) for at in range(len(values))]
@@ -100,11 +67,17 @@ def _column(leg: Leg, name: str) -> tuple[list[int], list[float]]:
     return [row["step"] for row in rows], values
 
 
+def _curve(axes: Any, leg: Leg, name: str, label: str) -> None:
+    """Every step in a thin line, the running mean in a thick one."""
+    steps, values = _column(leg, name)
+    axes.plot(steps, values, color=COLOURS[leg.kind], alpha=0.18, linewidth=0.8)
+    axes.plot(steps, _smooth(values), **_line(leg, linewidth=1.8, label=label))
+
+
 def _losses(legs: Sequence[Leg]) -> Any:
-    figure = _figure(10.5, 4.4, "Training loss: same seed, same data, same steps")
-    left, right = figure.subplots(1, 2)
-    _loss(left, legs)
-    left.set_title("each run", fontsize=10)
+    title = "Training loss: same seed, same data, same steps"
+    figure, ((left, right),) = _figure(10.5, 4.4, title, 1, 2)
+    _loss(left, legs, "each run")
     plain = _column(legs[0], "loss")[1]
     for leg in legs:
         steps, losses = _column(leg, "loss")
@@ -112,38 +85,30 @@ def _losses(legs: Sequence[Leg]) -> Any:
         gaps = [loss - base for loss, base in zip(losses, plain, strict=False)]
         gaps = _smooth(gaps, statistics.median)
         right.plot(steps[: len(gaps)], gaps, **_line(leg, linewidth=1.8))
-    right.set_title("less the plain residual's loss on the same batch", fontsize=10)
-    _finish(right, "step", "loss difference (nats per byte)")
-    right.legend()
+    title = "less the plain residual's loss on the same batch"
+    _finish(right, title, "step", "loss difference (nats per byte)")
     return figure
 
 
-def _loss(axes: Any, legs: Sequence[Leg]) -> None:
+def _loss(axes: Any, legs: Sequence[Leg], title: str) -> None:
     for leg in legs:
-        steps, losses = _column(leg, "loss")
-        axes.plot(steps, losses, color=COLOURS[leg.kind], alpha=0.18, linewidth=0.8)
         end = "" if leg.validation_loss is None else f" (validation {leg.validation_loss:.3f})"
-        axes.plot(steps, _smooth(losses), **_line(leg, linewidth=1.8, label=leg.label + end))
-        points = [(row["step"], row["loss"]) for row in leg.of_kind("validation")]
-        if points:
-            axes.plot(*zip(*points, strict=True), "o", color=COLOURS[leg.kind], markersize=4)
-    _finish(axes, "step", "loss (nats per byte)")
-    axes.legend()
+        _curve(axes, leg, "loss", leg.label + end)
+        rows = leg.of_kind("validation")
+        points = [row["step"] for row in rows], [row["loss"] for row in rows]
+        axes.plot(*points, "o", color=COLOURS[leg.kind], markersize=4)
+    _finish(axes, title, "step", "loss (nats per byte)")
 
 
 def _grad_norms(legs: Sequence[Leg]) -> Any:
-    figure = _figure(7.5, 4.4, "Gradient norm before clipping")
-    axes = figure.add_subplot()
+    figure, ((axes,),) = _figure(7.5, 4.4, "Gradient norm before clipping", 1, 1)
     for leg in legs:
-        steps, norms = _column(leg, "grad_norm")
-        axes.plot(steps, norms, color=COLOURS[leg.kind], alpha=0.18, linewidth=0.8)
-        axes.plot(steps, _smooth(norms), **_line(leg, linewidth=1.8))
+        _curve(axes, leg, "grad_norm", leg.label)
     if legs[0].config.clip:
         axes.axhline(legs[0].config.clip, color="black", linewidth=0.8, linestyle=(0, (1, 3)))
     axes.set_yscale("log")
     _plain_ticks(axes)
-    _finish(axes, "step", "global gradient norm")
-    axes.legend()
+    _finish(axes, "", "step", "global gradient norm")
     return figure
 
 
@@ -155,50 +120,38 @@ def _plain_ticks(axes: Any) -> None:
     if high / low < 100:
         subs = (1.0, 2.0, 5.0) if high / low > 4 else (1.0, 1.1, 1.2, 1.5, 2.0, 2.5, 3.0, 5.0, 8.0)
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=subs, numticks=50))
-    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: _plain(value)))
+    axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
     axes.yaxis.set_minor_locator(ticker.NullLocator())
 
 
-def _plain(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
 def _per_sublayer(axes: Any, legs: Sequence[Leg]) -> None:
-    for leg in legs:
-        gains = leg.of_kind("gain")
-        if not gains:
-            continue
-        for direction, marker in (("forward", "o"), ("backward", "s")):
-            values = gains[-1][direction]
-            fill = COLOURS[leg.kind] if direction == "forward" else "white"
-            axes.plot(
-                range(1, len(values) + 1),
-                values,
-                **_line(leg, label=f"{leg.label} {direction}", marker=marker, linewidth=1.2),
-                markersize=5,
-                markerfacecolor=fill,
-            )
+    for leg, gains, direction in _gains_of(legs):
+        values = gains[-1][direction]
+        forward = direction == "forward"
+        line = _line(leg, label=f"{leg.label} {direction}", marker="o" if forward else "s")
+        line |= {"markersize": 5, "markerfacecolor": COLOURS[leg.kind] if forward else "white"}
+        axes.plot(range(1, len(values) + 1), values, **line, linewidth=1.2)
     _gain_axis(axes, 1.05)
-    axes.set_title("each sublayer, last record", fontsize=10)
-    _finish(axes, "sublayer (1 reads the embedding)", "gain of h_res")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(fontsize=8)
+    x, y = "sublayer (1 reads the embedding)", "gain of h_res"
+    _finish(axes, "each sublayer, last record", x, y, fontsize=8)
 
 
 def _composite(axes: Any, legs: Sequence[Leg]) -> None:
-    for leg in legs:
-        gains = leg.of_kind("gain")
-        if not gains:
-            continue
-        for direction, width in (("forward", 2.0), ("backward", 1.0)):
-            values = [row[f"composite_{direction}"] or float("nan") for row in gains]
-            label = f"{leg.label} {direction}"
-            steps = [row["step"] for row in gains]
-            axes.plot(steps, values, **_line(leg, label=label, linewidth=width))
+    for leg, gains, direction in _gains_of(legs):
+        values = [row[f"composite_{direction}"] or float("nan") for row in gains]
+        line = _line(leg, label=f"{leg.label} {direction}")
+        width = 2.0 if direction == "forward" else 1.0
+        axes.plot([row["step"] for row in gains], values, **line, linewidth=width)
     _gain_axis(axes, 1.5)
-    axes.set_title("product of all sublayers, over training", fontsize=10)
-    _finish(axes, "step", "composite gain")
-    axes.legend(fontsize=8)
+    title = "product of all sublayers, over training"
+    _finish(axes, title, "step", "composite gain", fontsize=8)
+
+
+def _gains_of(legs: Sequence[Leg]) -> list[tuple[Leg, list[Row], str]]:
+    """The runs with records of gains, each in both directions."""
+    records = [(leg, leg.of_kind("gain")) for leg in legs]
+    return [(leg, rows, way) for leg, rows in records if rows for way in ("forward", "backward")]
 
 
 def _gain_axis(axes: Any, at_least: float) -> None:
@@ -210,24 +163,19 @@ def _gain_axis(axes: Any, at_least: float) -> None:
     _plain_ticks(axes)
 
 
-def _gains(legs: Sequence[Leg], title: str) -> Any:
-    figure = _figure(10.5, 4.4, title)
-    left, right = figure.subplots(1, 2)
+def _gains(legs: Sequence[Leg]) -> Any:
+    title = "Ordinary training: gain of the residual mixing h_res"
+    figure, ((left, right),) = _figure(10.5, 4.4, title, 1, 2)
     _per_sublayer(left, legs)
     _composite(right, legs)
     return figure
 
 
 def _stress(legs: Sequence[Leg]) -> Any:
-    config = legs[0].config
-    figure = _figure(
-        14.5,
-        4.4,
-        f"Stress: {2 * config.model.num_layers} sublayers, learning rate {config.learning_rate:g}",
-    )
-    left, middle, right = figure.subplots(1, 3)
-    _loss(left, legs)
-    left.set_title("training loss", fontsize=10)
+    depth, rate = 2 * legs[0].config.model.num_layers, legs[0].config.learning_rate
+    title = f"Stress: {depth} sublayers, learning rate {rate:g}"
+    figure, ((left, middle, right),) = _figure(14.5, 4.4, title, 1, 3)
+    _loss(left, legs, "training loss")
     _composite(middle, legs)
     _per_sublayer(right, legs)
     return figure
@@ -236,24 +184,21 @@ def _stress(legs: Sequence[Leg]) -> Any:
 def _maps(legs: Sequence[Leg], title: str) -> Any:
     maps = [(leg, leg.mean_h_res) for leg in legs if leg.mean_h_res is not None]
     depth = len(maps[0][1])
-    shown = (
-        torch.linspace(0, depth - 1, min(depth, _MAX_MAPS), dtype=torch.float64, device="cpu")
-        .round()
-        .int()
-        .tolist()
-    )
-    figure = _figure(1.5 * len(shown) + 1.8, 1.6 * len(maps) + 0.9, title)
-    grid = figure.subplots(len(maps), len(shown), squeeze=False)
+    count = min(depth, _MAX_MAPS)
+    spread = torch.linspace(0, depth - 1, count, dtype=torch.float64, device="cpu")
+    width, height = 1.5 * count + 1.8, 1.6 * len(maps) + 0.9
+    figure, grid = _figure(width, height, title, len(maps), count)
     limit = max(1.0, *(matrices.abs().max().item() for _, matrices in maps))
     for (leg, matrices), row in zip(maps, grid, strict=True):
-        for sublayer, axes in zip(shown, row, strict=True):
+        for sublayer, axes in zip(spread.round().int().tolist(), row, strict=True):
             matrix = matrices[sublayer].tolist()
             image = axes.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit)
             _write_values(axes, matrix, limit)
+            if leg is maps[0][0]:
+                axes.set_title(f"sublayer {sublayer + 1}", fontsize=9)
+            if leg is maps[-1][0]:
+                axes.set_xlabel("from stream", fontsize=8)
         row[0].set_ylabel(f"{leg.label}\nto stream", fontsize=10, color=COLOURS[leg.kind])
-    for sublayer, top, bottom in zip(shown, grid[0], grid[-1], strict=True):
-        top.set_title(f"sublayer {sublayer + 1}", fontsize=9)
-        bottom.set_xlabel("from stream", fontsize=8)
     figure.colorbar(image, ax=grid, shrink=0.9, label="weight")
     return figure
 

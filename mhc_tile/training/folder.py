@@ -18,17 +18,9 @@ class FolderInUseError(ValueError):
 
 
 def full_path(path: str | Path, argument: str) -> Path:
-    """The absolute path, with `~` expanded: it means the same from any working directory.
+    """The absolute path, with `~` expanded; links stay in it, except for those before a "..".
 
-    Args:
-        path: as the user gave it.
-        argument: what it is, for the message, such as "train: run_dir".
-
-    Returns:
-        The path; links stay in it, but for those before a "..".
-
-    Raises:
-        ValueError: It is empty, which as a path would be the working directory.
+    An empty path, which would be the working directory, is a ValueError that names the argument.
     """
     if not os.fspath(path).strip():
         raise ValueError(f"{argument} must not be empty, got {str(path)!r}")
@@ -39,15 +31,7 @@ def full_path(path: str | Path, argument: str) -> Path:
 
 
 def require_unused(folder: Path, argument: str) -> None:
-    """Refuse a folder that has anything in it.
-
-    Args:
-        folder: it need not exist.
-        argument: what it is, for the message.
-
-    Raises:
-        FolderInUseError: It has files, or it is a file.
-    """
+    """Refuse a file, or a folder that has anything but a lock in it."""
     if folder.is_dir():
         used = any(path.name != _LOCK for path in folder.iterdir())
     else:
@@ -58,16 +42,10 @@ def require_unused(folder: Path, argument: str) -> None:
 
 @contextmanager
 def owned(folder: Path, argument: str, *, new: bool = False) -> Iterator[None]:
-    """Own a folder in this block; the lock ends with the process, however that ends.
+    """Own a folder, which may not exist yet, in this block; `new` refuses one with files.
 
-    Args:
-        folder: it is made where it does not exist.
-        argument: what it is, for the message.
-        new: refuse a folder that has anything in it.
-
-    Raises:
-        FolderInUseError: Another owner has it, or it should be new and has files.
-        OSError: It cannot be made or written.
+    A FolderInUseError names the argument where another process owns the folder. The lock ends with
+    the process, however that ends.
     """
     if new:
         require_unused(folder, argument)  # before a lock is left in a folder of somebody else

@@ -18,19 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _checks
 from ..models import Decoder
 from .checkpoint import Checkpoints, find_checkpoint, load_checkpoint, restore, stored_config
-from .config import TrainConfig, resumed_config
+from .config import TrainConfig
 from .corpus import Corpus, load_corpus
 from .device import pick_device
 from .folder import full_path, owned, require_unused
 from .metrics import (
     MetricsLog,
     Row,
+    check_rows,
     kept_rows,
     last_config,
     require_tensorboard,
-    same_config,
     to_json_line,
 )
 from .monitor import GainMonitor, GainRule, gain_row, measure_gains, warning_row
@@ -43,18 +44,18 @@ OnRows = Callable[[list[Row]], None]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run ended with.
+    """The end of a run.
 
     Args:
         status: "done", "interrupted" (a checkpoint of this step was written) or "diverged" (a
             loss or gradient is not finite; the last checkpoint is from before).
         step: completed steps.
         run_dir: of the run.
-        model: as it stands.
-        corpus: it was trained on.
+        model: after this step.
+        corpus: of the run.
         validation_loss: the last one, nats per byte; None if there was none.
-        stop_signal: number of the signal that asked the run to end, if any; in the last step,
-            validation or save of a run that is "done", it is for the caller to act on.
+        stop_signal: number of the signal that asked the run to end, if any. It may come in the last
+            step, validation or save of a run that is "done"; then the caller acts on it.
     """
 
     status: str
@@ -81,14 +82,13 @@ def train(
     Args:
         config: of the run.
         run_dir: where it is recorded; must not exist, or be empty. `~` is expanded.
-        on_rows: called with each batch of metrics rows when they are written and, where a
-            checkpoint is due, saved. An exception becomes a warning: it may not end the run. What
-            ends a program (KeyboardInterrupt, SystemExit, a warning made an error) does, behind a
-            checkpoint of the current step.
+        on_rows: called with each batch of metrics rows after they are written and, where a
+            checkpoint is due, saved. Its exceptions become warnings. KeyboardInterrupt, SystemExit
+            and a warning that is an error end the run, after a checkpoint of the current step.
 
     Returns:
-        The result. Ctrl-C, SIGTERM and SIGHUP end the run behind the current step, with a
-        checkpoint, where the main thread trains; a second Ctrl-C ends it at once.
+        The result. Where the main thread trains, Ctrl-C, SIGTERM and SIGHUP end the run after the
+        current step, with a checkpoint; a second Ctrl-C ends it at once.
 
     Raises:
         FolderInUseError: The run directory has files, or another process owns it; a ValueError.
@@ -96,29 +96,14 @@ def train(
         OSError: The records or a checkpoint cannot be written.
     """
     run_dir = full_path(run_dir, "train: run_dir")
-    require_unused(run_dir, "train: run_dir")  # soon; `owned` decides
+    require_unused(run_dir, "train: run_dir")  # early; `owned` decides
     run = _Run(config, run_dir, on_rows, None)
     with owned(run_dir, "train: run_dir", new=True):
         return run.train()
 
 
-def train_again(
-    config: TrainConfig, run_dir: Path, *, on_rows: OnRows | None = None
-) -> TrainResult:
-    """Train from the first step in a run directory that has no checkpoint.
-
-    Args:
-        config: of the run.
-        run_dir: its metrics are dropped, other files stay.
-        on_rows: as of `train`.
-
-    Returns:
-        The result, as of `train`.
-
-    Raises:
-        ValueError: As `train`, but for files in the run directory.
-        OSError: As `train`.
-    """
+def train_again(config: TrainConfig, run_dir: Path, on_rows: OnRows) -> TrainResult:
+    """`train` in a run directory without a checkpoint; its metrics are deleted first."""
     run = _Run(config, run_dir, on_rows, None)
     with owned(run_dir, "train: run_dir"):
         (run_dir / "metrics.jsonl").unlink(missing_ok=True)
@@ -132,20 +117,16 @@ def resume(
     corpus: str | Path | None = None,
     steps: int | None = None,
 ) -> TrainResult:
-    """Continue a run from a checkpoint, exactly as if it had never stopped.
+    """Continue a run from a checkpoint, with the same bits as if it had never stopped.
 
-    Going back to an older checkpoint drops, at once, what is of later steps: the newer checkpoints,
-    then their metrics, so that both always belong to one course. A finished run is returned as it
-    is.
-    With more steps than before, a run goes on to that step: from the checkpoint on, its learning
-    rate is that of a run of the new length (`schedule.learning_rate`), so the rate of a finished
-    run goes up again. From then on the new length is the run's; until the next checkpoint has it,
-    the last row of kind "run" in the metrics does.
+    An older checkpoint first deletes the newer checkpoints, then the metrics of later steps. A
+    finished run is returned as it is. With more steps than before, the learning rate continues as
+    in a run of the new length (`schedule.learning_rate`): that of a finished run rises again.
 
     Args:
         path: a run directory (its newest checkpoint) or one checkpoint file of it.
         on_rows: as of `train`; the first call has the rows that were kept.
-        corpus: where the corpus is now, if not where it was.
+        corpus: where the corpus is now, if it has moved.
         steps: the new length; at least the old one.
 
     Returns:
@@ -166,18 +147,21 @@ def resume(
         state = load_checkpoint(checkpoint)
         stored = stored_config(checkpoint, state)
         rows = kept_rows(run_dir, state["step"])
-        length = last_config(rows).get("steps")  # more than the checkpoint's until the first save
-        if isinstance(length, int) and length > stored.steps:
-            stored = stored.replace(steps=length)
-        config = resumed_config(stored, corpus, steps)
+        check_rows(rows, run_dir / "metrics.jsonl")
+        # Until the next checkpoint, the last row of kind "run" has the length.
+        length = max(stored.steps, last_config(rows).get("steps", 0))
+        config = stored.replace(
+            corpus=stored.corpus if corpus is None else corpus,
+            steps=length if steps is None else steps,
+        )
+        if config.corpus is not None and not Path(config.corpus).exists():
+            raise ValueError(
+                f"resume: corpus must exist, got {config.corpus!r}; "
+                "if it has moved, name its new place (--corpus)"
+            )
+        if config.steps < length:
+            raise ValueError(f"resume: steps must be at least the run's {length}, got {steps}")
         return _Run(config, run_dir, on_rows, (checkpoint, state, rows)).train()
-
-
-def _text_of(error: Exception) -> str:
-    try:
-        return str(error)
-    except Exception:  # a fault of a fault
-        return "without a message"
 
 
 class _Run:
@@ -221,7 +205,7 @@ class _Run:
     # the loop
 
     def train(self) -> TrainResult:
-        """Run the remaining steps; the run directory exists, and this process owns it."""
+        """Run the remaining steps in a run directory that this process owns."""
         self._open()
         stop = StopRequest()
         finite, stopping = True, False
@@ -237,21 +221,14 @@ class _Run:
             self.log.close()
             self.monitor.remove()
         status = "done" if self.step == self.config.steps else "interrupted"
-        return TrainResult(
-            status if finite else "diverged",
-            self.step,
-            self.run_dir,
-            self.model,
-            self.corpus,
-            self.validation_loss,
-            stop.number,
-        )
+        status = status if finite else "diverged"
+        loss, number = self.validation_loss, stop.number
+        return TrainResult(status, self.step, self.run_dir, self.model, self.corpus, loss, number)
 
     def _after_step(self, stopping: bool) -> bool:
-        """Record, validate, save and, last, show what is due behind a step.
+        """Record, validate, save and show what is due after a step, in this order.
 
-        Returns:
-            Whether every loss and gradient is finite; if not, the parameters no longer are.
+        Returns whether every loss and gradient is finite; if not, the parameters no longer are.
         """
         config, last = self.config, self.step == self.config.steps
         saving = last or stopping or self._due(config.checkpoint_every)
@@ -278,7 +255,7 @@ class _Run:
         return finite
 
     def _rescue(self, finite: bool) -> None:
-        """Keep the steps, whatever failed, with the rows that were not written."""
+        """Save the steps and the unwritten rows after a failure, if that is possible."""
         if finite and self.saved != self.step:
             with suppress(Exception):
                 self._save()
@@ -338,47 +315,40 @@ class _Run:
         self.clock = time.perf_counter()
 
     def _open(self) -> None:
-        """Open the records; say in them what the run is, where they do not."""
+        """Open the records, and write a row of kind "run" if the last one differs."""
         self.checkpoints.drop_newer(self.step)  # before their rows, which are none without them
         self.log = MetricsLog(
             self.run_dir, resumed_step=self.step, tensorboard=self.config.tensorboard
         )
-        if self.unwritten:
-            self.log.write(self.unwritten)
-            self.log.kept += self.unwritten
-            self.unwritten = []
-        row = {"kind": "run", "step": self.step, "config": self.config.to_dict()}
-        row["corpus"] = self.corpus.describe()
-        if not same_config(self.log.kept, row):
-            self.log.write([row])
-            self.log.kept.append(row)
-        self.unshown.append(self.log.kept)
+        run: Row = {"kind": "run", "step": self.step, "config": self.config.to_dict()}
+        run["corpus"] = self.corpus.describe()
+        rows, self.unwritten = self.unwritten, []
+        if last_config(self.log.kept + rows) != json.loads(to_json_line(run))["config"]:
+            rows.append(run)
+        if rows:
+            self.log.write(rows)
+        self.unshown.append(self.log.kept + rows)
 
     def _collect(self) -> tuple[list[Row], bool]:
-        """The rows of the steps since the last call.
-
-        Returns:
-            The rows, and whether every loss and gradient is finite.
-        """
-        losses = torch.stack([loss for _, _, loss, _, _ in self.pending]).tolist()
-        norms = torch.stack([norm for _, _, _, norm, _ in self.pending]).tolist()
-        elapsed = (time.perf_counter() - self.clock) * 1000 / len(self.pending)
+        """The rows of the steps since the last call, and whether they are all finite."""
+        steps, rates, on_device, norms_on_device, records = zip(*self.pending, strict=True)
+        losses = torch.stack(on_device).tolist()
+        norms = torch.stack(norms_on_device).tolist()
+        elapsed = round((time.perf_counter() - self.clock) * 1000 / len(steps), 3)
         rows: list[Row] = []
-        for (step, rate, _, _, gains), loss, norm in zip(self.pending, losses, norms, strict=True):
+        measured = zip(steps, rates, losses, norms, records, strict=True)
+        for step, rate, loss, norm, gains in measured:
             row = {"kind": "step", "step": step, "loss": loss, "grad_norm": norm}
-            rows.append({**row, "learning_rate": rate, "ms_per_step": round(elapsed, 3)})
+            rows.append({**row, "learning_rate": rate, "ms_per_step": elapsed})
             if gains is not None:
                 rows.append(gain_row(step, gains))
-                rows += self._warnings(rows[-1], loss)
+                rows += map(warning_row, self.rule.update(rows[-1], loss))
         self.pending = []
         self._start_clock()
         return rows, all(map(math.isfinite, losses + norms))
 
-    def _warnings(self, gains: Row, loss: float | None) -> list[Row]:
-        return [warning_row(warning) for warning in self.rule.update(gains, loss)]
-
     def _write(self, rows: list[Row]) -> None:
-        """Write rows, behind those that a write before has left; a failure is kept for later."""
+        """Write rows, after those that an earlier write left; a failure is kept for later."""
         self.unwritten += rows
         self.unshown.append(rows)
         try:
@@ -389,7 +359,7 @@ class _Run:
             self.unwritten = []
 
     def _show(self) -> None:
-        """Give the listener what it has not seen; its failure may not end the run."""
+        """Give the listener the rows since the last call; its exceptions become warnings."""
         batches, self.unshown = self.unshown, []
         listener = self.on_rows or (lambda rows: None)
         for rows in batches:
@@ -397,26 +367,10 @@ class _Run:
                 listener(rows)
             except Exception as error:
                 warnings.warn(
-                    f"train: on_rows must not raise, got {type(error).__name__} "
-                    f"({_text_of(error)}); the run goes on",
+                    f"train: on_rows must not raise, got {_checks.reason(error)}; the run goes on",
                     RuntimeWarning,
                     stacklevel=2,
                 )
-
-    def _replay(self, rows: list[Row]) -> None:
-        """Bring the rule and the last validation to where the kept rows end."""
-        try:
-            losses = {row["step"]: row["loss"] for row in rows if row["kind"] == "step"}
-            for row in rows:
-                if row["kind"] == "gain":
-                    self.rule.update(row, losses.get(row["step"]))
-                elif row["kind"] == "validation":
-                    self.validation_loss = row["loss"]
-        except (KeyError, TypeError, IndexError) as error:
-            raise ValueError(
-                f"metrics: every row must have the values of its kind, got one without "
-                f"({type(error).__name__}: {error}) in {str(self.run_dir / 'metrics.jsonl')!r}"
-            ) from error
 
     # checkpoints
 
@@ -443,6 +397,14 @@ class _Run:
         restore(path, state, self.model, self.optimizer)
         self.step = state["step"]
         owed = state.get("rows", [])  # checkpoints of older versions have none
+        check_rows(owed, path)
         late = [row for row in rows if owed and row["step"] >= owed[0]["step"]]
         self.unwritten = [row for row in owed if row not in late]  # a killed resume wrote them
-        self._replay(rows + self.unwritten)
+        # The rule and the last validation continue from where the kept rows end.
+        rows = rows + self.unwritten
+        losses = {row["step"]: row["loss"] for row in rows if row["kind"] == "step"}
+        for row in rows:
+            if row["kind"] == "gain":
+                self.rule.update(row, losses.get(row["step"]))
+            elif row["kind"] == "validation":
+                self.validation_loss = row["loss"]

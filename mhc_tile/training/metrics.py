@@ -6,25 +6,74 @@ Each line is one object with "kind" and "step". The kinds: "run" (the configurat
 
 import json
 import math
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
+
+from mhc_tile.kernels.common.files import replacing
+
+from .. import _checks
 from .extras import require
 
 Row = dict[str, Any]
 
 
+class _Row(msgspec.Struct):
+    kind: str
+    step: int
+
+
+class _Kind(msgspec.Struct, tag_field="kind", tag=lambda name: name[1:].lower()):
+    """What a resumed run reads of the rows of a kind."""
+
+
+class _Step(_Kind):
+    step: int
+    loss: float | None
+
+
+class _Validation(_Kind):
+    loss: float | None
+
+
+class _Gain(_Kind):
+    forward: Annotated[list[float | None], msgspec.Meta(min_length=1)]
+    backward: Annotated[list[float | None], msgspec.Meta(min_length=1)]
+    composite_forward: float | None
+    composite_backward: float | None
+
+
+class _Config(msgspec.Struct):
+    steps: int
+
+
+class _Run(_Kind):
+    config: _Config
+
+
+class _Warning(_Kind):
+    pass
+
+
+def check_rows(rows: list[Row], path: Path) -> None:
+    """Check that the rows of a file have the values that a resumed run reads."""
+    try:
+        msgspec.convert(rows, list[_Step | _Validation | _Gain | _Run | _Warning])
+    except msgspec.ValidationError as error:
+        raise ValueError(
+            f"metrics: every row must have the values of its kind, got {error} of {str(path)!r}"
+        ) from error
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return value
+    return [_finite(item) for item in value] if isinstance(value, list) else value
 
 
 def to_json_line(row: Row) -> str:
@@ -38,13 +87,7 @@ def to_json_line(row: Row) -> str:
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The rows of a metrics file; a last line that was cut off by a power failure is left out.
-
-    Args:
-        path: of the file.
-
-    Returns:
-        One row per line.
+    """The rows of a metrics file; a last line that a power failure cut off is left out.
 
     Raises:
         ValueError: Another line is damaged; the message names the file and the line.
@@ -56,44 +99,29 @@ def read_metrics(path: Path) -> list[Row]:
 def _row(path: Path, number: int, line: bytes) -> Row:
     try:
         row = json.loads(line)
-    except ValueError:  # bad JSON or bad UTF-8
-        row = None
-    if not isinstance(row, dict) or "kind" not in row or not isinstance(row.get("step"), int):
+        msgspec.convert(row, _Row)
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, another structure
         raise ValueError(
             f"metrics: every line must be a JSON object with 'kind' and 'step', "
             f"got {line[:40]!r} in line {number} of {str(path)!r}"
-        )
+        ) from error
     return row
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file at once: the old content or the new one, never a part."""
-    partial = path.with_suffix(".partial")
-    try:
-        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Replace a file of a folder that this process owns, in one step."""
+    with replacing(path, path.with_suffix(".partial")) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def replace_metrics(path: Path, rows: list[Row]) -> None:
-    """Write a whole metrics file at once, as `write_whole`."""
+    """Write a whole metrics file, as `write_whole`."""
     write_whole(path, "".join(map(to_json_line, rows)))
 
 
 def last_config(rows: list[Row]) -> dict[str, Any]:
     """The configuration in the last row of kind "run"; empty if there is none."""
-    last = next((row for row in reversed(rows) if row["kind"] == "run"), {})
-    config = last.get("config")
-    return config if isinstance(config, dict) else {}
-
-
-def same_config(rows: list[Row], run: Row) -> bool:
-    """Whether the last row of kind "run" among the rows has the configuration of this one."""
-    return last_config(rows) == json.loads(to_json_line(run))["config"]
+    return next((row["config"] for row in reversed(rows) if row["kind"] == "run"), {})
 
 
 def kept_rows(run_dir: Path, step: int) -> list[Row]:
@@ -111,15 +139,9 @@ def require_tensorboard() -> ModuleType:
 
 
 class MetricsLog:
-    """Appends rows to `<run_dir>/metrics.jsonl` and, on request, to TensorBoard.
+    """Appends rows to `<run_dir>/metrics.jsonl` and, on request, `<run_dir>/tensorboard`.
 
-    Args:
-        run_dir: of the run; exists.
-        resumed_step: rows of later steps are dropped first; 0 for a new run.
-        tensorboard: also write `<run_dir>/tensorboard`.
-
-    Raises:
-        RuntimeError: TensorBoard is asked for and not installed.
+    The rows of later steps than `resumed_step`, 0 for a new run, are dropped first.
     """
 
     def __init__(self, run_dir: Path, *, resumed_step: int = 0, tensorboard: bool = False):
@@ -127,7 +149,6 @@ class MetricsLog:
         self.kept = kept_rows(run_dir, resumed_step)
         if self.path.exists():
             replace_metrics(self.path, self.kept)
-        self.torn: int | None = None
         self.writer = None
         if tensorboard:
             module = require_tensorboard()
@@ -136,27 +157,21 @@ class MetricsLog:
                 self.writer = module.SummaryWriter(folder, purge_step=resumed_step + 1)
         # Unbuffered: rows are in the file when `write` returns.
         self.file = self.path.open("ab", buffering=0)
+        self.size = self.path.stat().st_size
 
     def write(self, rows: list[Row]) -> None:
-        """Append rows.
-
-        Raises:
-            OSError: The file does not take them all; then it has none of them.
-        """
-        if self.torn is not None:  # half a line, which could not be taken back
-            self.file.truncate(self.torn)
-            self.torn = None
-        rest = "".join(map(to_json_line, rows)).encode()
-        before = self.path.stat().st_size
+        """Append all rows, or none of them and raise an OSError."""
+        rest = content = "".join(map(to_json_line, rows)).encode()
+        if self.path.stat().st_size > self.size:  # half a line, which could not be removed
+            self.file.truncate(self.size)
         try:
             while rest:  # an unbuffered write may take a part
                 rest = rest[self.file.write(rest) :]
         except OSError as error:
-            self.torn = before
             with suppress(OSError):
-                self.file.truncate(before)
-                self.torn = None
+                self.file.truncate(self.size)
             raise OSError(error.errno, error.strerror, str(self.path)) from error
+        self.size += len(content)
         if self.writer is not None:
             with self._tensorboard():
                 for row in rows:
@@ -173,13 +188,13 @@ class MetricsLog:
 
     @contextmanager
     def _tensorboard(self) -> Iterator[None]:
-        """Go on without TensorBoard where it fails: its events only show what the file has."""
+        """Continue without TensorBoard where it fails: the metrics file has all values."""
         try:
             yield
-        except Exception as error:  # any that its writing thread met
+        except Exception as error:  # any exception of its writing thread
             self.writer = None
             warnings.warn(
-                f"metrics: TensorBoard's events end here ({type(error).__name__}: {error})",
+                f"metrics: TensorBoard's events end here ({_checks.reason(error)})",
                 RuntimeWarning,
                 stacklevel=3,
             )

@@ -1,29 +1,33 @@
-"""The stability monitor: how much the residual mixing h_res amplifies what passes through it.
+"""The stability monitor: how much the residual mixing h_res amplifies the streams.
 
 The forward gain of a matrix is its largest absolute row sum, the backward gain its largest absolute
-column sum; a gain of a sublayer is the mean over tokens. The composite is the product of a token's
-h_res over all sublayers, later ones on the left: what the residual path alone does to a signal on
-its way through the network, and to a gradient on its way back (arXiv 2512.24880, section 3.1).
+column sum. The gain of a sublayer is the mean over tokens. The composite is the product of a
+token's h_res over all sublayers, later ones on the left: what the residual path alone does to a
+signal in the forward pass, and to a gradient in the backward pass (arXiv 2512.24880, section 3.1).
 
-Doubly stochastic matrices keep every gain at 1. Unconstrained ones explode long before the loss
-shows it, and the first sublayer, which reads the embedding, tends to go first: the canary.
+Doubly stochastic matrices keep every gain at 1. Unconstrained ones grow long before the loss shows
+it, often in the first sublayer first: its gain is the canary.
 
-Cost: the hooks only look at a flag, except in a recorded step, where they keep a view of the maps
-of at most MAX_TOKENS tokens. Measure it with `python -m mhc_tile.perf.monitor_cost`.
+Only a recorded step costs time: the hooks then keep a view of the maps of at most MAX_TOKENS
+tokens. `python -m mhc_tile.perf.monitor_cost` measures it.
 
 Axes: L sublayers, T sampled tokens, [n, n] is [out, in].
 """
 
+import dataclasses
+import functools
 import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import fmean, linear_regression
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import _checks
 from ..nn import HyperConnection, ManifoldHyperConnection
 
 MAX_TOKENS = 512
@@ -68,45 +72,39 @@ def _row_gain(matrix: Tensor) -> Tensor:
 
 
 class GainMonitor:
-    """Listens to the h_res of every connection of a model, in the order in which they are called.
+    """Records the h_res of every connection of a model, in the order in which they are called.
 
-    A connection that a pass calls again is a further sublayer. What the backward recomputes is not
-    recorded again, nor is a pass without tokens. A call of the model starts a new record.
+    A connection that a pass calls again is a further sublayer. The recompute of a backward pass is
+    not recorded, nor is a pass without tokens. A call of the model starts a new record.
 
     Args:
         model: with `ManifoldHyperConnection` or `HyperConnection` modules; a model without any has
             nothing to record.
-        max_tokens: tokens sampled, evenly spaced, the same ones in every sublayer.
+        max_tokens: tokens sampled, evenly spaced, the same ones in every sublayer; at least 1.
     """
 
     def __init__(self, model: nn.Module, max_tokens: int = MAX_TOKENS):
         kinds = (ManifoldHyperConnection, HyperConnection)
         connections = [module for module in model.modules() if isinstance(module, kinds)]
         self.num_sublayers = len(connections)
-        self._max_tokens = max_tokens
+        self._max_tokens = _checks.whole("GainMonitor", "max_tokens", max_tokens)
         self._listening = False
         self._starting = False
         self._samples: list[tuple[int, Tensor]] = []  # of which connection, in the order of calls
-        self._hooks = [
-            model.register_forward_pre_hook(self._start),
-            *(
-                connection.tap.register_forward_hook(self._hook(index))
-                for index, connection in enumerate(connections)
-            ),
-        ]
+        self._hooks = [model.register_forward_pre_hook(self._start)]
+        for index, connection in enumerate(connections):
+            hook = functools.partial(self._keep, index)
+            self._hooks.append(connection.tap.register_forward_hook(hook))
 
     def _start(self, _module: nn.Module, _inputs: tuple[Any, ...]) -> None:
         if self._listening and not _in_backward():
             self._starting = True
 
-    def _hook(self, index: int) -> Any:
-        def keep(_module: nn.Module, _inputs: tuple[Tensor, ...], h_res: Tensor) -> None:
-            if self._listening and h_res.numel() and not _in_backward():
-                if self._starting:
-                    self._samples, self._starting = [], False
-                self._samples.append((index, self._sample(h_res.detach())))
-
-        return keep
+    def _keep(self, index: int, _module: nn.Module, _inputs: Any, h_res: Tensor) -> None:
+        if self._listening and h_res.numel() and not _in_backward():
+            if self._starting:
+                self._samples, self._starting = [], False
+            self._samples.append((index, self._sample(h_res.detach())))
 
     def _sample(self, h_res: Tensor) -> Tensor:
         tokens = h_res.flatten(0, -3) if h_res.dim() > 2 else h_res.unsqueeze(0)
@@ -118,7 +116,7 @@ class GainMonitor:
     def listen(self, on: bool = True) -> Iterator[None]:
         """Record the forward pass in this block, if `on`; of several, the last that has tokens.
 
-        Where the backward recomputes what torch.compile compiled, it must stand behind the block.
+        A backward pass that recomputes what torch.compile compiled must come after the block.
         """
         self._listening = on and self.num_sublayers > 0
         self._samples, self._starting = [], False
@@ -128,15 +126,7 @@ class GainMonitor:
             self._listening = False
 
     def samples(self) -> Tensor:
-        """h_res of the recorded pass.
-
-        Returns:
-            [L, T, n, n].
-
-        Raises:
-            RuntimeError: Not every connection ran, on at least one token, while the monitor
-                listened.
-        """
+        """h_res of the recorded pass, [L, T, n, n]; a RuntimeError if a connection did not run."""
         ran = len({index for index, _ in self._samples})
         if ran != self.num_sublayers or not ran:
             raise RuntimeError(
@@ -158,15 +148,9 @@ def _in_backward() -> bool:
 
 
 def gain_row(step: int, gains: dict[str, Tensor]) -> dict[str, Any]:
-    """The metrics row of `measure_gains`; waits for the device.
+    """The metrics row of `measure_gains`, to six digits; waits for the device.
 
-    Args:
-        step: of the record.
-        gains: from `measure_gains`.
-
-    Returns:
-        Lists per sublayer and numbers, to six digits; "canary" is the larger gain of the first
-        sublayer.
+    "canary" is the larger gain of the first sublayer.
     """
     row: dict[str, Any] = {"kind": "gain", "step": step}
     for name, value in gains.items():
@@ -184,8 +168,8 @@ class GainWarning:
         step: of the record.
         signal: "composite" or "canary".
         gain: value of the trend at this step.
-        threshold: what it crossed.
-        loss_looks_normal: whether the loss fails to show it.
+        threshold: the one that the trend crossed.
+        loss_looks_normal: whether the loss has not risen.
     """
 
     step: int
@@ -207,60 +191,55 @@ class GainWarning:
 
 def warning_row(warning: GainWarning) -> dict[str, Any]:
     """The metrics row of a warning."""
-    return {
-        "kind": "warning",
-        "step": warning.step,
-        "signal": warning.signal,
-        "gain": warning.gain,
-        "loss_looks_normal": warning.loss_looks_normal,
-        "message": warning.message(),
-    }
+    return {"kind": "warning", **dataclasses.asdict(warning), "message": warning.message()}
 
 
 class GainRule:
     """Warns when the trend of a gain crosses a threshold.
 
     The trend is the end of a straight line fitted to the logarithms of the last `window` records.
-    That value is at most 1.2 times the largest logarithm among them, so a composite gain that stays
-    under 1.6, as healthy mHC does, never reads above 1.6^1.2 = 1.76 and never warns; a lone spike
-    of one record counts 0.6 of its logarithm. Each warning raises the threshold of its signal
-    tenfold, so that a run which explodes warns once per decade.
+    It is at most 1.2 times the largest of them: a gain below 1.6, as of healthy mHC, reads below
+    1.6^1.2 = 1.76 and does not warn. A spike in one record counts 0.6 of its logarithm. Each
+    warning raises the threshold of its signal tenfold: one warning per decade.
 
     Args:
         composite: threshold of the larger composite gain.
         canary: threshold of the larger gain of the first sublayer.
-        window: records in the trend; the rule is silent before the third.
+        window: records in the trend; there is no warning before the third.
     """
 
     def __init__(self, composite: float = 3.0, canary: float = 2.0, window: int = 5):
+        _checks.positive("GainRule", composite=composite, canary=canary)
+        _checks.count("GainRule", window=window)
         self._thresholds = {"composite": composite, "canary": canary}
         self._logs = {signal: deque[float](maxlen=window) for signal in self._thresholds}
         self._losses = deque[float](maxlen=2 * window)
 
     def update(self, row: dict[str, Any], loss: float | None) -> list[GainWarning]:
-        """Take a record.
+        """The warnings of a record, usually none.
 
         Args:
             row: from `gain_row`; None stands for a value that is not finite.
             loss: of the same step.
-
-        Returns:
-            The warnings it causes, usually none.
         """
         self._losses.append(math.inf if loss is None else loss)
         composite = (row["composite_forward"], row["composite_backward"])
         first = (row["forward"][0], row["backward"][0])
         warnings = []
         for signal, gains in (("composite", composite), ("canary", first)):
-            self._logs[signal].append(max(map(_log_gain, gains)))
-            trend = _trend_end(list(self._logs[signal]))
+            logs = self._logs[signal]
+            logs.append(max(map(_log_gain, gains)))
+            if len(logs) < 3:
+                continue
+            slope, start = linear_regression(range(len(logs)), logs)
+            trend = start + slope * (len(logs) - 1)
             threshold = self._thresholds[signal]
-            if len(self._logs[signal]) >= 3 and trend > math.log(threshold):
+            if trend > math.log(threshold):
                 gain = math.exp(min(trend, 700.0))
                 normal = self._loss_looks_normal()
                 warnings.append(GainWarning(row["step"], signal, gain, threshold, normal))
-                while trend > math.log(self._thresholds[signal]):
-                    self._thresholds[signal] *= 10.0
+            while trend > math.log(self._thresholds[signal]):
+                self._thresholds[signal] *= 10.0
         return warnings
 
     def _loss_looks_normal(self) -> bool:
@@ -269,7 +248,7 @@ class GainRule:
         recent, before = losses[-3:], losses[:-3]
         if not all(map(math.isfinite, recent)):
             return False
-        return not before or sum(recent) / len(recent) <= 1.1 * sum(before) / len(before)
+        return not before or fmean(recent) <= 1.1 * fmean(before)
 
 
 def _log_gain(gain: float | None) -> float:
@@ -277,14 +256,3 @@ def _log_gain(gain: float | None) -> float:
     if gain is None or not math.isfinite(gain):
         return 700.0
     return math.log(max(gain, 1.0))
-
-
-def _trend_end(values: list[float]) -> float:
-    """Value of the least-squares line at the last of equally spaced values."""
-    count = len(values)
-    if count < 2:
-        return values[-1]
-    middle = (count - 1) / 2
-    spread = sum((index - middle) ** 2 for index in range(count))
-    slope = sum((index - middle) * value for index, value in enumerate(values)) / spread
-    return sum(values) / count + slope * middle

@@ -1,4 +1,4 @@
-"""What a command says while it works. It never raises for what cannot be written."""
+"""The output of a command while it works. A stream that takes nothing raises nothing."""
 
 import os
 import sys
@@ -10,6 +10,11 @@ from .extras import require
 from .metrics import Row
 
 _SECONDS = 30.0  # between two lines where there is no terminal
+_SHOWN = {  # kind of a row: the name, key and format of its value
+    "step": ("loss", "loss", ".3f"),
+    "validation": ("validation", "loss", ".3f"),
+    "gain": ("composite gain", "composite_forward", ".3g"),
+}
 
 
 def say(text: str = "") -> None:
@@ -18,11 +23,9 @@ def say(text: str = "") -> None:
 
 
 def write_line(stream: TextIO, text: str) -> None:
-    """Write a line to a stream, or leave it out where the stream is full or closed.
+    """Write a line to a stream, or nothing where the stream is full or closed.
 
-    Args:
-        stream: of text.
-        text: characters that the stream's encoding lacks are escaped.
+    Characters that the stream's encoding lacks are escaped.
     """
     with suppress(OSError, ValueError):  # ValueError: it has been closed
         try:
@@ -33,13 +36,13 @@ def write_line(stream: TextIO, text: str) -> None:
 
 
 def settle(stream: TextIO) -> None:
-    """Drop what a stream cannot take: else Python exits with 120 when it flushes it at the end."""
+    """Drop buffered text that a stream cannot take: at its end Python would exit with 120."""
     try:
         stream.flush()
     except OSError:
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    except ValueError:  # it has been closed, and nobody will flush it
+    except ValueError:  # it has been closed
         pass
 
 
@@ -53,12 +56,9 @@ class Progress:
     """
 
     def __init__(self, name: str, steps: int | None, *, corpus: bool = True):
-        self.name = name
-        self.steps = steps
-        self.step = 0
+        self.name, self.steps, self.step = name, steps, 0
         self.shown: dict[str, str] = {}
-        self._corpus = corpus
-        self._due = time.monotonic()
+        self._corpus, self._due = corpus, time.monotonic()
         self._bar: Any = None
         with suppress(OSError, ValueError):  # stderr is closed or gone
             if sys.stderr.isatty():
@@ -83,28 +83,22 @@ class Progress:
             self._due = time.monotonic() + _SECONDS
 
     def _take(self, row: Row) -> None:
-        if row["kind"] == "run":
+        kind = row["kind"]
+        if kind == "run":
             self.steps = row["config"]["steps"]
-        elif row["kind"] == "step":
-            self.step = row["step"]
-            self._show("loss", row["loss"], ".3f")
-        elif row["kind"] == "validation":
-            self._show("validation", row["loss"], ".3f")
-        elif row["kind"] == "gain":
-            self._show("composite gain", row["composite_forward"], ".3g")
-        elif row["kind"] == "warning":
+        elif kind == "warning":
             self._say(row["message"])
-
-    def _show(self, name: str, value: float | None, form: str) -> None:
-        self.shown[name] = "not finite" if value is None else f"{value:{form}}"
+        elif kind in _SHOWN:
+            name, key, form = _SHOWN[kind]
+            self.shown[name] = "not finite" if row[key] is None else f"{row[key]:{form}}"
+            self.step = row["step"] if kind == "step" else self.step
 
     def _values(self) -> str:
         return ", ".join(f"{key} {value}" for key, value in self.shown.items())
 
     def _say(self, text: str) -> None:
-        with suppress(OSError, ValueError):
-            if self._bar is not None:
-                self._bar.clear()
+        with suppress(OSError, ValueError, AttributeError):  # there may be no bar
+            self._bar.clear()
         say(f"{self.name}: {text}")
 
     def _draw(self) -> None:
@@ -118,10 +112,10 @@ class Progress:
     def _close(self) -> None:
         if self._bar is None:
             say(f"{self.name}: {self._values()}")
-            return
-        self._draw()
-        with suppress(OSError, ValueError, AttributeError):
-            self._bar.close()
+        else:
+            self._draw()
+            with suppress(OSError, ValueError, AttributeError):
+                self._bar.close()
 
 
 def _describe(corpus: dict[str, Any]) -> str:

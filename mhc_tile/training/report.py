@@ -13,32 +13,22 @@ from .extras import require
 from .metrics import Row, write_whole
 
 LABELS = {"residual": "residual", "hc": "HC", "mhc": "mHC"}
-VISIBLE_GAIN = 2.0  # a composite gain under this is not said to have left 1
-SAME_LOSS = 0.01  # nats per byte; validation losses nearer than this are called equal
+VISIBLE_GAIN = 2.0  # a composite gain below this counts as neutral
+SAME_LOSS = 0.01  # nats per byte; validation losses nearer than this count as equal
+_TEMPLATE = Path(__file__).parent / "templates" / "report.md.j2"
 
 
 @dataclass(frozen=True)
 class Leg:
-    """One finished run of the demo.
+    """One finished run of the demo; its status is that of `TrainResult`."""
 
-    Args:
-        name: "residual", "hc", "mhc", "stress-hc" or "stress-mhc".
-        config: of the run.
-        status: as of `TrainResult`.
-        parameters: number of them.
-        validation_loss: nats per byte; None if there was none.
-        rows: its metrics.
-        mean_h_res: [L, n, n], h_res of each sublayer, mean over validation tokens; None for the
-            plain residual.
-    """
-
-    name: str
+    name: str  # "residual", "hc", "mhc", "stress-hc" or "stress-mhc"
     config: TrainConfig
     status: str
     parameters: int
-    validation_loss: float | None
+    validation_loss: float | None  # nats per byte
     rows: list[Row]
-    mean_h_res: Tensor | None
+    mean_h_res: Tensor | None  # [L, n, n], mean over validation tokens; None for "residual"
 
     @property
     def kind(self) -> str:
@@ -47,7 +37,7 @@ class Leg:
 
     @property
     def label(self) -> str:
-        """The name for people."""
+        """The residual as texts and figures write it."""
         return LABELS[self.kind]
 
     @property
@@ -59,27 +49,20 @@ class Leg:
         """The metrics rows of one kind, in order."""
         return [row for row in self.rows if row["kind"] == kind]
 
-    def composites(self) -> list[float]:
-        """The larger composite gain of each record; not finite where it overflowed."""
-        both = [
-            (row["composite_forward"], row["composite_backward"]) for row in self.of_kind("gain")
-        ]
-        return [max(float("inf") if gain is None else gain for gain in pair) for pair in both]
-
     def peak_gain(self) -> float:
-        """The largest composite gain on record; 1 for the plain residual."""
-        return max(self.composites(), default=1.0)
+        """The largest composite gain on record, infinity for an overflow; 1 without records."""
+        names = ("composite_forward", "composite_backward")
+        gains = [row[name] for row in self.of_kind("gain") for name in names]
+        return max((float("inf") if gain is None else gain for gain in gains), default=1.0)
 
     def ms_per_step(self) -> float:
-        """Wall time of a training step, with the monitor: the fastest stretch between two writes.
-
-        The fastest, not the median: whatever else the machine does adds time and takes none away.
-        """
+        """Wall time of a step, with the monitor, in the fastest stretch between two writes."""
+        # The fastest, not the median: other work on the machine only adds time.
         return min(row["ms_per_step"] for row in self.of_kind("step"))
 
 
 def summary(legs: list[Leg]) -> list[dict[str, Any]]:
-    """One row per leg for people: sizes, losses, composite gains, times."""
+    """One row per leg: sizes, losses, composite gains, times."""
     rows = []
     for leg in legs:
         gains = leg.of_kind("gain")
@@ -102,7 +85,7 @@ def summary(legs: list[Leg]) -> list[dict[str, Any]]:
 
 
 def _number(value: float | None, form: str = "") -> str:
-    """A number for people; without a format, three digits or all of the whole ones."""
+    """A number as text; without a format, three digits, or all digits of a large one."""
     if value is None or value == float("inf"):
         return "not finite"
     return f"{value:{form or (',.0f' if value >= 100 else '.3g' if value >= 10 else '.2f')}}"
@@ -116,7 +99,7 @@ def table(rows: list[dict[str, Any]], style: str) -> str:
 
 
 def sentence(legs: list[Leg]) -> str:
-    """What the runs show, in one sentence made from their numbers."""
+    """The result of the runs in one sentence, composed from their numbers."""
     by_name = {leg.name: leg for leg in legs}
     return f"{_ordinary(by_name)}; {_stress(by_name)}."
 
@@ -129,10 +112,9 @@ def _ordinary(by_name: dict[str, Leg]) -> str:
         return f"With the same seed, data and steps, {failed} did not reach a validation loss"
     numbers = ", ".join(_number(loss, ".3f") for loss in losses)
     gap = losses[2] - losses[0]
+    verdict = f"{abs(gap):.3f} {'below' if gap < 0 else 'above'}"
     if abs(gap) < SAME_LOSS:
         verdict = f"within {SAME_LOSS} of"
-    else:
-        verdict = f"{abs(gap):.3f} {'below' if gap < 0 else 'above'}"
     slower = legs[2].ms_per_step() / legs[0].ms_per_step()
     return (
         f"With the same seed, data and steps, residual, HC and mHC reach validation losses of "
@@ -150,12 +132,11 @@ def _stress(by_name: dict[str, Leg]) -> str:
             f"HC {high}, mHC {low})"
         )
     warnings = hc.of_kind("warning")
+    loss = ""
     if hc.status == "diverged":
         loss = " and its loss diverged"
     elif warnings and all(row["loss_looks_normal"] for row in warnings):
         loss = " while its loss looked normal"
-    else:
-        loss = ""
     kept = "stayed at" if mhc.peak_gain() < VISIBLE_GAIN else "reached"
     return (
         f"under stress the composite gain of HC's unconstrained mixing reached {high}{loss}, "
@@ -164,55 +145,24 @@ def _stress(by_name: dict[str, Leg]) -> str:
     )
 
 
-def write_report(folder: Path, legs: list[Leg], figures: dict[str, str], corpus: str) -> Path:
-    """Write report.md.
-
-    Args:
-        folder: of the demo; the figures stand in it.
-        legs: the runs.
-        figures: file name -> caption.
-        corpus: what was read.
-
-    Returns:
-        Path of the report.
-    """
+def write_report(folder: Path, legs: list[Leg], figures: list[str], corpus: str) -> Path:
+    """Write report.md beside the figures that it shows; returns its path."""
+    jinja2 = require("jinja2", "report")
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     rows = [{key.replace("\n", " "): value for key, value in row.items()} for row in summary(legs)]
-    ordinary, stress = (next(leg for leg in legs if leg.stress is flag) for flag in (False, True))
-    lines = [
-        "# Residual, HC and mHC side by side",
-        "",
-        f"**{sentence(legs)}**",
-        "",
-        table(rows, "github"),
-        "",
-        "The composite gain is the largest absolute row sum (forward) or column sum (backward) of "
-        "the product of h_res over all sublayers, averaged over tokens: how much the residual path "
-        "alone amplifies a signal or a gradient. 1 is neutral. The two composite columns are of "
-        "the last record, `largest` is of the whole run.",
-        "",
-        f"- Ordinary runs: {_describe(ordinary.config)}.",
-        f"- Stress runs: {_describe(stress.config)}.",
-        f"- Corpus: {corpus}, byte by byte.",
-        f"- Machine: torch {torch.__version__}, {torch.get_num_threads()} threads, "
-        f"{platform.machine()}, Python {platform.python_version()}.",
-        "",
-    ]
-    for name, caption in figures.items():
-        lines += [f"![{caption}]({name})", "", f"*{caption}*", ""]
-    warnings = [(leg, row) for leg in legs for row in leg.of_kind("warning")]
-    if warnings:
-        lines += ["## Warnings of the stability monitor", ""]
-        lines += [f"- `{leg.name}`, {row['message']}" for leg, row in warnings] + [""]
-    path = folder / "report.md"
-    write_whole(path, "\n".join(lines))
-    return path
-
-
-def _describe(config: TrainConfig) -> str:
-    model = config.model
-    return (
-        f"{config.steps} steps of {config.batch_size} x {config.sequence_length} bytes, "
-        f"{2 * model.num_layers} sublayers of width {model.hidden_size}, "
-        f"n = {config.connection.num_streams}, peak learning rate {config.learning_rate:g}, "
-        f"gradients clipped to {config.clip:g}, seed {config.seed}"
+    text = environment.from_string(_TEMPLATE.read_text()).render(
+        sentence=sentence(legs),
+        table=table(rows, "github"),
+        recipes=[
+            (name, next(leg.config for leg in legs if leg.stress is stress))
+            for name, stress in (("Ordinary", False), ("Stress", True))
+        ],
+        corpus=corpus,
+        machine=f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"{platform.machine()}, Python {platform.python_version()}",
+        figures=figures,
+        warnings=[(leg.name, row["message"]) for leg in legs for row in leg.of_kind("warning")],
     )
+    path = folder / "report.md"
+    write_whole(path, text)
+    return path

@@ -5,19 +5,10 @@ DECAYS = ((0.8, 0.316), (0.9, 0.1))
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, steps: int) -> float:
-    """Learning rate of one step.
+    """Learning rate of a step from 1 to `steps`.
 
     `peak * step / warmup_steps` up to warmup_steps, then peak, then 0.316 * peak after 80 % of the
     steps and 0.1 * peak after 90 %.
-
-    Args:
-        step: from 1 to `steps`.
-        peak: the highest learning rate.
-        warmup_steps: 0 for none.
-        steps: length of training.
-
-    Returns:
-        The learning rate.
 
     Example:
         >>> [learning_rate(s, peak=1.0, warmup_steps=2, steps=10) for s in (1, 2, 8, 9, 10)]

@@ -21,25 +21,24 @@ def exit_code(number: int) -> int:
     return 128 + number
 
 
-def _set(handler: Any, numbers: list[signal.Signals]) -> dict[signal.Signals, Any]:
-    """Set a handler and return the previous ones.
+@contextmanager
+def _handling(handler: Any, numbers: list[signal.Signals]) -> Iterator[dict[signal.Signals, Any]]:
+    """Handle signals in this block, which gets the handlers from before.
 
     Only the main thread can. A signal that is ignored, as in a background job or under nohup, or
-    whose handler is not Python's, stays so.
+    whose handler is not Python's, keeps its handler.
     """
     if threading.current_thread() is not threading.main_thread():
-        return {}
-    handled = [number for number in numbers if _handled(number)]
-    return {number: signal.signal(number, handler) for number in handled}
-
-
-def _handled(number: signal.Signals) -> bool:
-    return signal.getsignal(number) not in (signal.SIG_IGN, None)
-
-
-def _put_back(previous: dict[signal.Signals, Any]) -> None:
-    for number, handler in previous.items():
+        numbers = []
+    keeping = (signal.SIG_IGN, None)
+    previous = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) not in keeping}
+    for number in previous:
         signal.signal(number, handler)
+    try:
+        yield previous
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 class StopRequest:
@@ -53,11 +52,12 @@ class StopRequest:
         self.number: int | None = None
 
     def __enter__(self) -> "StopRequest":
-        self._previous = _set(self._request, _ENDING)
+        self._block = _handling(self._request, _ENDING)
+        self._previous = self._block.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        _put_back(self._previous)
+    def __exit__(self, *error: Any) -> None:
+        self._block.__exit__(*error)
 
     def _request(self, number: int, _frame: FrameType | None) -> None:
         if self.number is None:
@@ -74,8 +74,5 @@ def raising() -> Iterator[None]:
         signal.signal(number, signal.SIG_IGN)  # it may come twice
         raise Ended(number)
 
-    previous = _set(end, [number for number in _ENDING if number != signal.SIGINT])
-    try:
+    with _handling(end, [number for number in _ENDING if number != signal.SIGINT]):
         yield
-    finally:
-        _put_back(previous)

@@ -1,11 +1,9 @@
-"""The projection for any dtype and any C: fp32 multiply-adds where the tensor cores do not fit.
+"""The projection by fp32 multiply-adds, for x and C that do not fit the tensor cores.
 
-    parts[member, token] = [sum x^2, sum phi[r] * x] over the member's segment of nC
+    partials[member, token] = [sum x^2, sum phi[r] * x] over the member's segment of nC
 
-For x in fp32, or C no multiple of 8, `mapping` launches this instead of its own `project`; parts
-have the same form, so that `finish` adds them. A block owns one segment and walks over tokens, its
-share of phi in L1 after the first; a warp holds the sums of a few tokens, so that one load of phi
-serves them all. It reads n * C elements a token and phi once a block. phi stays fp32: the only
+It reads n C elements a token, and phi once a block: a block's share of phi stays in L1, and a warp
+holds the sums of a few tokens, so that one load of phi serves them all. phi stays fp32: the only
 errors are those of fp32 sums. Segments follow from nC, a token's bits from the token and nC.
 """
 
@@ -18,25 +16,21 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
-from .problem import Problem, Target
-from .programs import (
+from ..common.knobs import knob
+from ..common.problem import Problem, Target
+from ..common.programs import (
     F32,
-    PASS_CONFIGS,
+    UNGUARDED,
     architecture,
     ceil_div,
     dtype_name,
     logits_per_token,
     macro,
-    problem_of,
     program,
-    target_of,
 )
 
 WARP = 32
 MOST_ROWS = 24  # of phi in one warp
-
-# The program guards its tails itself; a guard added to an index would split 16-byte accesses.
-UNGUARDED = {**PASS_CONFIGS, "tl.disable_safe_memory_legalize": True}
 
 
 @dataclass(frozen=True)
@@ -48,12 +42,14 @@ class Config:
         blocks: blocks that share the tokens, at most.
         warps: of a block; each takes one share of phi's rows and `group` tokens at a time.
         group: tokens of a warp.
+        finish_warps: warps of a block of `finish`.
     """
 
-    members: int
+    members: int = knob(reduction_order=True)
     blocks: int
     warps: int
-    group: int
+    group: int = knob(reduction_order=True)
+    finish_warps: int = 4
 
 
 @lru_cache(maxsize=1024)
@@ -61,18 +57,11 @@ def default_config(problem: Problem, target: Target) -> Config:
     """Segments of at most 1024 elements (n = 4), one block a multiprocessor.
 
     A segment of phi is then at most 98 KB (n = 8: 512 elements, 164 KB), to stay in L1, and 12
-    warps have 168 registers a thread, of which the sums of 4 tokens take 100. H200, 2026-11-23,
-    4096 x 2560, n = 4: 107 us in fp32 and 103 in bf16; 8 warps, 6 tokens a warp or segments of 512
-    elements within 4% of it, segments of 2048 elements 152 us.
+    warps have 168 registers a thread, of which the sums of 4 tokens take 100.
     """
     n = problem.n
     members = ceil_div(n * problem.channels, 1024 if n <= 4 else 512)
     return Config(members, max(1, target.multiprocessors // members), 12, 4 if n >= 4 else 8)
-
-
-def takes(x: Tensor) -> bool:
-    """Whether x is for this projection: fp32, or C no multiple of 8."""
-    return x.dtype == torch.float32 or x.shape[-1] % 8 != 0
 
 
 @macro
@@ -93,10 +82,10 @@ def scatter_sums(values, lane, half):
 
 @program(UNGUARDED)
 def project_program(
-    n: int, channels: int, dtype: str, members: int, most_blocks: int, warps: int, group: int
+    n: int, C: int, dtype: str, members: int, most_blocks: int, warps: int, group: int
 ) -> Any:
     """One share of phi's rows and `group` tokens a warp; see the module's docstring."""
-    elements, columns = n * channels, logits_per_token(n) + 1
+    elements, columns = n * C, logits_per_token(n) + 1
     shares = ceil_div(columns - 1, MOST_ROWS)
     rows = (columns - 1) // shares
     width = math.gcd(elements, 4)
@@ -106,10 +95,10 @@ def project_program(
     blocks = T.min(most_blocks, T.ceildiv(T.ceildiv(tokens, group) * shares, warps))
 
     @T.prim_func
-    def mhc_project_any(
+    def mhc_project_simt(
         x: T.Tensor((tokens, elements), dtype),
         phi: T.Tensor((columns - 1, elements), F32),
-        parts: T.Tensor((members, tokens, columns), F32),
+        partials: T.Tensor((members, tokens, columns), F32),
     ):
         with T.Kernel(members, blocks, threads=warps * WARP) as (member, block):
             tx = T.get_thread_binding()
@@ -118,13 +107,13 @@ def project_program(
             phi_vector = T.alloc_local((width,), F32)
             sums = T.alloc_local((group, rows + 1), F32)
             column = T.alloc_local((WARP,), F32)
-            rounds = T.alloc_var(
+            iterations = T.alloc_var(
                 "int32",
                 (T.ceildiv(T.ceildiv(tokens, group) * shares, warps) + most_blocks - 1 - block)
                 // most_blocks,
             )
 
-            for j in T.serial(rounds):
+            for j in T.serial(iterations):
                 task = T.cast(j * most_blocks + block, "int64") * warps + tx // WARP
                 token = task // shares * group
                 first_row = T.cast(task % shares, "int32") * rows
@@ -159,28 +148,27 @@ def project_program(
                         scatter_sums(column, lane, WARP // 2)
                         stored = (lane <= rows) and ((lane > 0) or (first_row == 0))
                         if stored and (token + g < tokens):
-                            parts[member, token + g, first_row + lane] = column[0]
+                            partials[member, token + g, first_row + lane] = column[0]
 
-    return mhc_project_any
+    return mhc_project_simt
 
 
-def project(x: Tensor, phi: Tensor, config: Config | None = None) -> Tensor:
+def project(x: Tensor, phi: Tensor, config: Config) -> Tensor:
     """Launch `project_program`.
 
     Args:
         x: [T, n, C], bf16, fp16 or fp32, T at least 1, starting at 16 bytes.
         phi: [n*n + 2n, n*C], fp32, starting at 16 bytes.
-        config: of the launch; `default_config` if None.
+        config: of the launch.
 
     Returns:
-        parts [members, T, 1 + n*n + 2n], fp32.
+        partials [members, T, 1 + n*n + 2n], fp32.
     """
-    tokens, n, channels = x.shape
+    tokens, n, C = x.shape
     rows = logits_per_token(n)
-    assert phi.shape == (rows, n * channels)
-    config = config or default_config(problem_of("mapping", x), target_of(x.device))
-    parts = x.new_empty(config.members, tokens, rows + 1, dtype=torch.float32)
+    assert phi.shape == (rows, n * C)
+    partials = x.new_empty(config.members, tokens, rows + 1, dtype=torch.float32)
     knobs = config.members, config.blocks, config.warps, config.group
-    kernel = project_program(architecture(x.device), n, channels, dtype_name(x), *knobs)
-    kernel(x.view(tokens, n * channels), phi, parts)
-    return parts
+    kernel = project_program(architecture(x.device), n, C, dtype_name(x), *knobs)
+    kernel(x.view(tokens, n * C), phi, partials)
+    return partials
