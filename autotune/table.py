@@ -15,9 +15,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
-
-import msgspec
+from typing import Any, NamedTuple
 
 from ..kernels.common.files import write
 from ._switches import NO
@@ -189,38 +187,6 @@ def sources(device: Device) -> list[Path]:
     return found
 
 
-class _Head(msgspec.Struct):
-    """What a file of any schema has."""
-
-    schema: int
-
-
-_Count = Annotated[int, msgspec.Meta(ge=1)]
-
-
-class _Family(msgspec.Struct):
-    """A family as the file has it."""
-
-    kernel: str
-    n: _Count
-    C: Annotated[int, msgspec.Meta(ge=0)]
-    dtype: str
-    regime: str
-    order: str
-    tilelang: str
-    driver: str
-    date: str
-    tokens: Annotated[dict[_Count, Entry], msgspec.Meta(min_length=1)]
-
-
-class _File(msgspec.Struct):
-    """A file of schema 1."""
-
-    gpu: str
-    multiprocessors: int
-    families: list[_Family]
-
-
 def read(path: Path, device: Device | None = None) -> Table:
     """Read a table.
 
@@ -232,14 +198,9 @@ def read(path: Path, device: Device | None = None) -> Table:
         TableError: It is corrupt, of a newer schema, or for another GPU.
         OSError: It cannot be read.
     """
-    text = path.read_bytes()
-    try:
-        schema = msgspec.json.decode(text, type=_Head).schema
-        if schema != SCHEMA:
-            raise TableError(f"{path}: schema must be {SCHEMA}, got {schema!r}; update mhc-tile")
-        found = msgspec.json.decode(text, type=_File)
-    except (msgspec.MsgspecError, RecursionError) as error:
-        raise UnreadableError(f"{path}: must be a table in JSON, got: {error}") from error
+    from ._table_file import decode  # with msgspec, which `import mhc_tile` does without
+
+    found = decode(path)
     if device and (found.gpu, found.multiprocessors) != (device.name, device.multiprocessors):
         raise TableError(
             f"{path}: must be for {device.name} with {device.multiprocessors} multiprocessors, "
