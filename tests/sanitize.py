@@ -3,11 +3,11 @@
     compute-sanitizer --tool memcheck python tests/sanitize.py [op ..]
 
 `make sanitize` does so for all ops with memcheck, initcheck and racecheck; the last leaves out the
-team kernel of `pre`'s backward, as it does not know what `bar.arrive` orders and reports a textbook
-producer and consumer, too. The emulator in this folder knows, and checks that kernel in `make
-test`. Two sizes, one of them ragged; `pre` in both of its forms, and its backward with and without
-merge's share of grad_x. The allocator's cache is off, so that every tensor has bounds of its own,
-and inputs come from the CPU, so that what runs on the GPU is ours.
+persistent kernel of `pre`'s backward, as it does not know what `bar.arrive` orders and reports a
+textbook producer and consumer, too. The emulator in this folder knows, and checks that kernel in
+`make test`. Two sizes, one of them ragged; `pre` in both of its forms, and its backward with and
+without merge's share of grad_x. The allocator's cache is off, so that every tensor has bounds
+of its own, and inputs come from the CPU, so that what runs on the GPU is ours.
 """
 
 import os

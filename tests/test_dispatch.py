@@ -200,17 +200,17 @@ for name in ("pre.launch", "pre_backward.launch", "mapping.backward", "merge", "
 def test_the_backward_of_pre_is_one_pass_for_many_tokens_and_two_for_few():
     pytest.importorskip("tilelang")
     kernel = importlib.import_module("mhc_tile.kernels.pre_backward.launch")
-    team = kernel.persistent.Config
+    one = kernel.persistent.Config
 
     def form(tokens, channels=2560, n=4, dtype="bfloat16", arch="sm_90a", **others):
         problem = Problem("pre_backward", n, channels, dtype, tokens)
         return type(kernel.default_config(problem, Target(arch, 132), **others))
 
     problem = Problem("pre_backward", 4, 2560, "bfloat16", 1)
-    teams = kernel.persistent.default_config(problem, H200).teams
-    few = kernel.MANY_ROUNDS * 16 * teams
-    assert [form(t) for t in (1, few - 1, few, 8192)] == [kernel.Config, kernel.Config, team, team]
-    assert form(1, batch_invariant=True) is team
+    groups = kernel.persistent.default_config(problem, H200).teams
+    few = kernel.MANY_ITERATIONS * 16 * groups
+    assert [form(t) for t in (1, few - 1, few, 8192)] == [kernel.Config, kernel.Config, one, one]
+    assert form(1, batch_invariant=True) is one
     for other in ({"arch": "sm_80"}, {"n": 2}, {"dtype": "float32"}, {"channels": 2561}):
         assert form(8192, **other) is kernel.Config
         assert form(1, **other, batch_invariant=True) is kernel.Config

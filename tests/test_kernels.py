@@ -24,8 +24,8 @@ pytestmark = pytest.mark.skipif(
 )
 KERNELS = ("merge", "pre_apply", "sinkhorn", "streams", "mapping.launch", "mapping.backward")
 KERNELS += ("mapping.grad_x_pass", "mapping.token_state", "mapping.simt")
-KERNELS += ("pre.launch", "pre.persistent", "pre_backward.launch", "pre_backward.persistent")
-KERNELS += ("boundary.launch",)
+KERNELS += ("pre.launch", "pre.persistent", "pre_backward.dots", "pre_backward.persistent")
+KERNELS += ("pre_backward.launch", "boundary.launch")
 LAUNCHERS = {name: f"{name}.launch" for name in ("mapping", "pre", "pre_backward", "boundary")}
 LAUNCHERS["mapping_backward"] = "mapping.backward"
 
@@ -234,7 +234,7 @@ BACKWARD_CASES = [
 
 @pytest.mark.parametrize(("shape", "dtype", "arch"), BACKWARD_CASES, ids=str)
 def test_backward_of_pre_and_mapping(shape, dtype, arch, monkeypatch):
-    for name in ("mapping_backward", "pre_backward", "mapping.token_state", "common.programs"):
+    for name in ("mapping_backward", "pre_backward.dots", "mapping.token_state", "common.programs"):
         monkeypatch.setattr(kernel(name), "architecture", lambda _device: arch)
     inputs = call("pre", shape, dtype).inputs
     x, *parameters = wide(*inputs)
@@ -285,7 +285,7 @@ def test_pre_in_one_launch(tokens, ranks, groups, reducers):
 )
 def test_boundary_in_one_launch(tokens, width, ranks, groups, steps, dtype, monkeypatch):
     boundary, persistent = kernel("boundary.launch"), kernel("pre.persistent")
-    monkeypatch.setattr(persistent, "_launches", lambda *_: True)  # sm_80 reallocates no registers
+    monkeypatch.setattr(persistent, "_launches", lambda *_: True)  # sm_80 cannot
     shape = Shape("groups", tokens=(tokens,), width=width)
     inputs = call("boundary", shape, dtype).inputs
     config = boundary.Config(ranks, groups, steps=steps, group=8, owners=2)
@@ -349,36 +349,36 @@ def test_a_token_without_leading_dims_through_the_implementation_of_the_op(dtype
 
 
 @pytest.mark.parametrize(
-    ("tokens", "width", "members", "teams", "lag", "part_is"),
+    ("tokens", "width", "ranks", "groups", "lag", "merge_grad"),
     [
         (1, 72, 2, 2, 2, "added"),
-        (150, 72, 2, 2, 2, "added"),  # several rounds a team, the second member of few channels
+        (150, 72, 2, 2, 2, "added"),  # several iterations, the second rank has few channels
         (70, 72, 2, 1, 3, "mixed"),
-        (100, 264, 2, 1, 2, ""),  # six warps that mix
+        (100, 264, 2, 1, 2, ""),  # six grad_x warps
         (40, 264, 2, 1, 2, "mixed"),
         (100, 136, 2, 1, 2, ""),
-        (70, 128, 2, 2, 2, "mixed"),  # every member has all of its channels
+        (70, 128, 2, 2, 2, "mixed"),  # every rank has all of its channels
         (40, 136, 2, 1, 2, "mixed"),
     ],
 )
-def test_backward_of_pre_in_one_pass(tokens, width, members, teams, lag, part_is, monkeypatch):
-    team = kernel("pre_backward.persistent")
-    monkeypatch.setattr(team.Config, "launches", lambda *_: True)  # sm_80 hands over no registers
+def test_backward_of_pre_in_one_pass(tokens, width, ranks, groups, lag, merge_grad, monkeypatch):
+    persistent = kernel("pre_backward.persistent")
+    monkeypatch.setattr(persistent.Config, "launches", lambda *_: True)  # sm_80 cannot
     limit = emulator_launch.shared_limit("sm_90a")  # the kernel is for that and later
     monkeypatch.setattr(emulator_launch, "shared_limit", lambda _: limit)
-    monkeypatch.setattr(team, "FLUSH", 2)
-    inputs = call("pre", Shape("team", tokens=(tokens,), width=width), torch.bfloat16).inputs
+    monkeypatch.setattr(persistent, "FLUSH", 2)
+    inputs = call("pre", Shape("groups", tokens=(tokens,), width=width), torch.bfloat16).inputs
     x, *parameters = wide(*inputs)
     saved = [value.float() for value in reference.normalised_projection(x, parameters[0], 1e-6)]
     layer_input = x[:, 0].bfloat16()
     part = torch.randn_like(inputs[0])
     h_res = torch.rand(tokens, 4, 4)
-    given = {"": (), "added": (part,), "mixed": (part, h_res)}[part_is]
+    given = {"": (), "added": (part,), "mixed": (part, h_res)}[merge_grad]
     grads = cotangents((layer_input, torch.empty(tokens, 4), torch.empty(tokens, 4, 4)))
     truth = gradients.pre_backward(*wide(*grads), x, *parameters, *wide(*saved), **CONSTANTS)
-    added = {"": 0, "added": part.double(), "mixed": h_res.double().mT @ part.double()}[part_is]
+    added = {"": 0, "added": part.double(), "mixed": h_res.double().mT @ part.double()}[merge_grad]
     truth = (truth[0] + added, *truth[1:])
-    config = team.Config(members, teams, lag)
+    config = persistent.Config(ranks, groups, lag)
     actual = kernel("pre_backward.launch").backward(
         *grads, *inputs, *saved, *given, **CONSTANTS, config=config
     )

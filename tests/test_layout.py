@@ -131,6 +131,22 @@ def test_files_stay_readable(path):
     assert len(path.read_text().splitlines()) <= 600
 
 
+def is_program(function: ast.FunctionDef) -> bool:
+    """Whether it is a TileLang program, or makes one, or makes macros."""
+    inner = [node for node in ast.walk(function) if isinstance(node, ast.FunctionDef)]
+    decorators = [ast.unparse(each) for node in inner for each in node.decorator_list]
+    return any(each.startswith(("T.prim_func", "T.macro", "program(")) for each in decorators)
+
+
+@pytest.mark.parametrize("path", [p for p in modules().values() if p.suffix == ".py"], ids=str)
+def test_functions_stay_readable(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            lines = node.end_lineno - node.lineno + 1
+            most = 120 if isinstance(node, ast.FunctionDef) and is_program(node) else 80
+            assert lines <= most, f"{node.name} has {lines} lines, of {most}"
+
+
 def python_in(venv: Path, code: str, *paths: Path, cwd: Path) -> str:
     """Run code in a bare environment, which finds torch where the tests run."""
     result = subprocess.run(

@@ -54,7 +54,7 @@ def saved_of(x: Tensor, phi: Tensor, norm_eps: float = 1e-6) -> tuple[Tensor, Te
 def _any_config(monkeypatch):
     monkeypatch.setattr(
         kernel("pre.persistent"), "_launches", lambda *_: True
-    )  # sm_80 has no handover
+    )  # sm_80 reallocates no registers
 
 
 def both_backwards(name: str, inputs: list[Tensor], saved: Any, spoil: Any = None) -> Any:

@@ -197,9 +197,9 @@ def test_the_default_is_measured_whatever_it_takes_but_must_compile(monkeypatch)
 
 
 def test_what_a_launcher_refuses_is_pruned(monkeypatch):
-    team = registry.KERNELS["pre"].load().persistent.Config(members=20, teams=13)
+    config = registry.KERNELS["pre"].load().persistent.Config(members=20, teams=13)
     real = registry.candidates
-    monkeypatch.setattr(registry, "candidates", lambda *asked: [*real(*asked), team])
+    monkeypatch.setattr(registry, "candidates", lambda *asked: [*real(*asked), config])
     plan = tuner.plan(Problem("pre", 4, 2560, "bfloat16", 8192), TARGET)
     assert plan.options[-1].pruned.startswith("refused: pre: config must launch")
     assert all(not option.pruned for option in plan.options[:-1])
