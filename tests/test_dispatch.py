@@ -354,3 +354,16 @@ def test_a_boundary_that_fails_costs_pre_nothing(monkeypatch):
     monkeypatch.setattr(op.lookup, "default", lambda asked: entry)
     with pytest.raises(RuntimeError, match="too many resources"):
         op._kernel(*made.inputs, **made.others)
+
+
+@pytest.mark.parametrize("tensors", [("layer_output", "h_post"), ("h_res", "layer_output")])
+def test_n_is_read_from_any_tensor_that_has_it(tensors, monkeypatch):
+    monkeypatch.setattr(_definition, "DEFINITIONS", {})
+    monkeypatch.setattr(_library, "define", lambda *_, **__: None)
+    made = {
+        "layer_output": torch.ones(3, 8),
+        "h_post": torch.ones(3, 2),
+        "h_res": torch.ones(3, 2, 2),
+    }
+    op = _definition.Op("sample", tensors, ("x",), lambda *_: None, lambda *_: None, kernel="merge")
+    assert op._streams(*(made[name] for name in tensors))[1] == 2

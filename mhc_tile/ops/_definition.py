@@ -193,7 +193,18 @@ class Op:
     def _streams(self, *args: Any) -> tuple[Tensor, int]:
         """That tensor, and n."""
         first = args[self._first]
-        return first, args[len(self.tensors)] if self._axes == 1 else first.shape[-2]
+        if self._counted is None:
+            return first, args[len(self.tensors)]
+        tensor, dim = self._counted
+        return first, args[tensor].shape[dim]
+
+    @cached_property
+    def _counted(self) -> tuple[int, int] | None:
+        """A tensor and its dim that is n long; None if n is an argument."""
+        for index, tensor in enumerate(self._given):
+            if "n" in tensor.axes:
+                return index, tensor.axes.index("n") - len(tensor.axes)
+        return None
 
     def _alike(self, args: Sequence[Any]) -> dict[bool, Tensor]:
         """The first tensor in the streams' dtype (True) and the first in the maps' (False)."""
