@@ -17,7 +17,6 @@ from mhc_tile.autotune import lookup, table
 from mhc_tile.autotune.device import describe, driver_version
 from mhc_tile.ops import _dispatch
 
-PACKAGES = ("triton", "tilelang", "tile-kernels", "liger-kernel", "hyper-connections")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -28,6 +27,8 @@ def environment(copy_bytes_per_s: float | None, device: str = "cuda") -> dict[st
         copy_bytes_per_s: bytes read and written a second by a large copy, of this run.
         device: "cuda" or "cpu".
     """
+    from .peers import ADAPTERS  # which need this module's `version`
+
     index = torch.cuda.current_device() if device == "cuda" else None
     gpu = None if index is None else describe(index)
     return {
@@ -44,7 +45,7 @@ def environment(copy_bytes_per_s: float | None, device: str = "cuda") -> dict[st
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "tables": [] if index is None else [_named(p) for p in lookup.of_device(index).files],
         "settings": settings(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in ("triton", "tilelang", *ADAPTERS)},
         "command": command(),
     }
 
