@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mhc_tile import __main__
+from mhc_tile.autotune import cli as tuning
 from mhc_tile.perf import compare, environment, summary
 from mhc_tile.perf.__main__ import main
 from results import ENVIRONMENT, OTHER, record, row
@@ -282,8 +283,11 @@ COMMANDS = re.findall(r"(?<!`)\bmhc-tile [^\n`#]+", WORKFLOW.read_text())
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "<gpu>" not in c])
 def test_the_workflows_commands_exist(command):
-    words = shlex.split(command)[1:]
-    assert callable(__main__.build_parser().parse_args(words).run)
+    name, *options = shlex.split(command)[1:]
+    if name == "autotune":
+        assert tuning._options(options, "mhc-tile autotune")
+    else:
+        assert callable(__main__.build_parser().parse_args([name, *options]).run)
 
 
 def test_the_workflow_runs_tunes_gates_and_reports():
