@@ -175,7 +175,7 @@ def test_a_run_says_what_is_left_out(monkeypatch, tmp_path, capsys):
     said = f"tile-kernels {SECOND} has no pre: TileKernels 2 leaves the projection to"
     assert said in capsys.readouterr().out
     assert records.read(out).environment["left_out"][0].startswith(said)
-    assert main([*few, "--op", "pre", "--contender", "tile"]) == 1
+    assert main([*few, "--op", "pre", "--contender", "tile", "--out", str(out)]) == 1
     assert said in capsys.readouterr().err
 
 
