@@ -11,10 +11,9 @@ from typing import Any
 
 from mhc_tile.autotune._extras import require
 
-from .breakdown import ATTENTION, GAPS, LAYERS, PRODUCTS
 from .compare import Comparison
 from .records import OURS, Record, Row, percent_of_roofline
-from .report_steps import in_order, more_than_plain
+from .steps import PARTS, in_order, more_than_plain
 
 Figure = Any  # matplotlib's, which is imported where it is needed
 Label = tuple[str, str]  # colour and marker
@@ -22,16 +21,6 @@ Label = tuple[str, str]  # colour and marker
 BLUE, GREY = "#0072B2", "#8C8C8C"
 PEERS = (("#E69F00", "s"), ("#009E73", "D"), ("#CC79A7", "^"), ("#D55E00", "v"), ("#56B4E9", "P"))
 REFERENCES = ((GREY, "x"), ("#4D4D4D", "+"), ("#000000", "1"))
-# What the layers do is grey; of an op the forward is dark and the backward light.
-PARTS = {
-    PRODUCTS: "#7A7A7A", ATTENTION: "#A3A3A3", LAYERS: "#CACACA", GAPS: "#EEEEEE",
-    "merge and pre, forward": "#332288",
-    "pre, forward": "#0072B2", "pre, backward": "#56B4E9",
-    "merge, forward": "#D55E00", "merge, backward": "#F0A35E",
-    "mapping, forward": "#00694C", "mapping, backward": "#4DC3A0",
-    "pre_apply, forward": "#8E3A6B", "pre_apply, backward": "#D99CC0",
-    "sinkhorn, forward": "#8A7F00", "sinkhorn, backward": "#F0E442",
-}  # fmt: skip
 OTHERS = ("#000000", "#5E3C99", "#B2ABD2", "#1B7837")  # of parts with other names, then hatched
 HATCHES = ("", "////", "....", "xxxx")
 MOST_SHARE = 112  # percent of the roofline up to which there are marks

@@ -1,25 +1,26 @@
-"""A result as one HTML page that needs nothing else: what, where, how fast, and how to read it.
+"""A result as one HTML page that loads nothing from elsewhere; `templates/` has its words."""
 
-Pictures are within the page, there are no scripts, and it says in words what its numbers mean.
-"""
-
+import base64
 import io
 import math
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
+
+from mhc_tile.autotune._extras import require
+from mhc_tile.kernels.common import files
 
 from . import figures, output, summary
 from .compare import Comparison
-from .markup import document, picture, table, text, words
 from .records import OURS, Record, Row, is_ours, overhead, percent_of_roofline
-from .report_steps import in_words, kind, spread, steps
-from .report_words import CAPTIONS, INTRODUCTION, READING, READING_STEPS, STATUSES, glossary
-from .tables import faults, with_error
+from .steps import in_order, in_words, more_than_plain
+from .tables import faults, shown, waits, with_error
 
 LARGE = 4096  # tokens from which on a kernel has enough to do to be judged by its bandwidth
-TIE = 0.02  # times that differ by less are the same
+TIE = 0.02  # times that differ by less count as equal
+LEAST_US = 5.0  # the smallest difference of a part that is shown
 
 
 def page(
@@ -27,45 +28,32 @@ def page(
     comparison: Comparison | None = None,
     pictures: Mapping[str, figures.Figure] | None = None,
 ) -> str:
-    """The report.
+    """The report as HTML.
 
     Args:
         record: the result.
-        comparison: with an older one, to show what changed.
+        comparison: with an older result, to show what changed.
         pictures: of `figures.draw`; drawn if None.
 
-    Returns:
-        HTML.
-
     Raises:
-        MissingExtraError: matplotlib is not installed.
+        MissingExtraError: jinja2 or matplotlib is not installed.
     """
-    where = record.environment
-    what = "step overhead" if record.kind == "overhead" else "op times"
-    title = f"mhc_tile: {what} on {where.get('gpu') or where.get('device') or 'unknown hardware'}"
     if pictures is None:
         pictures = figures.draw(record, comparison)
-    reading = READING_STEPS if record.kind == "overhead" else READING
-    shown = [picture(_svg(drawn), CAPTIONS[name]) for name, drawn in pictures.items()]
-    under = f"commit {where.get('commit') or 'unknown'}, {where.get('date') or 'no date'}"
-    if left := where.get("cases_left"):
-        under += f"; the run did not end, {left} cases are not measured"
-    parts = [
-        f"<h1>{text(title)}</h1><p class='under'>{text(under)}</p>",
-        f"<p>{text(INTRODUCTION[record.kind])}</p>",
-        _cards(record, comparison),
-        *_faults(record),
-        *_glossary(record),
-        *steps(record),
-        *(["<h2>Pictures</h2>", *shown] if shown else []),
-        *(_comparison(comparison) if comparison else []),
-        "<h2>How to read it</h2>",
-        words((text(key), value) for key, value in reading.items()),
-        *(_ops(record) if record.kind == "run" else []),
-        "<h2>Where it was measured</h2>",
-        _environment(where),
-    ]
-    return document(title, parts)
+    return (
+        _templates()
+        .get_template("report.html.j2")
+        .render(
+            record=record,
+            faults=faults(record.rows, words().STATUSES),
+            glossary=glossary(record),
+            pictures={name: _svg(drawn) for name, drawn in pictures.items()},
+            change=_change(comparison) if comparison else None,
+            environment=list(_environment(record.environment)),
+            **_headline(record),
+            **(_steps(record) if record.kind == "overhead" else {"ops": list(_ops(record))}),
+        )
+    )
 
 
 def write(
@@ -75,31 +63,73 @@ def write(
 
     Args:
         record: the result.
-        path: of the HTML file.
+        path: of the HTML file; its folder is made.
         comparison: as in `page`.
         folder: where pictures are saved as PNG, too.
 
     Raises:
-        OSError: It cannot be written.
-        MissingExtraError: matplotlib is not installed.
+        OSError: A file cannot be written.
+        MissingExtraError: jinja2 or matplotlib is not installed.
     """
     pictures = figures.draw(record, comparison)
     whole = page(record, comparison, pictures)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(whole, encoding="utf-8")
+    files.write(path, whole)
     if folder:
         output.save(pictures, folder)
 
 
-def geometric_mean(values: Iterable[float]) -> float | None:
-    """Of positive numbers; None if there are none.
+def _templates() -> Any:
+    jinja2 = require("jinja2", "perf report", "perf")
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
 
-    Example:
-        >>> geometric_mean([1.0, 4.0])
-        2.0
+
+def words() -> Any:
+    """The variables of `templates/words.j2`, as attributes.
+
+    Raises:
+        MissingExtraError: jinja2 is not installed.
     """
-    logs = [math.log(value) for value in values if value > 0]
-    return math.exp(sum(logs) / len(logs)) if logs else None
+    return _templates().get_template("words.j2").module
+
+
+def glossary(record: Record) -> dict[str, list[tuple[str, str]]]:
+    """The names that occur in a result with their meaning, by heading.
+
+    Args:
+        record: the result.
+
+    Raises:
+        MissingExtraError: jinja2 is not installed.
+    """
+    said, steps = words(), record.kind == "overhead"
+    names = {row.contender for row in record.rows}
+    ops = [op for op in dict.fromkeys(row.op for row in record.rows) if op in said.OPS]
+    versions = record.environment.get("packages") or {}
+    forms = {**said.FORMS, **said.STEP_FORMS} if steps else said.FORMS
+    contenders = []
+    for key, what in said.CONTENDERS.items():
+        if any(f"{name} ".startswith(f"{key} ") for name in names):
+            what += f", {versions[key]}" if versions.get(key) else ""
+            what += f"; {said.STEPS[key]}" if steps and key in said.STEPS else ""
+            contenders.append((key, what))
+    found = {
+        "Contenders": contenders,
+        "What is in brackets": [
+            (key.strip("()"), what)
+            for key, what in forms.items()
+            if any(key in name for name in names)
+        ],
+        "Maps": list(said.MAPS.items()) if ops else [],
+        "Ops": [(op, said.OPS[op]) for op in ops],
+    }
+    return {heading: rows for heading, rows in found.items() if rows}
 
 
 def best_other(rows: Sequence[Row], *, reference: bool) -> Row | None:
@@ -107,7 +137,7 @@ def best_other(rows: Sequence[Row], *, reference: bool) -> Row | None:
 
     Args:
         rows: of one case.
-        reference: of the reference's, or of other packages'.
+        reference: whether to look among the reference's rows or among other packages'.
     """
     others = [
         row
@@ -120,180 +150,179 @@ def best_other(rows: Sequence[Row], *, reference: bool) -> Row | None:
     return min(others, key=lambda row: row.us or math.inf, default=None)
 
 
-def _ours(record: Record) -> list[Row]:
-    return [row for row in record.rows if is_ours(row.contender)]
-
-
-def _cards(record: Record, comparison: Comparison | None) -> str:
+def _headline(record: Record) -> dict[str, Any]:
     """The numbers that matter most."""
-    own = _ours(record)
+    own = [row for row in record.rows if is_ours(row.contender)]
     good = [row for row in own if row.status == "ok" and row.us is not None]
-    cards = [
-        (
-            f"{len(good)} of {len(own)}",
-            "cases of mhc_tile correct and measured",
-            len(good) < len(own),
-        )
-    ]
+    found: dict[str, Any] = {
+        "own": len(own), "good": len(good), "large": LARGE, "tie": TIE,
+        "share": None, "against": [], "overheads": [],
+    }  # fmt: skip
+    if record.kind == "overhead":
+        for row in good:
+            if (over := overhead(row, record.of(row.case))) is not None:
+                text = with_error(100 * over, row.details.get("overhead_error"))
+                found["overheads"].append((text, row.contender, in_words(row.case)))
+        return found
     copy = record.environment.get("copy_bytes_per_s")
-    if record.kind == "run":
-        big = [percent_of_roofline(row, copy) or 0 for row in good if row.tokens >= LARGE]
-        if mean := geometric_mean(big):
-            cards.append(
-                (f"{mean:.0f}%", f"of the roofline from {LARGE} tokens on (geometric mean)", False)
-            )
-    if record.kind == "run":
-        cards += [card for who in (False, True) if (card := _against(record, good, who))]
-    for row in good if record.kind == "overhead" else []:
-        if (over := overhead(row, record.of(row.case))) is not None:
-            said = f"what {row.contender} adds to a step; 100% is {in_words(row.case)} with plain "
-            said += "residuals"
-            cards.append((with_error(100 * over, row.details.get("overhead_error")), said, False))
-    if copy:
-        cards.append((f"{copy / 1e12:.2f} TB/s", "bandwidth of a copy in this run", False))
-    if comparison:
-        faults = comparison.faults()
-        change = comparison.mean_change
-        said = summary.headline(comparison)
-        cards.append(("no change" if change is None else f"{change:+.1%}", said, bool(faults)))
-    boxes = []
-    for number, said, bad in cards:
-        inner = f"<b>{text(number)}</b><span>{text(said)}</span>"
-        boxes.append(f"<div class='card{' bad' * bad}'>{inner}</div>")
-    return f"<div class='cards'>{''.join(boxes)}</div>"
+    shares = [percent_of_roofline(row, copy) for row in good if row.tokens >= LARGE]
+    if large := [share for share in shares if share]:
+        found["share"] = geometric_mean(large)
+    for who, reference in (
+        ("the best other package", False),
+        ("the reference in PyTorch", True),
+    ):
+        bests = [(row.us, best_other(record.of(row.case), reference=reference)) for row in good]
+        ratios = [best.us / us for us, best in bests if best and best.us and us]
+        if ratios:
+            slower = sum(ratio * (1 + TIE) < 1 for ratio in ratios)
+            values = {"mean": geometric_mean(ratios), "cases": len(ratios), "slower": slower}
+            found["against"].append((who, values))
+    return found
 
 
-def _against(record: Record, good: Sequence[Row], reference: bool) -> tuple[str, str, bool] | None:
-    """A card: how fast ours is next to the best of others, and in how many cases slower."""
-    ratios = []
-    for row in good:
-        other = best_other(record.of(row.case), reference=reference)
-        if other and other.us and row.us:
-            ratios.append(other.us / row.us)
-    if not (mean := geometric_mean(ratios)):
-        return None
-    slower = sum(ratio * (1 + TIE) < 1 for ratio in ratios)
-    who = "the reference in PyTorch" if reference else "the best other package"
-    said = f"as fast as {who} (geometric mean of {len(ratios)} cases), "
-    said += f"more than {TIE:.0%} slower in {slower or 'none'}"
-    return f"{mean:.2f}x", said, False
+def _line(row: Row, cells: Sequence[str], *, first: bool, most: int = -1) -> dict[str, Any]:
+    """A line of a table: its cells, the number of the one that stands out, its CSS classes."""
+    kind = " ".join(["ours"] * is_ours(row.contender) + ["first"] * first)
+    return {"cells": cells, "most": most, "kind": kind}
 
 
-def _glossary(record: Record) -> list[str]:
-    """Who and what occurs on the page."""
-    parts = []
-    for heading, rows in glossary(record).items():
-        parts += [f"<h3>{text(heading)}</h3>", words(rows)]
-    return ["<h2>Who and what</h2>", *parts] if parts else []
-
-
-def _faults(record: Record) -> list[str]:
-    """What did not work, in words."""
-    lines = faults(record.rows, STATUSES)
-    if not lines:
-        return []
-    return [
-        "<h2>What did not work</h2><ul>",
-        *(f"<li>{text(line)}</li>" for line in lines),
-        "</ul>",
-    ]
-
-
-def _ops(record: Record) -> list[str]:
-    """A table an op, the contenders of a case one below the other."""
+def _ops(record: Record) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Each op and the lines of its table, the contenders of a case one below the other."""
     copy = record.environment.get("copy_bytes_per_s")
-    headers: tuple[str, ...] = (
-        "case",
-        "contender",
-        "time, us [p20 to p80]",
-        "GB/s",
-        "% of roofline",
-        "x ours",
-    )
-    headers += ("error", "launches", "host us", "peak MB", "kept MB", "")
-    parts = ["<h2>All numbers</h2>"]
     for op in dict.fromkeys(row.op for row in record.rows):
-        rows: list[Any] = []
+        lines = []
         for case in record.cases:
             own = [row for row in record.of(case) if row.op == op]
             ours = next((row for row in own if row.contender == OURS), None)
             for index, row in enumerate(sorted(own, key=lambda row: row.contender != OURS)):
-                rows.append((_cells(row, ours, copy, first=index == 0), kind(row, index)))
-        if rows:
-            parts += [f"<h3>{text(op)}</h3>", table(headers, rows, left=2)]
-    return parts
+                cells = _cells(row, ours, copy, first=index == 0)
+                lines.append(_line(row, cells, first=index == 0))
+        yield op, lines
 
 
-def _cells(row: Row, ours: Row | None, copy: float | None, *, first: bool) -> tuple[str, ...]:
-    percent = percent_of_roofline(row, copy)
-    speed = row.bytes / row.us / 1e3 if row.bytes and row.us else None
-    ratio = row.us / ours.us if ours and ours.us and row.us else None
-    return (
-        text(row.case.removeprefix(f"{row.op}/") if first else ""),
-        text(row.contender),
-        spread(row, 1.0) + ("†" if row.captured is False and row.us else ""),
-        _number(speed, ".0f"),
-        _number(percent, ".0f"),
-        _number(ratio, ".2f"),
-        _number(row.error, ".1e"),
-        _number(row.launches, "d"),
-        _number(row.host_us, ".1f"),
-        _megabytes(row.peak_bytes),
-        _megabytes(row.saved_bytes),
-        text("" if row.status == "ok" else row.status),
-    )
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
-
-
-def _megabytes(value: int | None) -> str:
-    return "" if value is None else f"{value / 1e6:.1f}"
-
-
-def _comparison(found: Comparison) -> list[str]:
-    """What changed, in words; times are in the table of all numbers."""
-    lines = [*summary.lines(found)]
-    changed = [pair for pair in found.pairs if pair.ours and pair.verdict != "same"]
-    headers = ("verdict", "case", "base us", "new us", "change", "allowed", "")
-    rows = [
-        (
-            text(pair.verdict),
-            text(pair.case),
-            spread(pair.base, 1.0) if pair.base else "-",
-            spread(pair.new, 1.0) if pair.new else "-",
-            _number(pair.change, "+.1%"),
-            _number(pair.allowed, "+.1%"),
-            text("; ".join(pair.notes)),
-        )
-        for pair in changed
+def _cells(row: Row, ours: Row | None, copy: float | None, *, first: bool) -> list[str]:
+    return [
+        row.case.removeprefix(f"{row.op}/") if first else "",
+        row.contender,
+        _spread(row) + ("†" if row.captured is False and row.us else ""),
+        shown(row.bytes / row.us / 1e3 if row.bytes and row.us else None, ".0f"),
+        shown(percent_of_roofline(row, copy), ".0f"),
+        shown(row.us / ours.us if ours and ours.us and row.us else None, ".2f"),
+        shown(row.error, ".1e"),
+        shown(row.launches, ".0f"),
+        shown(row.host_us, ".1f"),
+        shown(row.peak_bytes, ".1f", 1e-6),
+        shown(row.saved_bytes, ".1f", 1e-6),
+        "" if row.status == "ok" else row.status,
     ]
-    parts = [f"<h2>Against the older result: {text(summary.headline(found))}</h2><ul>"]
-    parts += [f"<li>{text(line)}</li>" for line in lines] + ["</ul>"]
-    return parts + ([table(headers, rows, left=2)] if rows else [])
 
 
-def _environment(where: Mapping[str, Any]) -> str:
-    rows = []
+def _spread(row: Row | None, unit: float = 1.0) -> str:
+    """Median and percentiles of a time, in a unit of so many microseconds."""
+    if row is None or row.us is None:
+        return "-"
+    form, scale = ".1f" if row.us / unit < 1000 else ".0f", 1 / unit
+    text = shown(row.us, form, scale)
+    if row.p20 is None or row.p80 is None:
+        return text
+    return f"{text} [{shown(row.p20, form, scale)} to {shown(row.p80, form, scale)}]"
+
+
+def _steps(record: Record) -> dict[str, Any]:
+    """The tables of steps and of what they are made of."""
+    of_what = record.environment.get("denominator")
+    of_what = of_what or "the step of the same model with plain residual connections"
+    if isinstance(of_what, Mapping):
+        of_what = [f"{case}: {what}" for case, what in of_what.items()]
+    found: dict[str, Any] = {
+        "denominators": [of_what] if isinstance(of_what, str) else of_what,
+        "rows": [], "waiting": [], "added": [], "spent": [],
+    }  # fmt: skip
+    for case in record.cases:
+        own = record.of(case)
+        found["waiting"] += [f"{case}: {line}" for line in waits(own)]
+        for index, row in enumerate(own):
+            over = overhead(row, own)
+            cells = [
+                case if index == 0 else "",
+                row.contender,
+                _spread(row, 1e3),
+                with_error(None if over is None else 100 * over, row.details.get("overhead_error")),
+                shown(row.details.get("sublayer_us"), ".0f"),
+                shown(row.peak_bytes, ".1f", 1e-9),
+                shown(row.error, ".0e"),
+                "" if row.status == "ok" else row.status,
+            ]
+            found["rows"].append(_line(row, cells, first=index == 0))
+        spent = [row for row in own if row.parts]
+        names = in_order(name for row in spent for name in row.parts)
+        lines = []
+        for index, row in enumerate(spent):
+            times = [row.details.get("profiled_us"), *map(row.parts.get, names)]
+            cells = [row.contender, *(shown(us, ".2f", 1e-3) for us in times), ""]
+            lines.append(_line(row, cells, first=index == 0))
+        if lines:
+            found["spent"].append((case, names, lines))
+        if more := _more(own, names):
+            found["added"].append((case, names, more))
+    return found
+
+
+def _more(rows: Sequence[Row], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Lines of what steps have more than the plain one; the part that costs most stands out."""
+    lines = []
+    for index, (row, more, timed) in enumerate(more_than_plain(rows)):
+        most = max(more, key=lambda name: more[name])
+        parts = [more.get(name, 0.0) for name in names]
+        cells = [shown(us, "+.2f", 1e-3) if abs(us) >= LEAST_US else "" for us in parts]
+        cells = [row.contender, shown(timed, "+.2f", 1e-3), *cells, ""]
+        place = names.index(most) + 2 if more[most] > 0 else -1
+        lines.append(_line(row, cells, first=index == 0, most=place))
+    return lines
+
+
+def _change(found: Comparison) -> dict[str, Any]:
+    """What changed; all times are in the tables of ops or steps."""
+    changed = [pair for pair in found.pairs if pair.ours and pair.verdict != "same"]
+    return {
+        "headline": summary.headline(found),
+        "mean": found.mean_change,
+        "faults": bool(found.faults()),
+        "lines": summary.lines(found),
+        "rows": [
+            {
+                "kind": "",
+                "most": -1,
+                "cells": [
+                    pair.verdict,
+                    pair.case,
+                    _spread(pair.base),
+                    _spread(pair.new),
+                    shown(pair.change, "+.1%"),
+                    shown(pair.allowed, "+.1%"),
+                    "; ".join(pair.notes),
+                ],
+            }
+            for pair in changed
+        ],
+    }
+
+
+def _environment(where: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key, value in where.items():
-        if key == "denominator":
-            continue  # said with the steps
         if key == "copy_bytes_per_s":
             key, value = "copy", f"{value / 1e12:.3f} TB/s" if value else None
         if key == "command" and isinstance(value, (list, tuple)):
-            rows.append(("command", f"<code>{text(shlex.join(map(str, value)))}</code>"))
-            continue
-        rows.append((text(key), text(_said(value, "not installed" * (key == "packages")))))
-    return words(rows)
+            value = shlex.join(map(str, value))
+        if key != "denominator":  # the tables of steps name it
+            yield key, _said(value, "not installed" if key == "packages" else "not set")
 
 
-def _said(value: Any, none: str = "") -> str:
-    """A value of the environment in words; `none` is for those of a mapping that are None."""
+def _said(value: Any, none: str = "not set") -> str:
+    """A value of the environment in words; `none` replaces None among the values of a mapping."""
     if isinstance(value, Mapping):
-        value = [
-            f"{name} {(none or 'not set') if v is None else _said(v)}" for name, v in value.items()
-        ]
+        value = [f"{name} {none if v is None else _said(v)}" for name, v in value.items()]
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_said, value)) or "none"
     if isinstance(value, bool):
@@ -301,7 +330,7 @@ def _said(value: Any, none: str = "") -> str:
     return "none" if value is None else str(value)
 
 
-def _svg(drawn: figures.Figure) -> bytes:
+def _svg(drawn: figures.Figure) -> str:
     buffer = io.BytesIO()
     figures.save(drawn, buffer, "svg")
-    return buffer.getvalue()
+    return base64.b64encode(buffer.getvalue()).decode()

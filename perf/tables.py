@@ -43,14 +43,14 @@ def _line(row: Row, bandwidth: float, best: float | None) -> list[str]:
         *cells,
         f"{row.us:.1f}{'*' if row.captured is False else ''}",
         f"{row.p20:.1f} to {row.p80:.1f}",
-        _shown(row.bytes, ".0f", 1e-3 / row.us),
+        shown(row.bytes, ".0f", 1e-3 / row.us),
         "" if share is None else f"{share:.0f}%",
         "" if best is None else f"{best / row.us:.2f}x",
-        _shown(row.error, ".0e"),
-        _shown(row.launches, ".0f"),
-        _shown(row.host_us, ".1f"),
-        _shown(row.peak_bytes, ".1f", 1e-6),
-        _shown(row.saved_bytes, ".1f", 1e-6),
+        shown(row.error, ".0e"),
+        shown(row.launches, ".0f"),
+        shown(row.host_us, ".1f"),
+        shown(row.peak_bytes, ".1f", 1e-6),
+        shown(row.saved_bytes, ".1f", 1e-6),
     ]
 
 
@@ -71,11 +71,11 @@ def overhead(denominator: str, rows: Sequence[Row]) -> str:
             [
                 row.contender,
                 f"{row.us / 1000:.2f}",
-                _shown(row.p20, ".2f", 1e-3) + " to " + _shown(row.p80, ".2f", 1e-3),
+                shown(row.p20, ".2f", 1e-3) + " to " + shown(row.p80, ".2f", 1e-3),
                 with_error(*map(row.details.get, ("overhead_percent", "overhead_error"))),
-                _shown(row.details.get("sublayer_us"), ".0f"),
-                _shown(row.peak_bytes, ".2f", 1e-9),
-                _shown(row.error, ".0e"),
+                shown(row.details.get("sublayer_us"), ".0f"),
+                shown(row.peak_bytes, ".2f", 1e-9),
+                shown(row.error, ".0e"),
             ]
         )
     heads = ["contender", "step ms", "p20 to p80", "overhead", "us a sublayer", "peak GB", "error"]
@@ -149,8 +149,14 @@ def faults(rows: Sequence[Row], said: Mapping[str, str] | None = None) -> list[s
 
 
 def _part(parts: Mapping[str, float], name: str) -> str:
-    return _shown(parts.get(name), ".2f", 1e-3)
+    return shown(parts.get(name), ".2f", 1e-3)
 
 
-def _shown(value: float | None, form: str, scale: float = 1.0) -> str:
+def shown(value: float | None, form: str, scale: float = 1.0) -> str:
+    """A number times a scale as text; empty where there is none.
+
+    Example:
+        >>> shown(2_500_000, ".1f", 1e-6), shown(None, ".1f")
+        ('2.5', '')
+    """
     return "" if value is None else format(value * scale, form)

@@ -14,9 +14,9 @@ from mhc_tile.perf import compare, figures, records, report, slices, suite
 from mhc_tile.perf.__main__ import main
 from mhc_tile.perf.breakdown import GAPS, KERNELS, LAYERS
 from mhc_tile.perf.operations import OPERATIONS
-from mhc_tile.perf.report_steps import PARTS
-from mhc_tile.perf.report_words import CONTENDERS, FORMS, OPS, glossary
+from mhc_tile.perf.report import glossary
 from mhc_tile.perf.slices import PLAIN
+from mhc_tile.perf.steps import PARTS
 from results import EAGER, PEER, TILE, full, overhead, record, row
 
 VOID = {"meta", "img"}
@@ -221,7 +221,7 @@ def test_the_part_that_costs_most_stands_out():
     assert re.findall(r"<b class='most'>([^<]*)</b>", html) == ["+20.00"]
     text = Page(html).text
     assert "attention merge, forward merge, backward mhc_tile +30.00 -45.00 +9.00 +20.00" in text
-    assert set(PARTS) == set(figures.PARTS) == {*KERNELS, LAYERS, GAPS}
+    assert set(PARTS) == {*KERNELS, LAYERS, GAPS}
 
 
 def test_contenders_and_ops_are_explained_where_they_occur():
@@ -233,11 +233,11 @@ def test_contenders_and_ops_are_explained_where_they_occur():
     assert "merge the next streams" in text
     for absent in ("DeepSeek", "doubly stochastic", "layers under torch.compile", "op by op"):
         assert absent not in text
-    names = [*slices.NAMES, *suite.NAMES]
+    names, words = [*slices.NAMES, *suite.NAMES], report.words()
     found = glossary(record(*(row(contender=name) for name in names)))
-    assert dict(found["Contenders"]).keys() == CONTENDERS.keys()
-    assert dict(found["What is in brackets"]).keys() == {form.strip("()") for form in FORMS}
-    assert set(OPS) == set(OPERATIONS)
+    assert dict(found["Contenders"]).keys() == words.CONTENDERS.keys()
+    assert dict(found["What is in brackets"]).keys() == {form.strip("()") for form in words.FORMS}
+    assert set(words.OPS) == set(OPERATIONS)
 
 
 def test_how_a_step_is_compiled_is_said():
