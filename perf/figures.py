@@ -1,12 +1,12 @@
 """Pictures of a result: percent of the roofline, times by size, parts of a step, changes.
 
-Colours are Okabe and Ito's, told apart without red or green; contenders have markers of their own,
-too, and keep colour and marker in all pictures of a result.
+Colours are Okabe and Ito's, told apart without red or green. A contender keeps its colour and its
+marker in all pictures of a result.
 """
 
 import collections
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mhc_tile.autotune._extras import require
@@ -18,11 +18,12 @@ from .steps import PARTS, in_order, more_than_plain
 Figure = Any  # matplotlib's, which is imported where it is needed
 Label = tuple[str, str]  # colour and marker
 
-BLUE, GREY = "#0072B2", "#8C8C8C"
-PEERS = (("#E69F00", "s"), ("#009E73", "D"), ("#CC79A7", "^"), ("#D55E00", "v"), ("#56B4E9", "P"))
+BLUE, GREY, RED = "#0072B2", "#8C8C8C", "#D55E00"
+PEERS = (("#E69F00", "s"), ("#009E73", "D"), ("#CC79A7", "^"), (RED, "v"), ("#56B4E9", "P"))
 REFERENCES = ((GREY, "x"), ("#4D4D4D", "+"), ("#000000", "1"))
-OTHERS = ("#000000", "#5E3C99", "#B2ABD2", "#1B7837")  # of parts with other names, then hatched
+OTHERS = ("#000000", "#5E3C99", "#B2ABD2", "#1B7837")  # of parts that `PARTS` lacks, then hatched
 HATCHES = ("", "////", "....", "xxxx")
+BOUND = {"color": "#666666", "linestyle": (0, (4, 3)), "linewidth": 0.9}  # the roofline
 MOST_SHARE = 112  # percent of the roofline up to which there are marks
 LEGEND_INCHES = 1.9  # of an entry, the longest
 MOST_PANELS = 6
@@ -50,7 +51,7 @@ def draw(record: Record, comparison: Comparison | None = None) -> dict[str, Figu
 
     Args:
         record: the result.
-        comparison: with an older one, for a picture of changes.
+        comparison: with an older result, for a picture of changes.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -68,23 +69,20 @@ def draw(record: Record, comparison: Comparison | None = None) -> dict[str, Figu
 
 
 def save(figure: Figure, target: Any, kind: str) -> None:
-    """Write a picture.
-
-    Args:
-        figure: of `draw`.
-        target: a path or a file.
-        kind: "svg" or "png".
-    """
+    """Write a picture of `draw` to a path or an open file, as "svg" or "png"."""
     with _style():
         metadata = {"Date": None} if kind == "svg" else {}
         figure.savefig(target, format=kind, dpi=150, metadata=metadata)
 
 
-def roofline(record: Record) -> Figure | None:
-    """Bars of the share of the roofline: a panel a mode, a line of panels a shape; None if empty.
+def _style() -> Any:
+    return require("matplotlib", "perf", "perf").rc_context(STYLE)
 
-    A mode in which only one op was measured, beside others with more, has no panels: the table has
-    it.
+
+def roofline(record: Record) -> Figure | None:
+    """Bars of the share of the roofline: a column a mode, a line a shape; None if empty.
+
+    A mode with one op has no panels if another mode has more ops: the table has its number.
     """
     copy = record.environment.get("copy_bytes_per_s")
     rows = [row for row in record.rows if percent_of_roofline(row, copy) is not None]
@@ -104,14 +102,9 @@ def roofline(record: Record) -> Figure | None:
         len(shapes), len(modes), size, sharex=True, sharey="row", height_ratios=heights
     )
     styles = labels(record)
-    for axis, (shape, mode) in zip(axes, ((s, m) for s in shapes for m in modes), strict=True):
-        _shares(
-            axis,
-            [row for row in rows if (row.mode, _shape(row)) == (mode, shape)],
-            ops[shape],
-            copy,
-            styles,
-        )
+    for axis, (shape, mode) in zip(axes, itertools.product(shapes, modes), strict=True):
+        own = [row for row in rows if (row.mode, _shape(row)) == (mode, shape)]
+        _shares(axis, own, ops[shape], copy, styles)
         axis.set_title(f"{shape[0]} x {shape[1]}, {mode}")
     axes[0].set_xlim(0, 1.13 * max(MOST_SHARE, *(percent_of_roofline(r, copy) or 0 for r in rows)))
     figure.supxlabel("percent of the roofline")
@@ -139,35 +132,23 @@ def _shares(
                 percent, place, marker, color=colour, markeredgewidth=1.4, zorder=3,
                 path_effects=[halo(linewidth=3.4, foreground="white")],
             )  # fmt: skip
-    axis.axvline(100, color="#666666", linewidth=0.8, linestyle=(0, (4, 3)))
-    axis.set_yticks(range(len(ops)), ops)
-    axis.set_ylim(-0.6, len(ops) - 0.4)
-    axis.grid(axis="y", visible=False)
+    axis.axvline(100, **BOUND)
+    _rows(axis, ops)
 
 
 def scaling(record: Record, along: str) -> Figure | None:
-    """Times by the number of tokens or by the width; None if too few.
+    """Times by "tokens" or by "hidden_size": a panel an op and mode with two sizes or more.
 
-    A panel an op and a mode of which there are two sizes or more.
-
-    Args:
-        record: the result.
-        along: "tokens" or "hidden_size".
+    None if there is no such panel, or nowhere three sizes with the same other dimensions.
     """
-    other = "hidden_size" if along == "tokens" else "tokens"
-    rows = [row for row in record.rows if row.sample]
-    fixed = _most_points(rows, along, other)
-    if fixed is None:
-        return None
-    rows = [row for row in rows if (getattr(row, other), row.streams, row.dtype) == fixed]
-    sizes: dict[tuple[str, str], set[int]] = {}
+    rows = _most_sizes(record, along)
+    sizes: dict[tuple[str, str], set[int]] = collections.defaultdict(set)
     for row in rows:
-        sizes.setdefault((row.op, row.mode), set()).add(getattr(row, along))
-    panels = [panel for panel, own in sizes.items() if len(own) > 1]
+        sizes[row.op, row.mode].add(getattr(row, along))
+    panels = {panel: own for panel, own in sizes.items() if len(own) > 1}
     if not panels:
         return None
     rows = [row for row in rows if (row.op, row.mode) in panels]
-    ticks = sorted(set.union(*map(sizes.__getitem__, panels)))
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
     size = (0.8 + max(2.6, min(5.0, 7.7 / columns)) * columns, 1.2 + 2.0 * lines)
@@ -178,23 +159,42 @@ def scaling(record: Record, along: str) -> Figure | None:
         own = [row for row in rows if (row.op, row.mode) == (op, mode)]
         _times(axis, own, along, copy, styles)
         axis.set_title(f"{op}, {mode}")
-        axis.set_xticks(ticks)
+        axis.set_xticks(sorted(set.union(*panels.values())))
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     for axis in axes[max(0, len(panels) - columns) : len(panels)]:  # with no panel below
         axis.tick_params(axis="x", labelbottom=True)
-    shape = f"{'C' if along == 'tokens' else 'T'} = {fixed[0]}, n = {fixed[1]}, {fixed[2]}"
-    figure.supxlabel(f"{'tokens T' if along == 'tokens' else 'width C'}   ({shape})")
+    one = rows[0]
+    fixed = f"C = {one.hidden_size}" if along == "tokens" else f"T = {one.tokens}"
+    name = "tokens T" if along == "tokens" else "width C"
+    figure.supxlabel(f"{name}   ({fixed}, n = {one.streams}, {one.dtype})")
     figure.supylabel("microseconds a call")
     present = {row.contender for row in rows}
     _legend(figure, {name: style for name, style in styles.items() if name in present}, copy)
     return figure
 
 
+def _most_sizes(record: Record, along: str) -> list[Row]:
+    """Timed rows that differ in one size alone, where ours has most sizes; empty below three."""
+    other = "hidden_size" if along == "tokens" else "tokens"
+    rows: dict[tuple[int, int, str], list[Row]] = collections.defaultdict(list)
+    points: dict[tuple[int, int, str], set[int]] = collections.defaultdict(set)
+    for row in record.rows:
+        key = (getattr(row, other), row.streams, row.dtype)
+        if row.sample:
+            rows[key].append(row)
+            if row.contender == OURS:
+                points[key].add(getattr(row, along))
+    if not points:
+        return []
+    best = max(points, key=lambda key: (len(points[key]), key[1] == 4, key[2] == "bfloat16"))
+    return rows[best] if len(points[best]) >= 3 else []
+
+
 def _times(
     axis: Any, rows: Sequence[Row], along: str, copy: float | None, styles: dict[str, Label]
 ) -> None:
-    """Lines of a panel, both axes logarithmic: every contender, and the bound."""
+    """A panel of `scaling`, both axes logarithmic: a line a contender, and the roofline."""
     bounds: dict[int, float] = {}
     for name in dict.fromkeys(row.contender for row in rows):
         own = sorted(
@@ -208,19 +208,18 @@ def _times(
             sizes, [row.p20 for row in own], [row.p80 for row in own], color=colour, zorder=front
         )
         if copy:
-            for row, size in zip(own, sizes, strict=True):
-                if row.bytes:
-                    bounds[size] = row.bytes / copy * 1e6
+            bounds |= {
+                size: row.bytes / copy * 1e6
+                for row, size in zip(own, sizes, strict=True)
+                if row.bytes
+            }
     if bounds:
-        sizes = sorted(bounds)
-        axis.plot(sizes, [bounds[s] for s in sizes], color="#666666", linestyle=(0, (4, 3)), lw=0.9)
+        axis.plot(*zip(*sorted(bounds.items()), strict=True), **BOUND)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     low, high = axis.get_ylim()
-    subs = (
-        [1.0] if high > 1e4 * low else [1.0, 3.0] if high > 20 * low else [1.0, 2.0, 3.0, 5.0, 7.0]
-    )
+    subs = [1.0] if high > 1e4 * low else [1.0, 3.0] if high > 20 * low else [1.0, 2, 3, 5, 7]
     axis.yaxis.set_major_locator(require("matplotlib.ticker", "perf", "perf").LogLocator(subs=subs))
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.tick_params(axis="x", labelrotation=45, labelsize=7)
@@ -258,22 +257,19 @@ def _stacked(
 ) -> tuple[Figure, Any]:
     """A bar of parts for each row and a line at its whole, all in microseconds.
 
-    What is negative goes to the left of 0.
+    Negative parts go to the left of 0.
     """
     names = in_order(name for own in values for name in own)
-    looks = {name: (colour, "") for name, colour in PARTS.items()}
-    for index, name in enumerate(name for name in names if name not in PARTS):
-        hatch = HATCHES[index // len(OTHERS) % len(HATCHES)]
-        looks[name] = (OTHERS[index % len(OTHERS)], hatch)
+    others = itertools.cycle(itertools.product(HATCHES, OTHERS))
+    looks = {name: ("", PARTS[name]) if name in PARTS else next(others) for name in names}
     figure, (axis,) = _panels(1, 1, (8.5, 1.3 + 0.42 * len(rows)))
     for place, (own, us) in enumerate(reversed(list(zip(values, wholes, strict=True)))):
         ends, whole = [0.0, 0.0], us / 1e3
-        for name in names:
+        for name, (hatch, colour) in looks.items():
             width = own.get(name, 0.0) / 1e3
             axis.barh(
-                place, width, left=ends[width < 0], height=0.62, color=looks[name][0],
-                hatch=looks[name][1], edgecolor="white", linewidth=0.6,
-                label=name if place == 0 else None,
+                place, width, left=ends[width < 0], height=0.62, color=colour, hatch=hatch,
+                edgecolor="white", linewidth=0.6, label=name if place == 0 else None,
             )  # fmt: skip
             ends[width < 0] += width
         axis.plot(whole, place, "|", color="black", markersize=14, markeredgewidth=1.4)
@@ -296,47 +292,31 @@ def changes(found: Comparison) -> Figure | None:
     if not pairs:
         return None
     figure, (axis,) = _panels(1, 1, (8.5, 1.1 + 0.2 * len(pairs)))
-    colours = {"regression": "#D55E00", "improvement": BLUE, "failing": "#D55E00"}
+    colours = {"regression": RED, "improvement": BLUE, "failing": RED}
     for place, pair in enumerate(pairs):
         allowed, change = 100 * (pair.allowed or 0), 100 * (pair.change or 0)
         axis.barh(place, 2 * allowed, left=-allowed, height=0.8, color="#EEEEEE")
         axis.plot(change, place, "o", color=colours.get(pair.verdict, GREY), zorder=3)
     axis.axvline(0, color="#666666", linewidth=0.8)
-    axis.set_yticks(range(len(pairs)), [pair.case for pair in pairs], fontsize=7)
-    axis.set_ylim(-0.7, len(pairs) - 0.3)
     axis.set_xlabel("percent more time than the base; the grey bar is what passes")
-    axis.grid(axis="y", visible=False)
+    _rows(axis, [pair.case for pair in pairs], fontsize=7)
     return figure
 
 
 def labels(record: Record) -> dict[str, Label]:
-    """Colour and marker of every contender that was timed, ours first.
-
-    Args:
-        record: the result.
-    """
+    """Colour and marker of every contender that was timed, ours first."""
     timed = dict.fromkeys(row.contender for row in record.rows if row.us)
     names = sorted(timed, key=lambda name: (name != OURS, "reference" in name))
-    found, peers, references = {}, 0, 0
-    for name in names:
-        if name == OURS:
-            found[name] = (BLUE, "o")
-        elif "reference" in name:
-            found[name] = REFERENCES[references % len(REFERENCES)]
-            references += 1
-        else:
-            found[name] = PEERS[peers % len(PEERS)]
-            peers += 1
-    return found
+    peers, references = itertools.cycle(PEERS), itertools.cycle(REFERENCES)
+    return {
+        name: (BLUE, "o") if name == OURS else next(references if "reference" in name else peers)
+        for name in names
+    }
 
 
 def main_shapes(rows: Sequence[Row]) -> list[tuple[int, int, int, str]]:
-    """The shapes (T, C, n, dtype) at which most was measured, sorted; a few at most.
-
-    Args:
-        rows: timed.
-    """
-    counts = collections.Counter(_shape(row) for row in rows)
+    """The shapes (T, C, n, dtype) at which most timed rows are, sorted; `MOST_PANELS` at most."""
+    counts = collections.Counter(map(_shape, rows))
     most = max(counts.values(), default=0)
     wide = [shape for shape, count in counts.items() if 2 * count > most]
     wide.sort(key=lambda s: (-counts[s], s[2] != 4, s[3] != "bfloat16", -s[0] * s[1]))
@@ -347,25 +327,18 @@ def _shape(row: Row) -> tuple[int, int, int, str]:
     return row.tokens, row.hidden_size, row.streams, row.dtype
 
 
-def _most_points(rows: Sequence[Row], along: str, other: str) -> tuple[int, int, str] | None:
-    """The other size, n and dtype at which ours has most sizes; None if nowhere three."""
-    points: dict[tuple[int, int, str], set[int]] = {}
-    for row in rows:
-        if row.contender == OURS:
-            key = (getattr(row, other), row.streams, row.dtype)
-            points.setdefault(key, set()).add(getattr(row, along))
-    if not points:
-        return None
-    best = max(points, key=lambda key: (len(points[key]), key[1] == 4, key[2] == "bfloat16"))
-    return best if len(points[best]) >= 3 else None
-
-
 def _panels(
     lines: int, columns: int, size: tuple[float, float], **shared: Any
 ) -> tuple[Figure, list[Any]]:
-    figure_of = require("matplotlib.figure", "perf", "perf").Figure
-    figure = figure_of(figsize=size, layout="constrained")
+    figure = require("matplotlib.figure", "perf", "perf").Figure(figsize=size, layout="constrained")
     return figure, list(figure.subplots(lines, columns, squeeze=False, **shared).flatten())
+
+
+def _rows(axis: Any, names: Sequence[str], **font: Any) -> None:
+    """Name the lines of a panel from below; no grid between them."""
+    axis.set_yticks(range(len(names)), names, **font)
+    axis.set_ylim(-0.7, len(names) - 0.3)
+    axis.grid(axis="y", visible=False)
 
 
 def _legend(figure: Figure, styles: dict[str, Label], bound: float | None = None) -> None:
@@ -375,14 +348,6 @@ def _legend(figure: Figure, styles: dict[str, Label], bound: float | None = None
         for name, (colour, marker) in styles.items()
     ]
     if bound:
-        dashes = (0, (4, 3))
-        handles.append(line_of([], [], color="#666666", linestyle=dashes, lw=0.9, label="roofline"))
+        handles.append(line_of([], [], **BOUND, label="roofline"))
     fitting = max(1, int(figure.get_figwidth() / LEGEND_INCHES))
     figure.legend(handles=handles, loc="outside upper center", ncols=min(fitting, len(handles)))
-
-
-@contextlib.contextmanager
-def _style() -> Iterator[None]:
-    rc_context: Callable[..., Any] = require("matplotlib", "perf", "perf").rc_context
-    with rc_context(STYLE):
-        yield
