@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .._autocast import autocast_dtype
 from .._library import under_transforms
+from . import _plans
 from ._definition import fill_missing_grads, save_output_shapes
 from .boundary import BOUNDARY
 from .merge import MERGE, MERGE_BACKWARD_MAPS, check_merge
@@ -238,7 +239,7 @@ def next_sublayer(
     if state._x_for_merge is None or not _fuses():
         x_next, *maps = BOUNDARY.call(state.x, *tensors, **constants)[:4]
         return OpenSublayer(maps, x_next)
-    results = _FusedMerge.apply(x, _kept(state), *tensors, constants)
+    results = _fused_merge(x, _kept(state), *tensors, constants)
     if len(results) == 4:  # compiled
         return OpenSublayer(results[:3], None, results[3], (state, layer_output))
     return OpenSublayer(results[:3], results[4], results[3])
@@ -278,7 +279,7 @@ def _open(
     if not _fuses():
         return OpenSublayer(PRE.call(x, *parameters, **constants)[:3], x)
     merged = (None, None, None, None)
-    *maps, x_for_merge = _FusedMerge.apply(x, *merged, *parameters, constants)
+    *maps, x_for_merge = _fused_merge(x, *merged, *parameters, constants)
     return OpenSublayer(maps, x, x_for_merge)
 
 
@@ -287,7 +288,7 @@ def _close(name: str, state: OpenSublayer, layer_output: Tensor) -> Tensor:
     tensors = (layer_output, state._h_post, state._h_res)
     if state._x_for_merge is None or not _fuses():
         return MERGE.call(state.x, *tensors)
-    return _FusedMerge.apply(x, _kept(state), *tensors, None, None, None, None)
+    return _fused_merge(x, _kept(state), *tensors, None, None, None, None)
 
 
 def _check(name: str, state: OpenSublayer, layer_output: Tensor) -> Tensor:
@@ -306,6 +307,28 @@ def _fuses() -> bool:
 def _kept(state: OpenSublayer) -> tuple[Tensor] | None:
     """What to save of x for the backward, hidden from autograd, which has no gradient for it."""
     return None if state._x is None else (state._x,)
+
+
+def _fused_merge(x_for_merge: Tensor, x: tuple[Tensor] | None, *rest: Any) -> Any:
+    """`_FusedMerge`, in C++ where that is loaded."""
+    *tensors, constants = rest
+    if _plans.library is None or torch.compiler.is_compiling():
+        return _FusedMerge.apply(x_for_merge, x, *rest)
+    given = constants or _NO_CONSTANTS
+    results = torch.ops.mhc_tile_host.fused_merge.default(
+        x_for_merge,
+        None if x is None else x[0],
+        *tensors,
+        given["norm_eps"],
+        given["pre_eps"],
+        given["post_scale"],
+        given["iters"],
+        given["sinkhorn_eps"],
+    )
+    return results if constants else results[0]
+
+
+_NO_CONSTANTS = {"norm_eps": 0.0, "pre_eps": 0.0, "post_scale": 2.0, "iters": 1, "sinkhorn_eps": 0.0}
 
 
 class _FusedMerge(torch.autograd.Function):
