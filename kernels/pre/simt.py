@@ -1,6 +1,6 @@
 """Everything before the layer for any dtype and any C: one stage after the other.
 
-    inv_rms, projection, logits, h_pre, h_post: as in mapping.py
+    inv_rms, projection, logits, h_pre, h_post: as in mapping/launch.py
     layer_input[c] = sum_i h_pre[i] * x[i, c]
     h_res          = sinkhorn(logits_res as [out, in])
 
