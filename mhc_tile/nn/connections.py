@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import _checks, ops, reference
 from .._autocast import without_autocast
-from ..config import MHCConfig
+from ..config import CONSTANTS, MHCConfig
 from ..ops import OpenSublayer
 from ._arguments import check_module, check_output, join_extras, split_extras
 from ._parameters import StreamsModule, identity, parameter, start_mapping, writable
@@ -143,14 +143,7 @@ class ManifoldHyperConnection(Connection):
         return self.read(x, self.phi, self.alpha, self.bias)
 
     def _constants(self) -> dict[str, Any]:
-        config = self.config
-        return {
-            "norm_eps": config.norm_eps,
-            "pre_eps": config.pre_eps,
-            "post_scale": config.post_scale,
-            "iters": config.iters,
-            "sinkhorn_eps": config.sinkhorn_eps,
-        }
+        return {name: getattr(self.config, name) for name in CONSTANTS}
 
 
 class HyperConnection(Connection):
