@@ -2,7 +2,7 @@
 
 From an `Op` follow two torch ops, `<name>` and `<name>_backward`: their schemas, fakes, CPU and
 CUDA implementations and autograd formulas. The axes and dtypes of the names are those of
-`kernels.quantities`; a gradient has the shape and the dtype of what it is the gradient of.
+`kernels.common.quantities`; a gradient has those of what it is the gradient of.
 """
 
 from collections.abc import Callable, Sequence
@@ -121,10 +121,8 @@ class Op:
     ) -> tuple[list[Any], dict[str, Any]]:
         """Positional and keyword arguments of a call.
 
-        Args:
-            tensor: from a name, a tensor; such as `kernels.quantities.Samples.get`.
-            others: the other arguments by name, and any more.
-            optional: which of the optional tensors are given.
+        `tensor` gives a tensor for a name, such as `quantities.Samples.get`; `others` has the other
+        arguments and maybe more; `optional` names the optional tensors that are given.
         """
         given = [*map(tensor, self.tensors), *(others[name] for name in self.arguments)]
         given += [tensor(name) if name in optional else None for name in self.optional]

@@ -64,7 +64,7 @@ def tuned(kernel: str, x: Tensor, sizes: Sequence[int], launch: Callable[[Any], 
         kernel: a name of `autotune.registry.KERNELS`.
         x: a tensor of the device and the dtype that decide.
         sizes: T, n and C; C is 0 for kernels that see none.
-        launch: from a configuration the results.
+        launch: returns the results of a configuration.
     """
     asked = question(kernel, x, sizes)
     if not x.is_cuda:  # a dry run
@@ -111,9 +111,11 @@ def on_cuda(
         x, n = streams(*args)
         if REFERENCE_ONLY or x.dtype == torch.float64:
             return fallback(*args, **kwargs)
-        why = _unfit(x.device.index, n)
-        if x.numel() > _toolchain.MOST_TOKENS:  # rare, and cheaper to ask than the tokens
-            why = why or _too_many(x.shape[:-dims].numel())
+        why, most = _unfit(x.device.index, n), _toolchain.MOST_TOKENS
+        if x.numel() > most:  # rare, and cheaper to ask than the tokens
+            tokens = x.shape[:-dims].numel()
+            if tokens > most:
+                why = why or f"kernels take at most {most} tokens, got {tokens}"
         if why:
             _warn_once(f"{op}: the PyTorch reference runs instead of a kernel: {why}")
             return fallback(*args, **kwargs)
@@ -135,12 +137,6 @@ def _unfit(device: int, n: int) -> str | None:
     if n not in _toolchain.STREAMS:
         return f"kernels take n in {_toolchain.STREAMS}, got {n}"
     return None
-
-
-def _too_many(tokens: int) -> str | None:
-    """Why no kernel takes so many tokens; None if one does."""
-    most = _toolchain.MOST_TOKENS
-    return f"kernels take at most {most} tokens, got {tokens}" if tokens > most else None
 
 
 @functools.cache

@@ -79,10 +79,10 @@ def pre(
         results = PRE.call(x, phi, alpha, bias, **constants)[:3]
     else:
         results = _with_h_pre(x, phi, alpha, bias, h_pre, **constants)[: 3 + return_h_pre]
-    if not return_x:
-        return results
-    _warn_of_return_x()
-    return (*results, x)
+    if return_x:
+        _warn_of_return_x()
+        return (*results, x)
+    return results
 
 
 def _with_h_pre(
@@ -130,7 +130,7 @@ def check_pre(
     """The checks that `pre` shares with `boundary`; returns the constants by name."""
     _checks.parameters(op, x, phi, alpha, bias)
     _checks.at_least(op, 0, norm_eps=norm_eps, pre_eps=pre_eps, sinkhorn_eps=sinkhorn_eps)
-    _checks.positive(op, post_scale=post_scale)
+    _checks.number(op, "post_scale", post_scale, above=True)
     _checks.count(op, iters=iters)
     return {
         "norm_eps": norm_eps,
@@ -141,8 +141,7 @@ def check_pre(
     }
 
 
-CONSTANTS = "float norm_eps, float pre_eps=0.0, float post_scale=2.0, int iters=20, "
-CONSTANTS += "float sinkhorn_eps=0.0"
+CONSTANTS = f"{MAPPING.constants}, int iters=20, float sinkhorn_eps=0.0"
 
 
 def with_projection(
