@@ -1,9 +1,8 @@
 """A decoder-only transformer whose sublayers are connected by residuals, HC or mHC.
 
 Pre-norm RMSNorm, rotary attention through SDPA, SwiGLU or a mixture of experts, an output head tied
-to the embedding. Attention and FFN are separate sublayers, and each has its own connection. With n
-streams the embedding is copied into the streams, and the streams are averaged after the last
-sublayer.
+to the embedding. Attention and FFN are sublayers of their own, each with its connection. With n
+streams the embedding is copied into the streams, and the streams are averaged at the end.
 
 Axes: B batch, S sequence, C hidden size, n streams.
 """
@@ -97,15 +96,12 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of the next token at every position.
+        """Logits [B, S, vocab_size] of the next token at every position.
 
         Under autocast the residual streams have the autocast dtype from the embedding on.
 
         Args:
             tokens: [B, S], int64 or int32, S at most context_length.
-
-        Returns:
-            [B, S, vocab_size].
 
         Raises:
             ValueError: tokens is not [B, S], is not of integers, or is too long.
@@ -148,8 +144,7 @@ def count_parameters(
 ) -> int:
     """Number of parameters of a decoder, which is not allocated; arguments as for `Decoder`.
 
-    Returns:
-        The count; the tied head counts once.
+    The tied head counts once.
 
     Example:
         >>> from mhc_tile.models import model_config
@@ -165,9 +160,6 @@ def count_active_parameters(
     """Number of parameters that a token uses: without those of the experts it is not routed to.
 
     Arguments as for `Decoder`.
-
-    Returns:
-        The count; that of `count_parameters` where there are no experts.
 
     Example:
         >>> from mhc_tile.models import model_config
