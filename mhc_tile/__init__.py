@@ -5,6 +5,7 @@ Importing the package needs torch alone: no GPU and no TileLang.
 """
 
 from . import _checkout as _checkout  # first: it makes kernels, autotune and perf importable
+from . import _environment as _environment  # before what the switches decide
 from . import nn as nn
 from . import ops as ops
 from . import reference as reference

@@ -181,15 +181,12 @@ def pre_from_projection(
     alpha: Tensor,
     bias: Tensor,
     *,
-    pre_eps: float,
-    post_scale: float,
     iters: int,
     sinkhorn_eps: float,
+    **scales: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What of `pre` follows the projection: maps, Sinkhorn and the weighted sum of the streams."""
-    h_pre, h_post, h_res_logits = maps(
-        projection, alpha, bias, x.shape[-2], pre_eps=pre_eps, post_scale=post_scale
-    )
+    h_pre, h_post, h_res_logits = maps(projection, alpha, bias, x.shape[-2], **scales)
     return pre_apply(x, h_pre), h_post, sinkhorn(h_res_logits, iters, sinkhorn_eps)
 
 

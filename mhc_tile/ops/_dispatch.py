@@ -15,13 +15,10 @@ import torch
 from torch import Tensor
 
 from mhc_tile.autotune import lookup
-from mhc_tile.autotune._switches import switch
 from mhc_tile.kernels.common import toolchain as _toolchain
 
 from .. import _checks
-
-REFERENCE_ONLY = switch("MHC_TILE_REFERENCE")
-BATCH_INVARIANT = switch("MHC_TILE_BATCH_INVARIANT")
+from .._environment import BATCH_INVARIANT, REFERENCE_ONLY
 
 # The kernels of each op by its name, for those who count their launches.
 LAUNCHERS: dict[str, Callable[..., Any]] = {}
@@ -30,11 +27,11 @@ LAUNCHERS: dict[str, Callable[..., Any]] = {}
 def set_batch_invariant(enabled: bool) -> None:
     """Choose whether a token's bits are the same in a batch of any size, in every direction.
 
-    A token's bits never depend on its neighbours. But few tokens take other kernels than many in
-    three places, with another reduction order: `pre`, its backward, and the backward of `merge` and
-    `pre_apply`. With this switch the kernels and the tuned configurations of many tokens serve
-    every number of them: few tokens take longer, many do not. Gradients of parameters sum over the
-    tokens and still depend on their number. The reference is not affected.
+    A token's bits never depend on its neighbours. But in `pre`, its backward, and the backward of
+    `merge` and `pre_apply` few tokens take other kernels than many, with another reduction order.
+    With this switch the kernels and the tuned configurations of many tokens serve every number of
+    them: few tokens take longer, many do not. Gradients of parameters sum over the tokens and still
+    depend on their number. The reference is not affected.
 
     The switch holds for every thread of the process and is read when an op runs, by compiled
     functions too; a CUDA graph keeps the value of its capture. The environment variable

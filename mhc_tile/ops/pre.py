@@ -78,7 +78,7 @@ def pre(
     if h_pre is None and not return_h_pre:
         results = PRE.call(x, phi, alpha, bias, **constants)[:3]
     else:
-        results = _with_h_pre(x, phi, alpha, bias, h_pre, **constants)[: 3 + return_h_pre]
+        results = _with_h_pre(h_pre, x, phi, alpha, bias, **constants)[: 3 + return_h_pre]
     if return_x:
         _warn_of_return_x()
         return (*results, x)
@@ -86,12 +86,9 @@ def pre(
 
 
 def _with_h_pre(
-    x: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
     given: Tensor | None,
-    *,
+    x: Tensor,
+    *parameters: Tensor,
     iters: int,
     sinkhorn_eps: float,
     **constants: Any,
@@ -100,7 +97,7 @@ def _with_h_pre(
     if given is not None:
         _checks.map_of("pre", "h_pre", given, x.shape[:-1], x)
     x = x.contiguous()  # once, not in each op that reads it
-    h_pre, h_post, h_res_logits = MAPPING.call(x, phi, alpha, bias, **constants)[:3]
+    h_pre, h_post, h_res_logits = MAPPING.call(x, *parameters, **constants)[:3]
     h_res = SINKHORN.call(h_res_logits, iters=iters, eps=sinkhorn_eps)
     return PRE_APPLY.call(x, h_pre if given is None else given), h_post, h_res, h_pre
 
@@ -127,7 +124,7 @@ def check_pre(
     iters: int,
     sinkhorn_eps: float,
 ) -> dict[str, Any]:
-    """The checks that `pre` shares with `boundary`; returns the constants by name."""
+    """Check what `pre`, `boundary` and the sublayers share; return the constants by name."""
     _checks.parameters(op, x, phi, alpha, bias)
     _checks.at_least(op, 0, norm_eps=norm_eps, pre_eps=pre_eps, sinkhorn_eps=sinkhorn_eps)
     _checks.number(op, "post_scale", post_scale, above=True)
