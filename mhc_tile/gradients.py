@@ -138,19 +138,10 @@ def _sum_tokens(values: Tensor) -> Tensor:
 
 
 def mapping_backward(
-    grad_h_pre: Tensor,
-    grad_h_post: Tensor,
-    grad_h_res_logits: Tensor,
-    x: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    projection: Tensor,
-    inv_rms: Tensor,
-    *,
-    post_scale: float,
-    **unused: Any,
-) -> tuple[Tensor, ...]:
+    grad_h_pre: Tensor, grad_h_post: Tensor, grad_h_res_logits: Tensor,
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, projection: Tensor, inv_rms: Tensor,
+    *, post_scale: float, **unused: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradient of `reference.mapping`."""
     grad_maps = (grad_h_pre, grad_h_post, grad_h_res_logits)
     grad_projection, *grad_gates = maps_backward(
@@ -161,24 +152,11 @@ def mapping_backward(
 
 
 def pre_backward(
-    grad_layer_input: Tensor,
-    grad_h_post: Tensor,
-    grad_h_res: Tensor,
-    x: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    projection: Tensor,
-    inv_rms: Tensor,
-    grad_x_part: Tensor | None = None,
-    h_res: Tensor | None = None,
-    *,
-    pre_eps: float,
-    post_scale: float,
-    iters: int,
-    sinkhorn_eps: float,
-    **unused: Any,
-) -> tuple[Tensor, ...]:
+    grad_layer_input: Tensor, grad_h_post: Tensor, grad_h_res: Tensor,
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, projection: Tensor, inv_rms: Tensor,
+    grad_x_part: Tensor | None = None, h_res: Tensor | None = None,
+    *, pre_eps: float, post_scale: float, iters: int, sinkhorn_eps: float, **unused: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradient of `reference.pre`, to whose grad_x another gradient of x may be added.
 
     Without h_res that is grad_x_part itself. With h_res, grad_x_part is the cotangent of `merge` on
@@ -202,22 +180,12 @@ def pre_backward(
 
 
 def boundary_backward(
-    grad_x_next: Tensor,
-    grad_layer_input: Tensor,
-    grad_h_post_next: Tensor,
-    grad_h_res_next: Tensor,
-    x: Tensor,
-    layer_output: Tensor,
-    h_post: Tensor,
-    h_res: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    projection: Tensor,
-    inv_rms: Tensor,
-    x_next: Tensor,
+    grad_x_next: Tensor, grad_layer_input: Tensor,
+    grad_h_post_next: Tensor, grad_h_res_next: Tensor,
+    x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor,
+    phi: Tensor, alpha: Tensor, bias: Tensor, projection: Tensor, inv_rms: Tensor, x_next: Tensor,
     **constants: Any,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradient of `reference.boundary`."""
     grad_outputs = (grad_layer_input, grad_h_post_next, grad_h_res_next)
     saved = (x_next, phi, alpha, bias, projection, inv_rms)
@@ -238,17 +206,9 @@ def collapse_backward(grad_hidden: Tensor, num_streams: int, mode: str) -> Tenso
 
 
 def head_backward(
-    grad_hidden: Tensor,
-    x: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    projection: Tensor,
-    inv_rms: Tensor,
-    *,
-    pre_eps: float,
-    **unused: Any,
-) -> tuple[Tensor, ...]:
+    grad_hidden: Tensor, x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor,
+    projection: Tensor, inv_rms: Tensor, *, pre_eps: float, **unused: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradient of `reference.head`."""
     weights = torch.sigmoid(projection * alpha + bias)
     grad_x_read, grad_weights = pre_apply_backward(grad_hidden, x, weights + pre_eps)

@@ -153,17 +153,10 @@ def merge(x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor) -> Ten
 
 
 def pre(
-    x: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    *,
-    norm_eps: float,
-    pre_eps: float = 0.0,
-    post_scale: float = 2.0,
-    iters: int = 20,
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor,
+    *, norm_eps: float, pre_eps: float = 0.0, post_scale: float = 2.0, iters: int = 20,
     sinkhorn_eps: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Everything before the layer: `mapping`, `sinkhorn`, `pre_apply`.
 
     Returns layer_input, h_post, h_res.

@@ -14,20 +14,11 @@ from .sinkhorn import SINKHORN
 
 
 def pre(
-    x: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    *,
-    norm_eps: float,
-    pre_eps: float = 0.0,
-    post_scale: float = 2.0,
-    iters: int = 20,
-    sinkhorn_eps: float = 0.0,
-    h_pre: Tensor | None = None,
-    return_h_pre: bool = False,
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor,
+    *, norm_eps: float, pre_eps: float = 0.0, post_scale: float = 2.0, iters: int = 20,
+    sinkhorn_eps: float = 0.0, h_pre: Tensor | None = None, return_h_pre: bool = False,
     return_x: bool = False,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Read the layer's input from the streams, and the maps that `merge` will need (eqs. 14-19).
 
     `h_pre, h_post, h_res_logits = mapping(x, phi, alpha, bias)`,
@@ -113,17 +104,9 @@ def _warn_of_return_x() -> None:
 
 
 def check_pre(
-    op: str,
-    x: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    norm_eps: float,
-    pre_eps: float,
-    post_scale: float,
-    iters: int,
-    sinkhorn_eps: float,
-) -> dict[str, Any]:
+    op: str, x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, norm_eps: float, pre_eps: float,
+    post_scale: float, iters: int, sinkhorn_eps: float,
+) -> dict[str, Any]:  # fmt: skip
     """Check what `pre`, `boundary` and the sublayers share; return the constants by name."""
     _checks.parameters(op, x, phi, alpha, bias)
     _checks.at_least(op, 0, norm_eps=norm_eps, pre_eps=pre_eps, sinkhorn_eps=sinkhorn_eps)

@@ -24,18 +24,10 @@ from .pre import PRE, check_pre
 
 
 def sublayer(
-    x: Tensor,
-    layer: Callable[[Tensor], Tensor],
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    *,
-    norm_eps: float,
-    pre_eps: float = 0.0,
-    post_scale: float = 2.0,
-    iters: int = 20,
+    x: Tensor, layer: Callable[[Tensor], Tensor], phi: Tensor, alpha: Tensor, bias: Tensor,
+    *, norm_eps: float, pre_eps: float = 0.0, post_scale: float = 2.0, iters: int = 20,
     sinkhorn_eps: float = 0.0,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The streams after a sublayer: `pre`, a layer and `merge` (eqs. 7 and 14-19).
 
     `x_next[o, c] = sum_i h_res[o, i] * x[i, c] + h_post[o] * layer(sum_i h_pre[i] * x[i])[c]`
@@ -124,17 +116,10 @@ class OpenSublayer:
 
 
 def open_sublayer(
-    x: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    *,
-    norm_eps: float,
-    pre_eps: float = 0.0,
-    post_scale: float = 2.0,
-    iters: int = 20,
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor,
+    *, norm_eps: float, pre_eps: float = 0.0, post_scale: float = 2.0, iters: int = 20,
     sinkhorn_eps: float = 0.0,
-) -> OpenSublayer:
+) -> OpenSublayer:  # fmt: skip
     """`pre` of a sublayer that `next_sublayer` or `close_sublayer` will merge.
 
     `layer_input, h_post, h_res = pre(x, phi, alpha, bias)`
@@ -170,18 +155,10 @@ def open_sublayer(
 
 
 def next_sublayer(
-    state: OpenSublayer,
-    layer_output: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    *,
-    norm_eps: float,
-    pre_eps: float = 0.0,
-    post_scale: float = 2.0,
-    iters: int = 20,
+    state: OpenSublayer, layer_output: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor,
+    *, norm_eps: float, pre_eps: float = 0.0, post_scale: float = 2.0, iters: int = 20,
     sinkhorn_eps: float = 0.0,
-) -> OpenSublayer:
+) -> OpenSublayer:  # fmt: skip
     """`merge` of an open sublayer and `pre` of the next, in the one op `boundary`.
 
     `x_next[o, c] = sum_i h_res[o, i] * x[i, c] + h_post[o] * layer_output[c]`
@@ -303,16 +280,11 @@ class _FusedMerge(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x_for_merge: Tensor,
-        x: tuple[Tensor] | None,
-        layer_output: Tensor | None,
-        h_post: Tensor | None,
-        h_res: Tensor | None,
-        phi: Tensor | None,
-        alpha: Tensor | None,
-        bias: Tensor | None,
+        x_for_merge: Tensor, x: tuple[Tensor] | None,
+        layer_output: Tensor | None, h_post: Tensor | None, h_res: Tensor | None,
+        phi: Tensor | None, alpha: Tensor | None, bias: Tensor | None,
         constants: dict[str, Any] | None,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """x_next alone; or the maps, x_for_merge of the next merge and x_next for other readers."""
         streams, parameters = (x_for_merge, layer_output, h_post, h_res), (phi, alpha, bias)
         merged: tuple[Any, ...] = (x_for_merge if x is None else x[0], layer_output, h_post)
