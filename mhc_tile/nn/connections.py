@@ -1,8 +1,4 @@
-"""The three ways to connect a layer: mHC, Hyper-Connections, plain residual.
-
-A connection that is not fused with its neighbours is a class here, a name in `nn/__init__.py` and,
-for decoders, a line of `_connect` in `models/decoder.py`.
-"""
+"""The three ways to connect a layer: mHC, Hyper-Connections, plain residual."""
 
 from typing import Any
 
@@ -125,12 +121,7 @@ class ManifoldHyperConnection(Connection):
         return ops.next_sublayer(state, layer_output, *parameters, **self._constants())
 
     def pre(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`mhc_tile.pre` with this sublayer's parameters, for callers who merge themselves.
-
-        `forward` does not call it.
-
-        Args:
-            x: [..., n, C]. The residual streams.
+        """`mhc_tile.pre` of x [..., n, C], for callers who merge by themselves.
 
         Returns:
             layer_input, h_post, h_res, and x itself for `merge` to read.
