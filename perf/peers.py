@@ -253,6 +253,11 @@ def named(package: str) -> str:
     return f"{package} {version(package) or ''}".strip()
 
 
+def is_asked(name: str, names: tuple[str, ...]) -> bool:
+    """Whether a contender's name begins like one of some names, or there are none."""
+    return not names or name.startswith(names)
+
+
 def _rows_by_input() -> Tensor:
     """The rows of phi with those of h_res ordered [in, out]; ours are [out, in]."""
     first = 2 * STREAMS

@@ -20,7 +20,7 @@ from mhc_tile.models import CONFIGS, Decoder, ModelConfig, model_config
 from .bench import tf32_products
 from .connections import PeerConnection, ReferenceConnection
 from .environment import version
-from .peers import lacks, left_out
+from .peers import lacks
 from .records import OURS
 
 PLAIN = "residual (compiled)"
@@ -53,15 +53,6 @@ def names_here(device: str) -> list[str]:
 def _joins(package: str) -> bool:
     """Whether a package is installed that has what joins a sublayer, `pre` and `merge`."""
     return version(package) is not None and not {"pre", "merge"} & lacks(package).keys()
-
-
-def absent(wanted: Sequence[str]) -> list[str]:
-    """A line for each installed package that cannot join sublayers, with the reason.
-
-    Args:
-        wanted: beginnings of contenders' names; all if empty.
-    """
-    return left_out(("pre", "merge"), lambda name: not wanted or name.startswith(tuple(wanted)))
 
 
 Connect = Callable[[int, nn.Module], nn.Module]  # from a sublayer's index and its layer

@@ -6,7 +6,6 @@ would, with one turn. What it measures beside the others is thrown away; what it
 the caches of torch, Triton and TileLang, where the run finds it.
 """
 
-import argparse
 import contextlib
 import os
 import time
@@ -25,25 +24,6 @@ _HANDLER = f"{__name__}:handler"
 
 Shape = tuple[int, int]
 """T, C."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `mhc-tile perf run` that are about compiling."""
-    first = "compile side by side first, in several processes"
-    parser.add_argument("--warm", action="store_true", help=first)
-    jobs = "processes of --warm (default: one a core, or fewer, as the GPU's memory allows)"
-    parser.add_argument("--jobs", type=int, metavar="N", help=jobs)
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse what cannot be.
-
-    Raises:
-        ValueError: The argument, the rule and the value.
-    """
-    output.check_positive("perf run", jobs=args.jobs)
-    if args.jobs and not args.warm:
-        raise ValueError(f"perf run: --jobs must come with --warm, got --jobs {args.jobs} alone")
 
 
 def compile_first(

@@ -198,14 +198,20 @@ def test_inputs_that_do_not_fit_are_a_row(monkeypatch):
         measured(OURS)
 
 
-def test_a_package_may_be_asked_for_with_its_version(monkeypatch, tmp_path, capsys):
+def test_a_package_may_be_asked_for_with_its_version(monkeypatch):
     stand_ins.install(monkeypatch, "liger-kernel")
     assert PEER in suite.names_here("cpu")
     assert list(measured(PEER)) == [PEER]
+
+
+def test_contenders_that_have_no_chosen_op_leave_no_result(monkeypatch, tmp_path, capsys):
+    stand_ins.install(monkeypatch, "liger-kernel")
+    monkeypatch.setattr(suite, "measure", lambda *_: pytest.fail("it measures"))
     few = [*QUICK, "--op", "expand", "--mode", "forward", "--out", str(tmp_path / "run.json")]
-    assert main([*few, "--contender", PEER]) == 1  # has no such op
+    assert main([*few, "--contender", PEER]) == 1
     said = "must leave one that has the chosen ops and modes, got liger-kernel"
     assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 # Errors of ours, interrupts, bad input.
