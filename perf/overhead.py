@@ -13,7 +13,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -122,12 +122,12 @@ def measure(
     """One slice: every contender's step.
 
     Args:
-        piece: what.
+        piece: the slice.
         bench: where.
         progress: is told what begins.
         wanted: beginnings of contenders' names; all if empty. Plain residuals always take part.
-        turns: of each.
-        rows: what is measured is put in here as it comes, for who is interrupted.
+        turns: of each contender.
+        rows: gets what is measured as it comes.
         must_fit: whether to stop, of several layers, where a contender runs out of memory.
 
     Returns:
@@ -186,7 +186,8 @@ def _measure(
             sublayers.truth  # noqa: B018
     except Exception as error:
         failed(checked, "the reference, which results are checked against, fails", error)
-    shared = _optimizer(piece, (p for layer in sublayers.layers for p in layer.parameters()))
+    of_layers = [p for layer in sublayers.layers for p in layer.parameters()]
+    shared, shared_ids = _optimizer(piece, of_layers), {id(p) for p in of_layers}
     for name, build in sublayers.contenders().items():
         if name not in chosen or name in rows:
             continue
@@ -194,7 +195,7 @@ def _measure(
         row, step = _row(piece, name), None
         try:
             model = build()
-            own = _optimizer(piece, _own(model, sublayers.layers))
+            own = _optimizer(piece, (p for p in model.parameters() if id(p) not in shared_ids))
             tf32 = name.endswith(TF32)
             step = Step(model, *sublayers.inputs(name), [*shared, *own], tf32=tf32)
             row = row.replace(error=sublayers.error(name, model, step.x))
@@ -270,10 +271,6 @@ def longer(steps: Sequence[float], plain: Sequence[float]) -> tuple[float, float
     two states, each of which lasts for seconds and in which one and the same step takes 2% more or
     less, and a median jumps from one to the other.
 
-    Args:
-        steps: microseconds, one a round.
-        plain: of the same rounds.
-
     Example:
         >>> longer([150.0, 165.0, 150.0, 165.0], [100.0, 110.0, 100.0, 110.0])
         (0.5, 0.0)
@@ -320,29 +317,12 @@ class _Clock:
             self._step()
 
 
-def _optimizer(piece: Slice, parameters: Iterator[nn.Parameter]) -> list[torch.optim.Optimizer]:
+def _optimizer(piece: Slice, parameters: Iterable[nn.Parameter]) -> list[torch.optim.Optimizer]:
     """AdamW with a learning rate of 0: every contender keeps the same weights."""
     chosen = list(parameters) if piece.optimizer else []
-    if not chosen:
-        return []
-    return [torch.optim.AdamW(chosen, lr=0.0, fused=True)]
-
-
-def _own(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[nn.Parameter]:
-    """Parameters of a contender that are not the layers'."""
-    shared = {id(p) for layer in layers for p in layer.parameters()}
-    return (p for p in model.parameters() if id(p) not in shared)
+    return [torch.optim.AdamW(chosen, lr=0.0, fused=True)] if chosen else []
 
 
 def _row(piece: Slice, name: str) -> Row:
-    config = piece.config
-    return Row(
-        case=piece.key,
-        contender=name,
-        op="step",
-        mode="training",
-        tokens=piece.batch * piece.sequence,
-        hidden_size=config.hidden_size,
-        streams=4,
-        dtype="bfloat16",
-    )
+    shape = (piece.batch * piece.sequence, piece.config.hidden_size, 4)
+    return Row(piece.key, name, "step", "training", *shape, "bfloat16")

@@ -37,10 +37,7 @@ NAMES = (
 
 
 def names_here(device: str) -> list[str]:
-    """The contenders that can be measured.
-
-    Args:
-        device: "cuda" or "cpu".
+    """The contenders that can be measured on "cuda" or "cpu".
 
     Example:
         >>> any("tf32" in name for name in names_here("cpu"))
@@ -65,22 +62,13 @@ def compiled(module: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Slice:
-    """What is measured: layers of a model and the shape of a step.
-
-    Attributes:
-        model: a key of `CONFIGS`.
-        layers: how many.
-        batch: B.
-        sequence: S, tokens.
-        optimizer: whether a step of AdamW is part of the step.
-        device: "cuda" or "cpu".
-    """
+    """What is measured: layers of a model and the shape of a step."""
 
     model: str
     layers: int = LAYERS
     batch: int = BATCH
     sequence: int = SEQUENCE
-    optimizer: bool = False
+    optimizer: bool = False  # whether a step of AdamW is part of the step
     device: str = "cuda"
 
     @property
@@ -115,11 +103,7 @@ class Slice:
 
 
 class Sublayers:
-    """The layers of a slice and every way to join them; layers and parameters are shared.
-
-    Args:
-        piece: what to build.
-    """
+    """The layers of a slice and every way to join them; layers and parameters are shared."""
 
     def __init__(self, piece: Slice) -> None:
         self.piece, config = piece, piece.config
@@ -178,12 +162,7 @@ class Sublayers:
         return {name: found[name] for name in names_here(self.piece.device)}
 
     def around(self, index: int, layer: nn.Module) -> ManifoldHyperConnection:
-        """The connection of ours, around another form of its layer.
-
-        Args:
-            index: of the sublayer.
-            layer: what it wraps instead.
-        """
+        """Our connection of a sublayer, around another form of its layer."""
         own = self.ours[index]
         copy = ManifoldHyperConnection(layer, self.width, own.config, device=own.phi.device)
         copy.phi, copy.alpha, copy.bias = own.phi, own.alpha, own.bias
@@ -196,17 +175,10 @@ class Sublayers:
         Sublayers are computed again in the backward pass: else it would need more memory than any
         contender.
         """
-        again = (_Again(ReferenceConnection(connection)) for connection in self.ours)
-        return _differentiated(nn.Sequential(*again), *self.inputs(OURS))
+        return _differentiated(nn.Sequential(*map(_Again, self.ours)), *self.inputs(OURS))
 
     def error(self, name: str, model: nn.Module, x: Tensor) -> float | None:
-        """The relative error of output and gradient; None where the layers are joined otherwise.
-
-        Args:
-            name: of the contender.
-            model: what it has built.
-            x: what it reads.
-        """
+        """The relative error of output and gradient; None where the layers are joined otherwise."""
         if name.startswith(UNCHECKED):
             return None
         truths, grad = self.truth, self.inputs(name)[1]
@@ -233,14 +205,14 @@ class Sublayers:
 
 
 class _Again(nn.Module):
-    """A module that keeps its input alone for the backward pass."""
+    """A sublayer by the reference that keeps its input alone for the backward pass."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, ours: ManifoldHyperConnection) -> None:
         super().__init__()
-        self.module = module
+        self.module = ReferenceConnection(ours)
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the module returns."""
+        """From x [B, S, n, C] to x_next."""
         return cast(Tensor, checkpoint(self.module, x, use_reentrant=False))
 
 
@@ -265,14 +237,9 @@ def _write_as_much_as_is_read(layer: nn.Module, width: int, tokens: int) -> None
 
 
 class Step:
-    """One contender's training step.
+    """One contender's training step: forward, backward from the gradient of the output, optimizers.
 
-    Args:
-        model: the joined layers.
-        x: what they read.
-        grad: the gradient of their output.
-        optimizers: whose steps belong to it.
-        tf32: whether PyTorch multiplies fp32 in tf32 meanwhile.
+    With `tf32`, PyTorch multiplies fp32 in tf32 meanwhile.
     """
 
     def __init__(
@@ -289,9 +256,8 @@ class Step:
         self._leaves = [x, *model.parameters()]
 
     def __call__(self) -> None:
-        """Forward, backward, optimizers."""
-        for leaf in self._leaves:
-            leaf.grad = None
+        """Run the step."""
+        self.free()
         with self._setting():
             self.model(self.x).backward(self.grad)
         for optimizer in self.optimizers:

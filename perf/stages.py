@@ -23,22 +23,11 @@ Grads = tuple[Tensor, ...]
 
 
 def tile_kernels(op: str) -> Contender | None:
-    """DeepSeek's TileKernels from version 2 on.
-
-    Args:
-        op: a key of `operations.OPERATIONS`.
-
-    Raises:
-        ImportError: It is not installed.
-    """
+    """DeepSeek's TileKernels from version 2 on, as an adapter of `peers`."""
     module = importlib.import_module("tile_kernels.mhc")
-    build = {
-        "sinkhorn": _sinkhorn,
-        "pre_apply": _pre_apply,
-        "merge": _merge,
-        "expand": _expand,
-        "collapse": _collapse,
-    }.get(op)
+    if op in ("expand", "collapse"):
+        return _boundaries(module)[op]
+    build = {"sinkhorn": _sinkhorn, "pre_apply": _pre_apply, "merge": _merge}.get(op)
     return build(module) if build else None
 
 
@@ -95,18 +84,9 @@ def _merge(module: ModuleType) -> Contender:
     return Contender(named(PACKAGE), stage, take, first, batched, gradients)
 
 
-def _expand(module: ModuleType) -> Contender:
-    copied, summed = _boundaries(module)
-    return Contender(named(PACKAGE), _stage(copied, lambda grad_x, _: (summed(grad_x),)))
+def _boundaries(module: ModuleType) -> dict[str, Contender]:
+    """`expand`, and `collapse`, which the package has as the backward of `expand`."""
 
-
-def _collapse(module: ModuleType) -> Contender:
-    """The sum of the streams, which the package has as the backward of `expand`."""
-    copied, summed = _boundaries(module)
-    return Contender(named(PACKAGE), _stage(summed, lambda grad_hidden, _: (copied(grad_hidden),)))
-
-
-def _boundaries(module: ModuleType) -> tuple[Callable[[Tensor], Tensor], ...]:
     def copied(hidden: Tensor) -> Tensor:
         x = hidden.new_empty(hidden.shape[0], STREAMS, hidden.shape[1])
         module.expand_to_mhc_fwd(hidden, x)
@@ -117,16 +97,14 @@ def _boundaries(module: ModuleType) -> tuple[Callable[[Tensor], Tensor], ...]:
         module.expand_to_mhc_bwd(x, hidden)
         return hidden
 
-    return copied, summed
+    return {
+        "expand": Contender(named(PACKAGE), _stage(copied, lambda grad, _: (summed(grad),))),
+        "collapse": Contender(named(PACKAGE), _stage(summed, lambda grad, _: (copied(grad),))),
+    }
 
 
 def _stage(forward: Callable[..., Tensor], backward: Callable[..., Grads]) -> Callable[..., Any]:
-    """A function with autograd, from one that returns a result and one that returns gradients.
-
-    Args:
-        forward: from tensors to the result.
-        backward: from the result's cotangent and the tensors to their gradients.
-    """
+    """A function with autograd; `backward` takes the result's cotangent and then the tensors."""
 
     class Stage(torch.autograd.Function):
         @staticmethod

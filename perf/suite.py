@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mhc_tile.autotune._options import Options
-from mhc_tile.autotune.timing import rounds
+from mhc_tile.autotune.timing import Timer, rounds
 
 from . import output, session, tables, warm
 from .accuracy import TOLERANCE, as_tuple, check, leaves_of
@@ -189,7 +189,7 @@ def measure(
     moved = operation.moved(case) if bench.device == "cuda" else None
     taking_part = contenders(case, wanted, bench.device)
     try:
-        inputs = _Sets(case, operation, bench)
+        inputs = _input_sets(case, operation, bench)
     except torch.OutOfMemoryError as error:
         fault = output.fault_of(error, "inputs do not fit")
         for one in taking_part:
@@ -197,7 +197,7 @@ def measure(
             rows[row.contender] = row
             output.recover(bench, row)
         return rows
-    timers: dict[str, Any] = {}
+    timers: dict[str, Timer] = {}
     for contender in taking_part:
         if isinstance(contender, Row):
             rows[contender.contender] = contender
@@ -206,12 +206,12 @@ def measure(
         if progress:
             progress.detail(f"{case.key}, {contender.name}")
         try:
-            row, timers[row.contender] = _prepare(case, contender, inputs, bench, row)
-        except _WrongError as error:
-            row = row.replace(status="wrong", fault=str(error), error=error.error)
+            row, timer = _prepare(case, contender, inputs, bench, row)
         except Exception as error:
-            row = row.replace(**output.fault_of(error))
+            row, timer = row.replace(**output.fault_of(error)), None
         rows[row.contender] = row
+        if timer:
+            timers[row.contender] = timer
         taken = time.monotonic() - start
         if progress and taken > LONG_S:
             progress.note(f"{case.key}: {row.contender} took {taken:.0f} s to compile and check")
@@ -228,54 +228,45 @@ def measure(
     return rows
 
 
-class _WrongError(Exception):
-    """A contender computes something else."""
+def _input_sets(
+    case: Case, operation: Operation, bench: Bench
+) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """The inputs of a case and cotangents of its results, made once for all contenders."""
 
-    def __init__(self, text: str, error: float | None) -> None:
-        super().__init__(text)
-        self.error = error
+    def drawn(seed: int) -> tuple[list[Tensor], list[Tensor]]:
+        make = Inputs(case, bench.device, seed)
+        tensors = [make.make(name) for name in operation.names]
+        own = len(tensors) - operation.parameters
+        with torch.no_grad():  # results of one token have the shapes, but for the tokens
+            one = as_tuple(operation.reference(*(t[:1] for t in tensors[:own]), *tensors[own:]))
+        return tensors, make.like(tuple(v.expand(case.tokens, *v.shape[1:]) for v in one))
 
-
-class _Sets:
-    """The inputs of a case, made once for all contenders, and cotangents of the results."""
-
-    def __init__(self, case: Case, operation: Operation, bench: Bench) -> None:
-        self._case, self._operation, self._device = case, operation, bench.device
-        first = self._set(0)
-        count = bench.sets(sum(value.nbytes for value in first[0]))
-        self.all = [first, *(self._set(seed) for seed in range(1, count))]
-
-    def _set(self, seed: int) -> tuple[list[Tensor], list[Tensor]]:
-        make = Inputs(self._case, self._device, seed)
-        tensors = [make.make(name) for name in self._operation.names]
-        return tensors, make.like(self._shapes(tensors))
-
-    def _shapes(self, tensors: Sequence[Tensor]) -> Results:
-        """Results of the reference on one token, as many as there are tokens."""
-        own = len(tensors) - self._operation.parameters
-        with torch.no_grad():
-            found = as_tuple(
-                self._operation.reference(*(t[:1] for t in tensors[:own]), *tensors[own:])
-            )
-        return tuple(value.expand(self._case.tokens, *value.shape[1:]) for value in found)
+    first = drawn(0)
+    count = bench.sets(sum(value.nbytes for value in first[0]))
+    return [first, *(drawn(seed) for seed in range(1, count))]
 
 
 def _prepare(
-    case: Case, contender: Contender, inputs: _Sets, bench: Bench, row: Row
-) -> tuple[Row, Any]:
-    """Check a contender; its row without times, and its timer."""
+    case: Case,
+    contender: Contender,
+    inputs: Sequence[tuple[list[Tensor], list[Tensor]]],
+    bench: Bench,
+    row: Row,
+) -> tuple[Row, Timer | None]:
+    """Check a contender; its row without times, and its timer if it is right."""
     if contender.note:
-        raise _WrongError(f"computes something else: {contender.note}", None)
-    error = check(case, contender, *inputs.all[0])
+        return row.replace(status="wrong", fault=f"computes something else: {contender.note}"), None
+    error = check(case, contender, *inputs[0])
     if not error < TOLERANCE:
         fault = f"relative error {error:.1e} against the reference in float64"
-        raise _WrongError(fault, error if math.isfinite(error) else None)  # JSON has no infinity
+        known = error if math.isfinite(error) else None  # JSON has no infinity
+        return row.replace(status="wrong", fault=fault, error=known), None
     training = case.mode == "training"
     own = []
-    for tensors, cotangents in inputs.all:
+    for tensors, cotangents in inputs:
         leaves = leaves_of(case, contender, tensors)
         own.append([*leaves, *(contender.cotangents(*cotangents) if training else ())])
-    count = len(leaves_of(case, contender, inputs.all[0][0]))
+    count = len(leaves)
 
     def function(*values: Tensor) -> Any:
         leaves, cotangents = values[:count], values[count:]
@@ -314,15 +305,5 @@ def _prepare(
 
 
 def _row(case: Case, name: str, moved: int | None, **values: Any) -> Row:
-    return Row(
-        case=case.key,
-        contender=name,
-        op=case.op,
-        mode=case.mode,
-        tokens=case.tokens,
-        hidden_size=case.hidden_size,
-        streams=case.streams,
-        dtype=case.dtype,
-        bytes=moved,
-        **values,
-    )
+    shape = (case.tokens, case.hidden_size, case.streams, case.dtype)
+    return Row(case.key, name, case.op, case.mode, *shape, bytes=moved, **values)

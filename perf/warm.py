@@ -32,13 +32,10 @@ def compile_first(
     device: str,
     jobs: int | None = None,
 ) -> None:
-    """Compile what cases need; who fails here fails in the run, where it is shown.
+    """Compile what cases need; a contender that fails here fails in the run, which shows it.
 
-    Args:
-        chosen: the cases.
-        wanted: which contenders, by name; it is pickled.
-        device: "cuda" or "cpu".
-        jobs: processes; a choice by cores and memory if None.
+    `wanted`, whether a contender is, by its name, must be picklable. If `jobs` is None, cores and
+    memory set the number of processes.
     """
     start, progress = time.monotonic(), output.Progress()
     shapes = by_shape(chosen)
@@ -70,12 +67,7 @@ def by_shape(chosen: Sequence[Case]) -> dict[Shape, list[Case]]:
 def handler(
     device: str, wanted: Callable[[str], bool]
 ) -> Callable[[tuple[Shape, list[Case]]], Iterator[list[str]]]:
-    """What a process runs: from a shape and its cases to what the run must compile itself.
-
-    Args:
-        device: "cuda" or "cpu".
-        wanted: which contenders, by name.
-    """
+    """What a process runs: from a shape and its cases to what the run must compile itself."""
     import torch._inductor.config as inductor
 
     from . import suite

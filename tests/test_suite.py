@@ -116,7 +116,7 @@ def test_names_of_results_and_pictures(tmp_path, monkeypatch, capsys):
     assert "no pictures" in capsys.readouterr().out  # no bytes on a CPU, and one size
     monkeypatch.setattr(suite.Operation, "moved", lambda self, case: 1000)
     monkeypatch.setattr(CpuBench, "device", "cuda")
-    monkeypatch.setattr(suite, "_Sets", _on_the_cpu(suite._Sets))
+    monkeypatch.setattr(suite, "_input_sets", _on_the_cpu(suite._input_sets))
     assert main([*QUICK, *FAST, *few]) == 0
     assert (tmp_path / "pictures" / "roofline.png").read_bytes().startswith(b"\x89PNG")
     assert "picture: pictures/roofline.png" in capsys.readouterr().out
@@ -124,13 +124,9 @@ def test_names_of_results_and_pictures(tmp_path, monkeypatch, capsys):
 
 
 def _on_the_cpu(sets):
-    class OnTheCpu(sets):
-        def __init__(self, case, operation, bench):
-            plain = CpuBench()
-            plain.device = "cpu"
-            super().__init__(case, operation, plain)
-
-    return OnTheCpu
+    plain = CpuBench()
+    plain.device = "cpu"
+    return lambda case, operation, _: sets(case, operation, plain)
 
 
 @pytest.mark.parametrize("place", range(3))
@@ -184,7 +180,7 @@ def test_inputs_that_do_not_fit_are_a_row(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(suite, "_Sets", full)
+    monkeypatch.setattr(suite, "_input_sets", full)
     rows = measured(OURS, EAGER).values()
     assert [(row.contender, row.status) for row in rows] == [
         (OURS, "out of memory"),
