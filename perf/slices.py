@@ -7,7 +7,6 @@ import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import starmap
 from typing import Any, cast
 
 import torch
@@ -50,9 +49,6 @@ def names_here(device: str) -> list[str]:
 def _joins(package: str) -> bool:
     """Whether a package is installed that has what joins a sublayer, `pre` and `merge`."""
     return version(package) is not None and not {"pre", "merge"} & lacks(package).keys()
-
-
-Connect = Callable[[int, nn.Module], nn.Module]  # from a sublayer's index and its layer
 
 
 def compiled(module: nn.Module) -> nn.Module:
@@ -124,42 +120,30 @@ class Sublayers:
 
     def contenders(self) -> dict[str, Callable[[], nn.Module]]:
         """How to build each, by name; those with plain residuals first."""
+        device = self.ours[0].phi.device
         layers = functools.cache(lambda: [compiled(layer) for layer in self.layers])
 
-        def joined(connect: Connect) -> Callable[[], nn.Module]:
-            return lambda: nn.Sequential(*starmap(connect, enumerate(layers())))
+        def connect(kind: str, index: int, layer: nn.Module) -> nn.Module:
+            if kind == "residual":
+                return Residual(layer)
+            if kind == "hc":
+                return HyperConnection(layer, self.width, layer_index=index, device=device)
+            ours = self.around(index, layer)
+            if kind == "reference":
+                return ReferenceConnection(ours)
+            return PeerConnection(ours, kind) if kind in PEERS else ours
 
-        def hyper(index: int, layer: nn.Module) -> nn.Module:
-            device = self.ours[0].phi.device
-            return HyperConnection(layer, self.width, layer_index=index, device=device)
+        def build(name: str) -> nn.Module:
+            kind, _, way = name.removesuffix(TF32).removesuffix(")").partition(" (")
+            way = "compiled" if name == OURS else way
+            chosen = layers() if way in ("", "layers compiled") else self.layers
+            parts = [connect(kind, *numbered) for numbered in enumerate(chosen)]
+            if way == "sublayers compiled":
+                parts = [compiled(part) for part in parts]
+            model = HyperConnectedStack(parts) if kind == OURS else nn.Sequential(*parts)
+            return compiled(model) if way == "compiled" else model
 
-        def reference(index: int, layer: nn.Module) -> nn.Module:
-            return ReferenceConnection(self.around(index, layer))
-
-        def whole(connect: Connect) -> Callable[[], nn.Module]:
-            return lambda: compiled(nn.Sequential(*starmap(connect, enumerate(self.layers))))
-
-        def apart(connect: Connect) -> Callable[[], nn.Module]:
-            return lambda: nn.Sequential(
-                *(compiled(connect(i, layer)) for i, layer in enumerate(self.layers))
-            )
-
-        def by(package: str) -> Callable[[], nn.Module]:
-            return joined(lambda i, f: PeerConnection(self.around(i, f), package))
-
-        found: dict[str, Callable[[], nn.Module]] = {
-            PLAIN: lambda: compiled(nn.Sequential(*map(Residual, self.layers))),
-            "residual (layers compiled)": joined(lambda _, layer: Residual(layer)),
-            OURS: lambda: compiled(HyperConnectedStack(self.ours)),
-            f"{OURS} (layers compiled)": lambda: HyperConnectedStack(
-                self.around(i, f) for i, f in enumerate(layers())
-            ),
-        }
-        for kind, connect in (("hc", hyper), ("reference", reference)):
-            ways = (whole(connect), apart(connect), apart(connect), joined(connect))
-            found |= {f"{kind} ({way})": build for way, build in zip(WAYS, ways, strict=True)}
-        found |= {package: by(package) for package in PEERS}
-        return {name: found[name] for name in names_here(self.piece.device)}
+        return {name: functools.partial(build, name) for name in names_here(self.piece.device)}
 
     def around(self, index: int, layer: nn.Module) -> ManifoldHyperConnection:
         """Our connection of a sublayer, around another form of its layer."""
