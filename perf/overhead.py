@@ -79,8 +79,6 @@ def run(args: SimpleNamespace) -> int:
 
     Raises:
         ValueError: The arguments are out of range.
-        OSError: The result cannot be written.
-        MissingExtraError: A package of the perf extra is missing.
         KeyboardInterrupt: After Ctrl-C, with what was measured in the file.
     """
     numbers = {name: getattr(args, name) for name in ("layers", "batch", "sequence")}

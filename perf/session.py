@@ -20,11 +20,7 @@ def begin(
 ) -> tuple[Bench, dict[str, Any], Path]:
     """Check what would fail after minutes of measuring.
 
-    Args:
-        kind: "run" or "overhead".
-        args: the options of the command.
-        known: names of contenders, whatever is installed.
-        here: those that can be measured.
+    `known` are all contenders' names, `here` those that can be measured.
 
     Returns:
         The bench, the environment of the result, and its path.
@@ -56,20 +52,19 @@ def measure_all(
     *,
     bar: bool = False,
 ) -> Record:
-    """Measure one item after the other; whatever ends it, the file has what was measured.
+    """Measure cases or slices; whatever ends it, the file has what was measured.
 
     Args:
         kind: of the result.
         items: cases or slices.
         measure: puts the rows of an item by contender into its second argument, as they come.
-        bench: where.
-        where: the environment; "cases_left" is in it until the end, when the copy is measured
-            again.
-        path: of the result, which is written after every item; None writes nothing.
+        bench: measures the copy again at the end.
+        where: the environment, with "cases_left" until all is measured.
+        path: of the result; None writes nothing.
         bar: whether a terminal shows how many items are left.
 
     Returns:
-        The result, with "cases_left" if the GPU answers no more.
+        The result, with "cases_left" in its environment if the GPU answers no more.
 
     Raises:
         OSError: The result cannot be written.

@@ -128,7 +128,9 @@ class Sublayers:
                 return Residual(layer)
             if kind == "hc":
                 return HyperConnection(layer, self.width, layer_index=index, device=device)
-            ours = self.around(index, layer)
+            own = self.ours[index]
+            ours = ManifoldHyperConnection(layer, self.width, own.config, device=device)
+            ours.phi, ours.alpha, ours.bias = own.phi, own.alpha, own.bias
             if kind == "reference":
                 return ReferenceConnection(ours)
             return PeerConnection(ours, kind) if kind in PEERS else ours
@@ -144,13 +146,6 @@ class Sublayers:
             return compiled(model) if way == "compiled" else model
 
         return {name: functools.partial(build, name) for name in names_here(self.piece.device)}
-
-    def around(self, index: int, layer: nn.Module) -> ManifoldHyperConnection:
-        """Our connection of a sublayer, around another form of its layer."""
-        own = self.ours[index]
-        copy = ManifoldHyperConnection(layer, self.width, own.config, device=own.phi.device)
-        copy.phi, copy.alpha, copy.bias = own.phi, own.alpha, own.bias
-        return copy
 
     @functools.cached_property
     def truth(self) -> tuple[Tensor, Tensor]:

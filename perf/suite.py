@@ -64,8 +64,6 @@ def run(args: SimpleNamespace) -> int:
 
     Raises:
         ValueError: The arguments leave nothing to measure.
-        OSError: The result cannot be written.
-        MissingExtraError: A package of the perf extra is missing.
         KeyboardInterrupt: After Ctrl-C, with what was measured in the file.
     """
     output.check_positive("perf run", jobs=args.jobs)

@@ -40,7 +40,7 @@ def compile_first(
     start, progress = time.monotonic(), output.Progress()
     shapes = by_shape(chosen)
     jobs = min(jobs or _processes(device), len(shapes))
-    progress.note(f"{_count(len(shapes), 'shape')} to compile, {_count(jobs, 'process')}")
+    progress.note(f"shapes to compile: {len(shapes)}, processes: {jobs}")
     tasks = worker.pooled(
         _HANDLER, shapes.items(), jobs=jobs, seconds=SECONDS, arguments=(device, wanted)
     )
@@ -107,9 +107,3 @@ def _processes(device: str) -> int:
         torch.cuda.empty_cache()  # what measuring the copy has left
         cores = min(cores, torch.cuda.mem_get_info()[0] // MEMORY)
     return max(1, cores)
-
-
-def _count(number: int, what: str) -> str:
-    """A number and what of, "1 shape" or "3 processes"."""
-    ending = "es" if what.endswith("s") else "s"
-    return f"{number} {what}{ending * (number != 1)}"

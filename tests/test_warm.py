@@ -65,7 +65,7 @@ def test_a_run_says_what_it_compiles_first(tmp_path, capsys):
     assert main([*RUN, "--contender", OURS, "--warm", "--jobs", "2", "--out", str(out)]) == 0
     assert [row.turns for row in records.read(out).rows] == [2, 2]
     said = [line[7:] for line in capsys.readouterr().err.splitlines()]
-    assert said[0] == " s  2 shapes to compile, 2 processes"
+    assert said[0] == " s  shapes to compile: 2, processes: 2"
     assert {*said[1:3]} == {" s  64x64: compiled", " s  256x128: compiled"}
     assert re.fullmatch(r" s  compiled in \d+ s; now the run", said[3])
     assert said[4] == " s  merge/inference/64x64/n4/float32"
