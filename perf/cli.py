@@ -175,13 +175,16 @@ def _gate(args: SimpleNamespace) -> int:
     compare.check_comparable(base, records.Record("run", {"gpu": gpu}, []), force=args.force)
     _check_output(args, "perf gate", baseline=args.baseline or baseline_path(gpu))
     require("tqdm", "mhc-tile perf gate", "perf")
+    from . import suite
+
     again = False
 
     def measure(wanted: records.Record) -> records.Record:
         nonlocal again
         first, again = not again, True
         # what looks slower is measured again; it does not replace the rest, and counts in any case
-        return _measure(wanted, args.out if first else None, args.force or not first)
+        path = args.out if first else None
+        return suite.measure_for_gate(wanted, path, force=args.force or not first)
 
     found = compare.gate(base, measure, **options)
     if args.out:
@@ -295,13 +298,6 @@ def _gpu_here() -> str:
             f"perf gate: a GPU or a result file must be given, got neither ({error}); "
             "--static needs neither"
         ) from error
-
-
-def _measure(base: "Record", path: Path | None, force: bool) -> "Record":
-    """The cases of a baseline, now."""
-    from . import suite
-
-    return suite.measure_for_gate(base, path, force=force)
 
 
 def _say(found: "Comparison", args: SimpleNamespace, *, complete: bool) -> int:

@@ -28,6 +28,16 @@ def _same(*tensors: Tensor) -> list[Tensor]:
     return list(tensors)
 
 
+def batched(*tensors: Tensor) -> list[Tensor]:
+    """Tensors in a batch of one."""
+    return [value[None] for value in tensors]
+
+
+def unbatched(*tensors: Tensor) -> list[Tensor]:
+    """The inverse of `batched`."""
+    return [value[0] for value in tensors]
+
+
 @dataclass(frozen=True)
 class Contender:
     """One implementation of one op.
@@ -85,9 +95,6 @@ def tile_kernels(op: str) -> Contender | None:
         rows = _rows_by_input().to(phi.device)  # a transposition: its own inverse
         return [x[0], phi[rows], alpha, bias[rows]]
 
-    def batched(*tensors: Tensor) -> list[Tensor]:
-        return [value[None] for value in tensors]
-
     def pre_results(layer_input: Tensor, h_post: Tensor, h_res: Tensor) -> list[Tensor]:
         return [layer_input[0], h_post[0, ..., 0], h_res[0].transpose(-1, -2)]
 
@@ -103,16 +110,13 @@ def tile_kernels(op: str) -> Contender | None:
     def merge_gradients(x: Tensor, layer_output: Tensor, *maps: Tensor) -> list[Tensor]:
         return [x[0], *pre_results(layer_output, *maps)]
 
-    def first(value: Tensor) -> list[Tensor]:
-        return [value[0]]
-
     name = named("tile-kernels")
     return {
-        "sublayer": Contender(name, sublayer, take, first, batched, gradients),
+        "sublayer": Contender(name, sublayer, take, unbatched, batched, gradients),
         "pre": Contender(
             name, pre, take, pre_results, pre_cotangents, gradients, modes=("inference", "forward")
         ),
-        "merge": Contender(name, merge, merge_take, first, batched, merge_gradients),
+        "merge": Contender(name, merge, merge_take, unbatched, batched, merge_gradients),
     }.get(op)
 
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .peers import ITERS, STREAMS, Contender, named
+from .peers import ITERS, STREAMS, Contender, batched, named, unbatched
 
 PACKAGE = "tile-kernels"
 WITHOUT_PROJECTION = "TileKernels 2 leaves the projection to another package, DeepGEMM"
@@ -74,14 +74,8 @@ def _merge(module: ModuleType) -> Contender:
     def gradients(layer_output: Tensor, x: Tensor, h_post: Tensor, h_res: Tensor) -> list[Tensor]:
         return [x[0], layer_output[0], h_post[0, ..., 0], h_res[0].transpose(-1, -2)]
 
-    def batched(grad_x_next: Tensor) -> list[Tensor]:
-        return [grad_x_next[None]]
-
-    def first(x_next: Tensor) -> list[Tensor]:
-        return [x_next[0]]
-
     stage = _stage(module.mhc_post_fwd, backward)
-    return Contender(named(PACKAGE), stage, take, first, batched, gradients)
+    return Contender(named(PACKAGE), stage, take, unbatched, batched, gradients)
 
 
 def _boundaries(module: ModuleType) -> dict[str, Contender]:

@@ -207,7 +207,7 @@ def test_gate_measures_where_it_is_given_no_result(baselines, monkeypatch, capsy
     monkeypatch.setattr(cli, "_gpu_here", lambda: "NVIDIA H200")
     records.write(record(row(90)), baselines / "nvidia_h200.json")
     for us, code in ((91, 0), (99, 3)):
-        monkeypatch.setattr(cli, "_measure", lambda *_, us=us: record(row(us)))
+        monkeypatch.setattr(suite, "measure_for_gate", lambda *_, us=us, **__: record(row(us)))
         assert main(["gate", "--out", str(tmp_path / "new.json")]) == code
         assert records.read(tmp_path / "new.json").rows[0].us == us
     assert main(["gate", str(tmp_path / "new.json"), "--out", "x"]) == 1
@@ -256,7 +256,7 @@ def test_gate_refuses_before_it_measures(
     baselines, monkeypatch, tmp_path, capsys, files, arguments, message
 ):
     monkeypatch.setattr(cli, "_gpu_here", lambda: "NVIDIA H200")
-    monkeypatch.setattr(cli, "_measure", lambda *_: pytest.fail("it measures"))
+    monkeypatch.setattr(suite, "measure_for_gate", lambda *_, **__: pytest.fail("it measures"))
     records.write(record(row(90)), baselines / "nvidia_h200.json")
     files(h100=record(row(), gpu="NVIDIA H100"), steps=record(row(), kind="overhead"))
     (tmp_path / "file").touch()
@@ -271,7 +271,7 @@ def test_gate_names_a_missing_extra_before_it_measures(baselines, monkeypatch, c
         raise ImportError(f"No module named {name!r}")
 
     monkeypatch.setattr(cli, "_gpu_here", lambda: "NVIDIA H200")
-    monkeypatch.setattr(cli, "_measure", lambda *_: pytest.fail("it measures"))
+    monkeypatch.setattr(suite, "measure_for_gate", lambda *_, **__: pytest.fail("it measures"))
     records.write(record(row(90)), baselines / "nvidia_h200.json")
     monkeypatch.setattr(_extras.importlib, "import_module", missing)
     assert main(["gate"]) == 1
