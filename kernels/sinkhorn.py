@@ -4,10 +4,9 @@
     backward:  each step `after = before / sum`, last to first:
                grad_before = (grad_after - sum over the axis of grad_after * after) / sum
 
-`reference.sinkhorn` says where eps enters. Per token the forward reads and writes 4 n*n bytes, the
-backward reads 8 n*n and writes 4 n*n. One thread keeps one token's matrix in registers for all
-iterations, which bounds the kernels by the latency of that chain. The backward keeps the sums of
-the steps, 8 n iters bytes a token, in shared memory and rebuilds the matrices from them.
+`reference.sinkhorn` says where eps enters. One thread keeps one token's matrix in registers for all
+iterations. The backward keeps the sums of the steps, 8 n iters bytes a token, in shared memory and
+rebuilds the matrices from them: docs/kernels/sinkhorn.md.
 """
 
 import dataclasses
@@ -28,11 +27,7 @@ from .common.sinkhorn_on_chip import sinkhorn_replay, sinkhorn_reverse, softmax_
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Launch knobs, of the forward and of the backward.
-
-    Attributes:
-        threads: of a block; each handles one token.
-    """
+    """Launch knobs, of the forward and of the backward; a thread handles one token."""
 
     threads: int = 32
 
@@ -145,13 +140,7 @@ def forward(logits: Tensor, *, iters: int, eps: float, config: Config) -> Tensor
 
 
 def fitting(config: Config, logits: Tensor, iters: int) -> Config:
-    """A table's configuration, measured with some iterations, where it fits so many; else default.
-
-    Args:
-        config: of the table.
-        logits: [T, n, n], on the GPU.
-        iters: of the backward.
-    """
+    """A table's configuration where so many iterations of the backward fit it, else the default."""
     limit = shared_limit(architecture(logits.device))
     return config if shared_bytes(logits.shape[1], iters, config.threads) <= limit else Config()
 

@@ -37,32 +37,22 @@ WARP_ROLE_CONFIGS = {
 }
 
 
-def segment_width(channels: int, members: int) -> int:
+def segment_width(C: int, members: int) -> int:
     """Channels of each of `members` segments: a multiple of 8, so that accesses have 16 bytes."""
-    return ceil_div(ceil_div(channels, members), 8) * 8
+    return ceil_div(ceil_div(C, members), 8) * 8
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One block's share of phi: `width` channels of every stream, `steps` x 32 elements a warp.
-
-    Args:
-        n: streams.
-        channels: C.
-        rows: rows of phi.
-        width: channels of the segment, a multiple of 8.
-        steps: pieces of 32 elements that each warp holds.
-        group: tokens of a tile, a multiple of 8 * batches.
-        batches: a warp projects `batches` x 8 tokens at a time.
-    """
+    """One block's share of phi: `width` channels of every stream, `steps` x 32 elements a warp."""
 
     n: int
-    channels: int
-    rows: int
-    width: int
-    steps: int
-    group: int
-    batches: int = 1
+    C: int
+    rows: int  # of phi
+    width: int  # channels of the segment, a multiple of 8
+    steps: int  # pieces of 32 elements that each warp holds
+    group: int  # tokens of a tile, a multiple of 8 * batches
+    batches: int = 1  # of 8 tokens that a warp projects at a time
 
     @property
     def warps(self) -> int:
@@ -71,7 +61,7 @@ class Segment:
 
     @property
     def threads(self) -> int:
-        """Threads of those warps."""
+        """Threads that hold the segment."""
         return WARP * self.warps
 
     @property
@@ -123,7 +113,7 @@ class Segment:
 
         A thread keeps its place in the row and passes over the tokens of the tile.
         """
-        n, C, G, width, chunks = self.n, self.channels, self.group, self.width, self.chunks
+        n, C, G, width, chunks = self.n, self.C, self.group, self.width, self.chunks
         rows = max(1, threads // chunks)
         pieces = ceil_div(chunks, threads)
 

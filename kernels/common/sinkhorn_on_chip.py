@@ -13,8 +13,7 @@ A step `after = before / sum` has `before = after * sum` and
 so the reverse pass needs the sums alone: 2 * iters * n floats a token in shared memory. It
 rebuilds the matrix, and where eps is 0 the first softmax with it: `softmax_o(logits)[o, i] =
 m[o, i] * sum[o]` for the first iteration's m. Where eps is not 0 that would be `m[o, i] * sum[o] -
-eps`, which has no correct digit for small entries, so the softmax is taken again. One thread owns
-one token: n * n registers for the matrix, n * n for its gradient, no shuffle and no barrier.
+eps`, which has no correct digit for small entries, so the softmax is taken again.
 """
 
 from typing import Any
@@ -25,10 +24,7 @@ from .programs import F32, macro
 
 
 def reciprocal(value: Any) -> Any:
-    """1 / value to 1 ulp in one instruction; 0 for infinity.
-
-    The correctly rounded one is a subroutine, with which Sinkhorn's backward is 2.6 times slower.
-    """
+    """1 / value to 1 ulp in one instruction; 0 for infinity. A rounded one is a slow subroutine."""
     return T.call_extern(F32, "__fdividef", T.float32(1.0), value)
 
 
@@ -57,16 +53,10 @@ def softmax_out(matrix, n):
 
 @macro
 def sinkhorn_replay(matrix, sums, lane, n, iters, eps):
-    """Turn the logits in `matrix` [n, n] into h_res and keep every step's sums.
+    """Turn the logits in `matrix` [n, n], registers, into h_res and keep every step's sums.
 
-    Args:
-        matrix: [n, n], registers. Logits on entry, h_res on return.
-        sums: [2 * iters, n, lanes], shared memory. Row 2 * step receives the sums over out, row
-            2 * step + 1 those over in; row 0 is left alone.
-        lane: this thread's place in `sums`.
-        n: number of streams.
-        iters: at least 1.
-        eps: at least 0.
+    In `sums` [2 * iters, n, lanes], shared memory, row 2 * step receives the sums over out, row
+    2 * step + 1 those over in; row 0 is left alone.
     """
     peak = T.alloc_var(F32)
     total = T.alloc_var(F32)
@@ -108,8 +98,8 @@ def sinkhorn_replay(matrix, sums, lane, n, iters, eps):
         inverse = reciprocal(total)
         for i in T.unroll(n):
             matrix[o, i] *= inverse
+    # m[o, i] /= sum_o m[o, i] + eps ; m[o, i] /= sum_i m[o, i] + eps
     for step in T.serial(1, iters):
-        # m[o, i] /= sum_o m[o, i] + eps
         for i in T.unroll(n):
             total = eps
             for o in T.unroll(n):
@@ -118,7 +108,6 @@ def sinkhorn_replay(matrix, sums, lane, n, iters, eps):
             inverse = reciprocal(total)
             for o in T.unroll(n):
                 matrix[o, i] *= inverse
-        # m[o, i] /= sum_i m[o, i] + eps
         for o in T.unroll(n):
             total = eps
             for i in T.unroll(n):
@@ -131,17 +120,10 @@ def sinkhorn_replay(matrix, sums, lane, n, iters, eps):
 
 @macro
 def sinkhorn_reverse(matrix, grad, sums, lane, n, iters, eps):
-    """Undo `sinkhorn_replay`'s steps: all of them where eps is 0, else all but the first softmax.
+    """Turn the cotangent of h_res in `grad` [n, n], registers, into that of the logits.
 
-    Args:
-        matrix: [n, n], registers. h_res on entry.
-        grad: [n, n], registers. Cotangent of h_res on entry; on return that of the logits, or of
-            softmax_o(logits) where eps is not 0: call `softmax_out_back` then.
-        sums: [2 * iters, n, lanes], shared memory, as `sinkhorn_replay` left it.
-        lane: this thread's place in `sums`.
-        n: number of streams.
-        iters: at least 1.
-        eps: at least 0.
+    Where eps is not 0 it becomes that of softmax_o(logits): call `softmax_out_back` then. `matrix`
+    and `sums` are as `sinkhorn_replay` left them; the steps in `matrix` are undone.
     """
     total = T.alloc_var(F32)
     dot = T.alloc_var(F32)
@@ -193,13 +175,7 @@ def sinkhorn_reverse(matrix, grad, sums, lane, n, iters, eps):
 
 @macro
 def softmax_out_back(matrix, grad, n):
-    """Turn the cotangent of softmax_o(logits) into that of the logits.
-
-    Args:
-        matrix: [n, n], registers. Logits on entry, softmax_o(logits) on return.
-        grad: [n, n], registers. Either cotangent.
-        n: number of streams.
-    """
+    """Turn the cotangent of softmax_o(logits) in `grad` into that of the logits in `matrix`."""
     dot = T.alloc_var(F32)
     softmax_out(matrix, n)
     # grad = m * (grad - sum_o grad * m)

@@ -5,9 +5,8 @@
     radial      = -inv_rms^2 / (n*C) * sum_k alpha[gate of k] * grad_logits[k] * projection[k]
 
 `backward.py` defines grad_logits. About 3 (n*n + 2n) floats a token cross device memory. One thread
-owns one token: everything of it stays in registers, but the sums of Sinkhorn's steps, which the
-reverse pass reads from shared memory. For `pre` the states are incomplete: grad_h_pre, which
-decides the first n floats and a part of radial, comes from a later launch.
+owns one token. For `pre` the states are incomplete: grad_h_pre, which decides the first n floats
+and a part of radial, comes from a later launch.
 """
 
 from typing import Any
@@ -133,9 +132,8 @@ def token_state_program(
 ) -> Any:
     """From the cotangents of the maps to the states of tokens and the sums of blocks of tokens.
 
-    With iters = 0 grad_h_res is the cotangent of the logits already. Without `complete` grad_h_pre
-    is not read: see `_maps_back`. With `clear_mailbox` every word of the next launch's mailbox is
-    set to NO_MESSAGE.
+    Without `complete` grad_h_pre is not read: see `_maps_back`. With `clear_mailbox` every word of
+    the next launch's mailbox is set to NO_MESSAGE.
     """
     words = T.dynamic("words")
     tokens, blocks = T.dynamic("tokens"), T.dynamic("blocks")
@@ -239,30 +237,16 @@ def token_states(
     extra_sums: int = 0,
     mailbox: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch `token_state_program`.
+    """Launch `token_state_program` on T >= 1 tokens.
 
-    Args:
-        grad_h_pre: [T, n], fp32. None: the states are incomplete, `pre_backward` completes them.
-        grad_h_post: [T, n], fp32, T at least 1.
-        grad_h_res: [T, n, n], fp32; the cotangent of the logits instead where iters is 0.
-        projection: [T, n*n + 2n], fp32.
-        inv_rms: [T], fp32.
-        alpha: [3], fp32.
-        bias: [n*n + 2n], fp32.
-        C: hidden size.
-        pre_eps: added to the sigmoids of h_pre.
-        post_scale: factor of the sigmoids of h_post.
-        iters: of Sinkhorn, or 0.
-        sinkhorn_eps: see `reference.sinkhorn`.
-        extra_sums: rows that a later launch adds to the blocks' sums.
-        mailbox: of the next launch, int32, of any shape; cleared.
+    Without grad_h_pre the states are incomplete: `pre_backward` completes them. With iters = 0
+    grad_h_res is the cotangent of the logits. `extra_sums` rows of the sums are left to a later
+    launch, whose `mailbox`, int32, is cleared. RuntimeError if the sums of so many iterations do
+    not fit this GPU's shared memory.
 
     Returns:
-        states [T, state_size(n)] and, for blocks of tokens, sums
-        [blocks + extra_sums, sums_width(n)], fp32.
-
-    Raises:
-        RuntimeError: The sums of so many iterations do not fit this GPU's shared memory.
+        states [T, state_size(n)], and sums of blocks of tokens [blocks + extra_sums,
+        sums_width(n)], fp32.
     """
     tokens, n = grad_h_post.shape
     arch = architecture(projection.device)

@@ -11,7 +11,7 @@ and a C that is no multiple of 8, take a launch for each stage.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +19,7 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
+from ..common.knobs import knobs_of
 from ..common.problem import Problem, Target
 from ..common.programs import (
     F32,
@@ -34,20 +35,15 @@ from ..mapping import launch as mapping
 from . import persistent, simt
 
 PIECE = WARP * 8  # channels that a warp reads at once
-# Iterations of the persistent loop from which on one launch is faster than two: 1 to 2 at widths
-# from 1280 to 7168 (H100, 2026-11-27).
+# Iterations of the persistent loop from which on one launch is faster than two.
 MANY_ITERATIONS = 1.5
 
 
 @dataclass(frozen=True)
 class Config(mapping.Config):
-    """Launch knobs of the two launches: those of the mapping, and of pre-apply.
+    """Launch knobs of the two launches."""
 
-    Args:
-        splits: warps that share a token's channels in `finish`.
-    """
-
-    splits: int = 1
+    splits: int = 1  # warps that share a token's channels in `finish`
 
     def __post_init__(self) -> None:
         """Reject what cannot launch on any GPU."""
@@ -62,13 +58,8 @@ def default_config(
 ) -> "Config | persistent.Config | simt.Config":
     """One persistent launch for many tokens where the GPU can run it, else two launches.
 
-    H200, 2026-11-24, us, one / two launches: 8192x1280 46 / 56, 8192x2560 77 / 104, 8192x4096
-    120 / 162, 4096x7168 118 / 149; 64x7168 13 / 10. The two differ in the last bits of the maps.
-
-    Args:
-        problem: the shape and the dtype of x.
-        target: the GPU.
-        batch_invariant: the same form for every number of tokens, that of many.
+    The two differ in the last bits of the maps. `batch_invariant` gives every number of tokens the
+    form of many.
     """
     if not problem.fits_tensor_cores:
         return simt.default_config(problem, target)
@@ -76,18 +67,15 @@ def default_config(
     if one and (batch_invariant or problem.tokens >= MANY_ITERATIONS * one.group * one.teams):
         return one
     # few tokens are split over warps until about 14 warps a multiprocessor run
-    base = mapping.default_config(problem, target)
     pieces = ceil_div(problem.channels, PIECE)
     wanted = 14 * target.multiprocessors // max(problem.tokens, 1)
     # a power of two or all: the number of tokens chooses among few programs
     splits = pieces if wanted >= pieces else 1 << max(0, wanted.bit_length() - 1)
-    return _with_splits(base, splits)
+    return _with_splits(mapping.default_config(problem, target), splits)
 
 
 def _with_splits(base: mapping.Config, splits: int) -> Config:
-    return Config(
-        **{field.name: getattr(base, field.name) for field in fields(base)}, splits=splits
-    )
+    return Config(*knobs_of(base), splits=splits)
 
 
 def candidates(
@@ -103,7 +91,7 @@ def candidates(
     splits = {1, 4, getattr(default, "splits", 1), ceil_div(problem.channels, PIECE)}
     for base in mapping.candidates(problem, target):
         if one_launch and base.ahead not in (1, ahead):
-            continue  # only few tokens take two launches: 64 change by 1% (H100, 2026-11-24)
+            continue  # only few tokens take two launches, and `ahead` hardly changes their time
         for split in sorted(splits):
             config = _with_splits(base, split)
             if config != default:
@@ -116,7 +104,7 @@ def candidates(
 @program(WARP_ROLE_CONFIGS)
 def finish_program(
     n: int,
-    channels: int,
+    C: int,
     dtype: str,
     members: int,
     warps: int,
@@ -128,7 +116,6 @@ def finish_program(
     sinkhorn_eps: float,
 ) -> Any:
     """From the split-K partials to the maps, h_res and layer_input, `splits` warps a token."""
-    C = channels
     rows = logits_per_token(n)
     lanes = ceil_div(rows + 1, WARP)
     pieces = ceil_div(ceil_div(C, PIECE), splits)
@@ -168,6 +155,7 @@ def finish_program(
                 gather(totals, scale, parts, token, lane)
                 if (split == 0) and (lane == 0):
                     inv_rms[token] = scale
+                # logits = projection * [alpha_pre | alpha_post | alpha_res] + bias
                 for q in T.unroll(lanes):
                     r = q * WARP + lane - 1
                     if (r >= 0) and (r < rows):
@@ -251,9 +239,9 @@ def forward(
             x, phi, alpha, bias, norm_eps=norm_eps, pre_eps=pre_eps, post_scale=post_scale,
             iters=iters, sinkhorn_eps=sinkhorn_eps, config=config,
         )  # fmt: skip
-    tokens, n, channels = x.shape
+    tokens, n, C = x.shape
     rows = logits_per_token(n)
-    layer_input = x.new_empty(tokens, channels)
+    layer_input = x.new_empty(tokens, C)
     h_post, h_res, projection = (
         x.new_empty(tokens, columns, dtype=torch.float32) for columns in (n, n * n, rows)
     )
@@ -267,14 +255,14 @@ def forward(
         else:
             parts = mapping.project(x, phi, config)
             knobs = config.members, config.warps, config.splits
-            kernel = finish_program(arch, n, channels, dtype_name(x), *knobs, *constants)
+            kernel = finish_program(arch, n, C, dtype_name(x), *knobs, *constants)
             kernel(x, parts, alpha, bias, *outputs)
     return layer_input, h_post, h_res.view(tokens, n, n), projection, inv_rms
 
 
 def traffic(problem: Problem) -> int:
     """Bytes that must move forward: x once, phi once."""
-    n, channels = problem.n, problem.channels
+    n, C = problem.n, problem.channels
     rows = logits_per_token(n)
-    moved = (n + 1) * channels * ITEM_BYTES[problem.dtype] + 4 * (n * n + n + rows + 1)
-    return problem.tokens * moved + 4 * rows * n * channels
+    moved = (n + 1) * C * ITEM_BYTES[problem.dtype] + 4 * (n * n + n + rows + 1)
+    return problem.tokens * moved + 4 * rows * n * C

@@ -7,9 +7,9 @@
 
 grad_x_part is what merge's backward computed of grad_x. With h_res it is merge's own cotangent,
 grad_x_next, and sum_o h_res[o, i] * grad_x_part[o, c] is added. Many tokens take one persistent
-launch, persistent.py, which reads x once: 13 C elements a token move at n = 4. Few tokens, n other
-than 4, fp16, fp32 and GPUs before sm_90 take the dot products, dots.py, and then the grad_x /
-grad_phi pass of mapping: 18 C. docs/kernels/pre_backward.md has the order of the launches.
+launch, which reads x once: 13 C elements a token move at n = 4. Two passes take the dot products,
+dots.py, and then the grad_x / grad_phi pass of mapping: 18 C. docs/kernels/pre_backward.md says
+when, and in which order they are launched.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ from . import dots, persistent
 
 __all__ = ["Config", "backward", "candidates", "default_config", "traffic"]
 
-# Iterations of the persistent loop from which on one pass is faster than two (H200, 2026-11-24).
+# Iterations of the persistent loop from which on one pass is faster than two.
 MANY_ITERATIONS = 16
 
 
@@ -36,13 +36,8 @@ def default_config(
 ) -> Config | persistent.Config:
     """One persistent launch for many tokens where the GPU can run it, else two passes over x.
 
-    H200, 2026-11-24, us, one / two passes: 8192x1280 104 / 105, 8192x2560 182 / 201, 8192x4096
-    277 / 304, 4096x7168 270 / 299; 2048x2560 65 / 64. They add the dot products in another order.
-
-    Args:
-        problem: the shape and the dtype of x.
-        target: the GPU.
-        batch_invariant: the same form for every number of tokens, that of many.
+    They add the dot products in another order. `batch_invariant` gives every number of tokens the
+    form of many.
     """
     if problem.dtype == "bfloat16":
         one = persistent.default_config(problem.at(1), target)
@@ -131,7 +126,7 @@ def backward(
 
 def traffic(problem: Problem) -> int:
     """Bytes that must move if x is read once, with merge's share of its gradient."""
-    n, channels = problem.n, problem.channels
+    n, C = problem.n, problem.channels
     logits = logits_per_token(n)
-    per_token = (3 * n + 1) * channels * ITEM_BYTES[problem.dtype] + (2 * logits - n + 1) * 4
-    return problem.tokens * per_token + 2 * logits * n * channels * 4
+    per_token = (3 * n + 1) * C * ITEM_BYTES[problem.dtype] + (2 * logits - n + 1) * 4
+    return problem.tokens * per_token + 2 * logits * n * C * 4
