@@ -160,17 +160,11 @@ def _outer_backward(ctx: Any, grad_GNK: Tensor) -> tuple[Tensor | None, ...]:
 
 _outer = define(
     "_grouped_outer(Tensor left, Tensor right, Tensor ends) -> Tensor",
-    cpu=_outer_loop,
-    cuda=_outer_cuda,
-    fake=_outer_fake,
-    setup_context=_save,
-    backward=_outer_backward,
-)
+    cpu=_outer_loop, cuda=_outer_cuda, fake=_outer_fake,
+    setup_context=_save, backward=_outer_backward,
+)  # fmt: skip
 _linear = define(
     "_grouped_linear(Tensor rows, Tensor weights, Tensor ends, bool transposed) -> Tensor",
-    cpu=_linear_loop,
-    cuda=_linear_cuda,
-    fake=_linear_fake,
-    setup_context=_save,
-    backward=_linear_backward,
-)
+    cpu=_linear_loop, cuda=_linear_cuda, fake=_linear_fake,
+    setup_context=_save, backward=_linear_backward,
+)  # fmt: skip

@@ -136,12 +136,10 @@ class ManifoldHyperConnection(Connection):
     def _constants(self) -> dict[str, Any]:
         config = self.config
         return {
-            "norm_eps": config.norm_eps,
-            "pre_eps": config.pre_eps,
+            "norm_eps": config.norm_eps, "pre_eps": config.pre_eps,
             "post_scale": config.post_scale,
-            "iters": config.iters,
-            "sinkhorn_eps": config.sinkhorn_eps,
-        }
+            "iters": config.iters, "sinkhorn_eps": config.sinkhorn_eps,
+        }  # fmt: skip
 
 
 class HyperConnection(Connection):

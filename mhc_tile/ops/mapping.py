@@ -68,13 +68,9 @@ def _with_projection(
 
 
 MAPPING = Op(
-    "mapping",
-    ("x", "phi", "alpha", "bias"),
-    ("h_pre", "h_post", "h_res_logits"),
-    _with_projection,
-    gradients.mapping_backward,
-    kernel="mapping",
-    gradient_kernel="mapping_backward",
+    "mapping", ("x", "phi", "alpha", "bias"), ("h_pre", "h_post", "h_res_logits"),
+    _with_projection, gradients.mapping_backward,
+    kernel="mapping", gradient_kernel="mapping_backward",
     kept=("projection", "inv_rms"),
     constants="float norm_eps, float pre_eps=0.0, float post_scale=2.0",
-)
+)  # fmt: skip
