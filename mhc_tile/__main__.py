@@ -41,14 +41,10 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run one command, of the process's arguments if `argv` is None.
 
-    Args:
-        argv: the arguments; those of the process if None.
-
-    Returns:
-        The exit code: 0, 1 for an error that was printed, 2 for wrong usage, 3 for a regression
-        that `perf` found, 128 and its number after a signal: 130 after Ctrl-C.
+    Returns the exit code: 0, 1 for an error that was printed, 2 for wrong usage, 3 for a regression
+    that `perf` found, 128 and its number after a signal: 130 after Ctrl-C.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed before the process began, as by `>&-`

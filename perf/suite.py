@@ -185,28 +185,24 @@ def measure(
     operation = OPERATIONS[case.op]
     rows = {} if rows is None else rows
     moved = operation.moved(case) if bench.device == "cuda" else None
-    taking_part = contenders(case, wanted, bench.device)
+    inputs, fault = [], {}
     try:
         inputs = _input_sets(case, operation, bench)
     except torch.OutOfMemoryError as error:
         fault = output.fault_of(error, "inputs do not fit")
-        for one in taking_part:
-            row = one if isinstance(one, Row) else _row(case, one.name, moved, **fault)
-            rows[row.contender] = row
-            output.recover(bench, row)
-        return rows
     timers: dict[str, Timer] = {}
-    for contender in taking_part:
+    for contender in contenders(case, wanted, bench.device):
         if isinstance(contender, Row):
             rows[contender.contender] = contender
             continue
-        row, start = _row(case, contender.name, moved), time.monotonic()
+        row, timer, start = _row(case, contender.name, moved, **fault), None, time.monotonic()
         if progress:
             progress.detail(f"{case.key}, {contender.name}")
         try:
-            row, timer = _prepare(case, contender, inputs, bench, row)
+            if not fault:
+                row, timer = _prepare(case, contender, inputs, bench, row)
         except Exception as error:
-            row, timer = row.replace(**output.fault_of(error)), None
+            row = row.replace(**output.fault_of(error))
         rows[row.contender] = row
         if timer:
             timers[row.contender] = timer
