@@ -132,12 +132,7 @@ def parsed(
 
 
 def baseline_path(gpu: str) -> Path:
-    """Where the baseline of a GPU's model is; `gpu` is the vendor's name of the model.
-
-    Example:
-        >>> baseline_path("NVIDIA H200").name
-        'nvidia_h200.json'
-    """
+    """Where the baseline of a GPU's model is; `gpu` is the vendor's name of the model."""
     from .records import slug
 
     return HERE / "baselines" / f"{slug(gpu)}.json"

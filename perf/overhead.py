@@ -268,10 +268,6 @@ def longer(steps: Sequence[float], plain: Sequence[float]) -> tuple[float, float
     The mean over rounds without an eighth at either end. No median: at its power limit a GPU has
     two states, each of which lasts for seconds and in which one and the same step takes 2% more or
     less, and a median jumps from one to the other.
-
-    Example:
-        >>> longer([150.0, 165.0, 150.0, 165.0], [100.0, 110.0, 100.0, 110.0])
-        (0.5, 0.0)
     """
     ratios = sorted(one / other - 1 for one, other in zip(steps, plain, strict=True))
     cut = len(ratios) // 8

@@ -103,12 +103,7 @@ def _measure_all(
 
 
 def names_here(device: str) -> list[str]:
-    """The contenders that can be measured: packages where they are installed, with their versions.
-
-    Example:
-        >>> names_here("cpu")[:3]
-        ['mhc_tile', 'reference (eager)', 'reference (compiled)']
-    """
+    """The contenders that can be measured; installed packages have their versions in the name."""
     own = [OURS, EAGER, COMPILED, *[COMPILED_TF32] * (device == "cuda")]
     return own + [named(package) for package in ADAPTERS if version(package)]
 

@@ -52,12 +52,7 @@ def compile_first(
 
 
 def by_shape(chosen: Sequence[Case]) -> dict[Shape, list[Case]]:
-    """Cases by T and C, in the order of what takes long: wide ones, then those of many cases.
-
-    Example:
-        >>> [*by_shape([Case("merge", "forward", 8, 64), Case("merge", "forward", 8, 128)])]
-        [(8, 128), (8, 64)]
-    """
+    """Cases by T and C, in the order of what takes long: wide ones, then those of many cases."""
     found: dict[Shape, list[Case]] = {}
     for case in chosen:
         found.setdefault((case.tokens, case.hidden_size), []).append(case)
