@@ -117,19 +117,13 @@ def measure(
     *,
     must_fit: bool = False,
 ) -> dict[str, Row]:
-    """One slice: every contender's step.
+    """One slice: the steps of plain residuals and of contenders that are wanted, in turns.
 
-    Args:
-        piece: the slice.
-        bench: where.
-        progress: is told what begins.
-        wanted: beginnings of contenders' names; all if empty. Plain residuals always take part.
-        turns: of each contender.
-        rows: gets what is measured as it comes.
-        must_fit: whether to stop, of several layers, where a contender runs out of memory.
+    With `must_fit`, a slice of several layers ends where a contender runs out of memory.
 
     Returns:
-        A row for each by name, the plain one first; none if it stopped.
+        `rows`, a row for each contender by name, which come as they are measured, the plain one
+        first; none if it ended for memory.
 
     Raises:
         UnusableError: A contender left the GPU so that nothing works on it any more.

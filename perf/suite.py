@@ -163,16 +163,8 @@ def measure(
 ) -> dict[str, Row]:
     """One case: every contender that is wanted by its name checked, then timed in turns.
 
-    Args:
-        case: what.
-        bench: where.
-        wanted: whether a contender is, by its name.
-        turns: of each contender.
-        rows: gets what is measured as it comes.
-        progress: is told which contender begins, and of one that takes long to compile.
-
     Returns:
-        A row for each contender, by name.
+        `rows`, a row for each contender by name, which come as they are measured.
 
     Raises:
         UnusableError: A contender left the GPU so that nothing works on it any more.
