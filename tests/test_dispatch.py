@@ -328,7 +328,7 @@ def test_a_table_s_threads_do_not_limit_the_iterations(monkeypatch):
     kernel = importlib.import_module("mhc_tile.kernels.sinkhorn")
     used, wide = [], kernel.Config(threads=128)
 
-    def program(arch, n, iters, eps, threads):
+    def program(arch, n, sinkhorn, threads):
         used.append(threads)
         return lambda *_: None
 
@@ -343,7 +343,7 @@ def test_a_table_s_threads_do_not_limit_the_iterations(monkeypatch):
     for launch in (launch_op, functools.partial(kernel.backward, config=wide)):
         with pytest.raises(RuntimeError, match="sinkhorn: iters must be at most"):
             launch(logits, logits, iters=5000, eps=0.0)
-    with pytest.raises(RuntimeError, match="with 128 threads on this GPU, got 57"):
+    with pytest.raises(RuntimeError, match="with 128 threads a block on this GPU, got 57"):
         kernel.backward(logits, logits, iters=57, eps=0.0, config=wide)
 
 

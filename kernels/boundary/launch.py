@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import merge
 from ..common.architectures import overlaps
+from ..common.constants import Constants
 from ..common.problem import Problem
 from ..common.programs import (
     F32,
@@ -31,7 +32,7 @@ from ..common.programs import (
 from ..common.projection import WARP, WARP_ROLE_CONFIGS
 from ..pre import launch as pre
 from ..pre import persistent, simt
-from ..pre.plan import Constants, Cta, Reduced
+from ..pre.plan import Cta, Reduced
 from ..pre.roles import empty_mailboxes, receive_and_reduce_warps
 from .roles import CHUNK, MAPS, STREAMS, Inputs, Staged, merge_warps, project_warps
 
@@ -146,12 +147,8 @@ def forward(
     alpha: Tensor,
     bias: Tensor,
     *,
-    norm_eps: float,
-    pre_eps: float,
-    post_scale: float,
-    iters: int,
-    sinkhorn_eps: float,
     config: "Config | pre.Config | persistent.Config | simt.Config",
+    **constants: Any,
 ) -> tuple[Tensor, ...] | None:
     """Merge of a sublayer and everything before the next layer (eqs. 7, 8, 9 and 14-19).
 
@@ -163,13 +160,9 @@ def forward(
         phi: [n*n + 2n, n*C], fp32. The next sublayer's, as alpha and bias.
         alpha: [3], fp32.
         bias: [n*n + 2n], fp32.
-        norm_eps: as in `pre.forward`, as are the next four.
-        pre_eps: see there.
-        post_scale: see there.
-        iters: see there.
-        sinkhorn_eps: see there.
         config: of this launch, or the one that `pre` would have: ranks and groups are then its
             own, and all results have the bits of `merge` and `pre`.
+        **constants: as in `pre.forward`.
 
     Returns:
         x_next [T, n, C] and layer_input [T, C] in x's dtype; h_post_next [T, n], h_res_next
@@ -195,8 +188,8 @@ def forward(
     )
     inv_rms = x.new_empty(tokens, dtype=torch.float32)
     x_next, layer_input = torch.empty_like(x), torch.empty_like(layer_output)
-    constants = float(norm_eps), float(pre_eps), float(post_scale), int(iters), float(sinkhorn_eps)
-    kernel = boundary_program(arch, C, dtype_name(x), config, constants, overlaps(arch))
+    compiled = Constants.of(**constants)
+    kernel = boundary_program(arch, C, dtype_name(x), config, compiled, overlaps(arch))
     kernel(
         x, layer_output, h_post, h_res.view(tokens, n * n),
         phi.view(rows, n, C), alpha, bias,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..common.architectures import overlaps, shared_limit
+from ..common.constants import Sinkhorn
 from ..common.programs import (
     F32,
     PASS_CONFIGS,
@@ -25,7 +26,15 @@ from ..common.programs import (
     macro,
     program,
 )
-from ..common.sinkhorn_on_chip import sigmoid, sinkhorn_replay, sinkhorn_reverse, softmax_out_back
+from ..common.sinkhorn_on_chip import (
+    check_sums,
+    logits_again,
+    sigmoid,
+    sinkhorn_replay,
+    sinkhorn_reverse,
+    softmax_out_back,
+    sums_shape,
+)
 
 TOKENS_PER_BLOCK = 32
 # A word of a state that is still to come: a NaN that no arithmetic makes.
@@ -122,10 +131,9 @@ def _add_block(
 def token_state_program(
     C: int,
     n: int,
-    iters: int,
-    eps: float,
     pre_eps: float,
     post_scale: float,
+    manifold: Sinkhorn | None,
     complete: bool,
     clear_mailbox: bool,
     overlap: bool,
@@ -171,7 +179,7 @@ def token_state_program(
             gate = T.alloc_local((3,), F32)
             gate_sums = T.alloc_local((3,), F32)
             state = T.alloc_local((size,), F32)
-            sums = T.alloc_shared((2 * max(iters, 1), n, lanes), F32)
+            sums = T.alloc_shared(sums_shape(manifold, n, lanes), F32)
             scale = T.alloc_var(F32)
             present = T.alloc_var(F32)
             value = T.alloc_var(F32)
@@ -191,13 +199,13 @@ def token_state_program(
             for g in T.unroll(3):
                 gate[g] = alpha[g]
             # h_res = sinkhorn(logits_res), then grad_h_res_logits by the reverse pass
-            if iters > 0:
+            if manifold:
                 _residual_logits(matrix, products, gate, bias, n)
-                sinkhorn_replay(matrix, sums, lane, n, iters, eps)
-                sinkhorn_reverse(matrix, grad_res, sums, lane, n, iters, eps)
+                sinkhorn_replay(matrix, sums, lane, n, manifold)
+                sinkhorn_reverse(matrix, grad_res, sums, lane, n, manifold)
                 for k in load(logits):  # again: as many registers less until here
                     products[k] = projection[token, k]
-                if eps > 0:
+                if logits_again(manifold):
                     _residual_logits(matrix, products, gate, bias, n)
                     softmax_out_back(matrix, grad_res, n)
             _maps_back(
@@ -232,14 +240,13 @@ def token_states(
     C: int,
     pre_eps: float,
     post_scale: float,
-    iters: int = 0,
-    sinkhorn_eps: float = 0.0,
+    manifold: Sinkhorn | None = None,
     extra_sums: int = 0,
     mailbox: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch `token_state_program` on T >= 1 tokens.
 
-    Without grad_h_pre the states are incomplete: `pre_backward` completes them. With iters = 0
+    Without grad_h_pre the states are incomplete: `pre_backward` completes them. Without a manifold
     grad_h_res is the cotangent of the logits. `extra_sums` rows of the sums are left to a later
     launch, whose `mailbox`, int32, is cleared. RuntimeError if the sums of so many iterations do
     not fit this GPU's shared memory.
@@ -250,15 +257,12 @@ def token_states(
     """
     tokens, n = grad_h_post.shape
     arch = architecture(projection.device)
-    most = shared_limit(arch) // (4 * 2 * n * TOKENS_PER_BLOCK)
-    if iters > most:
-        raise RuntimeError(
-            f"pre_backward: iters must be at most {most} for {n} streams on this GPU, got {iters}"
-        )
+    if manifold:
+        check_sums("pre_backward", manifold, n, TOKENS_PER_BLOCK, shared_limit(arch))
     states = projection.new_empty(tokens, state_size(n))
     blocks = ceil_div(tokens, TOKENS_PER_BLOCK)
     block_sums = projection.new_empty(blocks + extra_sums, sums_width(n))
-    constants = (C, n, iters, float(sinkhorn_eps), float(pre_eps), float(post_scale))
+    constants = (C, n, float(pre_eps), float(post_scale), manifold)
     terms = (grad_h_pre is not None, mailbox is not None)
     kernel = token_state_program(arch, *constants, *terms, overlaps(arch))
     # what a program does not read still has its shape

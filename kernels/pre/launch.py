@@ -19,6 +19,7 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
+from ..common.constants import Constants
 from ..common.knobs import knobs_of
 from ..common.problem import Problem, Target
 from ..common.programs import (
@@ -30,7 +31,8 @@ from ..common.programs import (
     logits_per_token,
     program,
 )
-from ..common.projection import WARP, WARP_ROLE_CONFIGS, sigmoid, sinkhorn_registers
+from ..common.projection import WARP, WARP_ROLE_CONFIGS, sigmoid
+from ..common.sinkhorn_on_chip import sinkhorn_registers
 from ..mapping import launch as mapping
 from . import persistent, simt
 
@@ -109,18 +111,14 @@ def finish_program(
     members: int,
     warps: int,
     splits: int,
-    norm_eps: float,
-    pre_eps: float,
-    post_scale: float,
-    iters: int,
-    sinkhorn_eps: float,
+    constants: Constants,
 ) -> Any:
     """From the split-K partials to the maps, h_res and layer_input, `splits` warps a token."""
     rows = logits_per_token(n)
     lanes = ceil_div(rows + 1, WARP)
     pieces = ceil_div(ceil_div(C, PIECE), splits)
     tokens = T.dynamic("tokens")
-    gather = mapping.gather_macro(n, C, members, norm_eps)
+    gather = mapping.gather_macro(n, C, members, constants.norm_eps)
     logit = mapping.logit
 
     @T.prim_func
@@ -165,12 +163,12 @@ def finish_program(
                         if (split == 0) and (r >= 2 * n):
                             residual[tx // WARP, r - 2 * n] = value
                         sigmoid(value)
-                        # h_pre = sigmoid(logits_pre) + pre_eps
+                        # h_pre = sigmoid(logits_pre) + constants.pre_eps
                         if r < n:
-                            totals[q] = value + pre_eps
+                            totals[q] = value + constants.pre_eps
                         # h_post = post_scale * sigmoid(logits_post)
                         if (split == 0) and (r >= n) and (r < 2 * n):
-                            h_post[token, r - n] = value * post_scale
+                            h_post[token, r - n] = value * constants.post_scale
                 for i in T.unroll(n):
                     weights[i] = T.shfl_sync(totals[0], 1 + i)
 
@@ -196,7 +194,7 @@ def finish_program(
                 if (owned % splits == 0) and (owned < T.cast(tokens, "int64") * splits):
                     for v in T.vectorized(n * n):
                         matrix[v] = residual[tx, v]
-                    sinkhorn_registers(matrix, n, iters, sinkhorn_eps)
+                    sinkhorn_registers(matrix, n, constants.manifold)
                     for v in T.vectorized(n * n):
                         h_res[tokens - 1 - owned // splits, v] = matrix[v]
 
@@ -209,12 +207,8 @@ def forward(
     alpha: Tensor,
     bias: Tensor,
     *,
-    norm_eps: float,
-    pre_eps: float,
-    post_scale: float,
-    iters: int,
-    sinkhorn_eps: float,
     config: "Config | persistent.Config | simt.Config",
+    **constants: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Everything before the layer (eqs. 8, 9 and 14-19).
 
@@ -223,22 +217,15 @@ def forward(
         phi: [n*n + 2n, n*C], fp32.
         alpha: [3], fp32.
         bias: [n*n + 2n], fp32.
-        norm_eps: added to the mean of squares, at least 0.
-        pre_eps: added to h_pre.
-        post_scale: factor of h_post.
-        iters: Sinkhorn iterations, at least 1.
-        sinkhorn_eps: as in `reference.sinkhorn`.
         config: launch knobs, whose type chooses the form.
+        **constants: those of `reference.pre`, all of them; see `Constants.of`.
 
     Returns:
         layer_input [T, C] in x's dtype; h_post [T, n], h_res [T, n, n], projection [T, n*n + 2n],
         inv_rms [T], fp32.
     """
     if isinstance(config, simt.Config):
-        return simt.forward(
-            x, phi, alpha, bias, norm_eps=norm_eps, pre_eps=pre_eps, post_scale=post_scale,
-            iters=iters, sinkhorn_eps=sinkhorn_eps, config=config,
-        )  # fmt: skip
+        return simt.forward(x, phi, alpha, bias, Constants.of(**constants), config)
     tokens, n, C = x.shape
     rows = logits_per_token(n)
     layer_input = x.new_empty(tokens, C)
@@ -247,15 +234,15 @@ def forward(
     )
     inv_rms = x.new_empty(tokens, dtype=torch.float32)
     outputs = layer_input, h_post, h_res, projection, inv_rms
-    constants = float(norm_eps), float(pre_eps), float(post_scale), int(iters), float(sinkhorn_eps)
+    compiled = Constants.of(**constants)
     if tokens:
         arch = architecture(x.device)
         if isinstance(config, persistent.Config):
-            persistent.launch(config, x, phi, alpha, bias, outputs, constants)
+            persistent.launch(config, x, phi, alpha, bias, outputs, compiled)
         else:
             parts = mapping.project(x, phi, config)
             knobs = config.members, config.warps, config.splits
-            kernel = finish_program(arch, n, C, dtype_name(x), *knobs, *constants)
+            kernel = finish_program(arch, n, C, dtype_name(x), *knobs, compiled)
             kernel(x, parts, alpha, bias, *outputs)
     return layer_input, h_post, h_res.view(tokens, n, n), projection, inv_rms
 

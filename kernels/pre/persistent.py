@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from ..common.architectures import overlaps, shared_limit
+from ..common.constants import Constants
 from ..common.knobs import knob
 from ..common.problem import Problem, Target
 from ..common.programs import F32, architecture, ceil_div, dtype_name, logits_per_token, program
 from ..common.programs import multiprocessors as count_multiprocessors
 from ..common.projection import WARP, WARP_ROLE_CONFIGS, Segment, segment_width
-from .plan import Constants, Cta, Plan, Reduced, message_columns
+from .plan import Cta, Plan, Reduced, message_columns
 from .roles import apply_warps, empty_mailboxes, project_warps, receive_and_reduce_warps
 
 WARPGROUP = 4  # warps that reallocate registers together
@@ -122,7 +123,7 @@ class Config:
             n, C, dtype, T.dynamic("tokens"), self.segment(n, C), self.members,
             self.teams, self.ahead, self.lag, self.num_stages, self.mailbox_stages,
             self.apply_warps, self.owners, self.mailbox_shapes(n), self.first_threads(n, C),
-            self.registers_of_roles(n, C) if reallocate else None, *constants,
+            self.registers_of_roles(n, C) if reallocate else None, constants,
         )  # fmt: skip
 
 

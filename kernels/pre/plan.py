@@ -5,10 +5,9 @@ from typing import Any, NamedTuple
 
 import tilelang.language as T
 
+from ..common.constants import Constants
 from ..common.programs import ceil_div, logits_per_token
 from ..common.projection import WARP, Segment
-
-Constants = tuple[float, float, float, int, float]  # norm_eps and the next four of `Plan`
 
 # Named barriers of a CTA.
 PROJECTED = 1  # among projection warps: the partial sums of a tile are in shared memory
@@ -38,11 +37,7 @@ class Plan:
     first_threads: tuple[int, int, int]  # of apply warps and receiver warp, one past the last
     # of projection, apply, and other warps after setmaxnreg; None on GPUs without it
     registers: tuple[int, int, int] | None
-    norm_eps: float
-    pre_eps: float
-    post_scale: float
-    iters: int
-    sinkhorn_eps: float
+    constants: Constants
 
     @property
     def tile(self) -> int:

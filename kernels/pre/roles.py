@@ -10,7 +10,8 @@ from ..common.mailbox import EMPTY, peek, send, stage_of, staleness, value_of
 from ..common.pairs import WORD, lower, upper
 from ..common.phi import load_macro, scale_macro
 from ..common.programs import F32, ceil_div, macro
-from ..common.projection import WARP, add, inverse_rms, sigmoid, sinkhorn_registers
+from ..common.projection import WARP, add, inverse_rms, sigmoid
+from ..common.sinkhorn_on_chip import sinkhorn_registers
 from .plan import ITERATION, LANDED, PROJECTED, Cta, Plan, Reduced, message_columns
 
 
@@ -268,7 +269,7 @@ def reduce_token(plan: Plan, cta: Cta, reduced: Reduced, tile, place, token, lan
             totals[q] = add(totals[q], value_of(messages[q, m]))
     # inv_rms = 1 / sqrt(mean of x^2 + norm_eps)
     scale = T.shfl_sync(totals[0], 0)
-    inverse_rms(scale, n * plan.C, plan.norm_eps)
+    inverse_rms(scale, n * plan.C, plan.constants.norm_eps)
     for q in T.unroll(lanes):
         r = q * WARP + lane - 1
         # projection = (vec(x) @ phi^T) * inv_rms
@@ -283,11 +284,11 @@ def reduce_token(plan: Plan, cta: Cta, reduced: Reduced, tile, place, token, lan
             if r < n:
                 send(
                     reduced.apply_mailbox[cta.group, stage, place, r],
-                    value + plan.pre_eps, tile, stages,
+                    value + plan.constants.pre_eps, tile, stages,
                 )  # fmt: skip
             # h_post = post_scale * sigmoid(logits_post)
             if (r >= n) and (token < plan.tokens):
-                reduced.h_post[token, r - n] = value * plan.post_scale
+                reduced.h_post[token, r - n] = value * plan.constants.post_scale
         if (r >= 0) and (r < columns - 1) and (token < plan.tokens):
             reduced.projection[token, r] = totals[q]
     if (lane == 0) and (token < plan.tokens):
@@ -304,6 +305,6 @@ def residual_map(plan: Plan, reduced: Reduced, token):
     # logits_res = projection * alpha_res + bias
     for v in T.unroll(n * n):
         matrix[v] = matrix[v] * reduced.alpha[2] + reduced.bias[2 * n + v]
-    sinkhorn_registers(matrix, n, plan.iters, plan.sinkhorn_eps)
+    sinkhorn_registers(matrix, n, plan.constants.manifold)
     for v in T.vectorized(n * n):
         reduced.h_res[token, v] = matrix[v]

@@ -10,6 +10,7 @@ from functools import lru_cache
 from torch import Tensor
 
 from .. import pre_apply, sinkhorn
+from ..common.constants import Constants
 from ..common.knobs import knobs_of
 from ..common.problem import Problem, Target
 from ..mapping import launch as mapping
@@ -39,21 +40,16 @@ def forward(
     phi: Tensor,
     alpha: Tensor,
     bias: Tensor,
-    *,
-    norm_eps: float,
-    pre_eps: float,
-    post_scale: float,
-    iters: int,
-    sinkhorn_eps: float,
+    constants: Constants,
     config: Config,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `launch.forward`."""
     own_apply = pre_apply.ForwardConfig(config.apply_threads, config.apply_vectors)
     own_sinkhorn = sinkhorn.Config(config.sinkhorn_threads)
     h_pre, h_post, h_res_logits, projection, inv_rms = mapping.forward(
-        x, phi, alpha, bias, norm_eps=norm_eps, pre_eps=pre_eps, post_scale=post_scale,
-        config=config,
+        x, phi, alpha, bias, norm_eps=constants.norm_eps, pre_eps=constants.pre_eps,
+        post_scale=constants.post_scale, config=config,
     )  # fmt: skip
     layer_input = pre_apply.forward(x, h_pre, config=own_apply)
-    h_res = sinkhorn.forward(h_res_logits, iters=iters, eps=sinkhorn_eps, config=own_sinkhorn)
+    h_res = sinkhorn.forward(h_res_logits, **constants.manifold._asdict(), config=own_sinkhorn)
     return layer_input, h_post, h_res, projection, inv_rms

@@ -13,10 +13,12 @@ when, and in which order they are launched.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..common.constants import Constants
 from ..common.problem import Problem, Target
 from ..common.programs import ITEM_BYTES, logits_per_token, multiprocessors
 from ..mapping import grad_x_pass
@@ -66,11 +68,8 @@ def backward(
     grad_x_part: Tensor | None = None,
     h_res: Tensor | None = None,
     *,
-    pre_eps: float,
-    post_scale: float,
-    iters: int,
-    sinkhorn_eps: float,
     config: Config | persistent.Config,
+    **constants: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradient of `reference.pre`; see the module's docstring for the equations.
 
@@ -86,11 +85,8 @@ def backward(
         inv_rms: [T], fp32. As the forward saved it.
         grad_x_part: [T, n, C] in x's dtype, added to grad_x if given.
         h_res: [T, n, n], fp32, [out, in], with which grad_x_part is mixed first; only with it.
-        pre_eps: added to the sigmoids of h_pre.
-        post_scale: factor of the sigmoids of h_post.
-        iters: of Sinkhorn, at least 1.
-        sinkhorn_eps: see `reference.sinkhorn`.
         config: launch knobs of the grad_x pass or of the persistent launch.
+        **constants: those of `reference.pre`, all but norm_eps; see `Constants.of`.
 
     Returns:
         grad_x in x's dtype; grad_phi, grad_alpha, grad_bias, fp32.
@@ -100,6 +96,7 @@ def backward(
     """
     if x.shape[0] == 0:
         return torch.empty_like(x), *(torch.zeros_like(value) for value in (phi, alpha, bias))
+    compiled = Constants.of(**constants)
     one_launch = isinstance(config, persistent.Config)
     if one_launch:
         extra_sums, mailbox = config.sums, config.mailbox(x.device)
@@ -108,8 +105,8 @@ def backward(
         mailbox = None
     unfinished_state, block_sums = token_states(
         None, grad_h_post, grad_h_res, projection, inv_rms, alpha, bias,
-        C=x.shape[2], pre_eps=pre_eps, post_scale=post_scale,
-        iters=iters, sinkhorn_eps=sinkhorn_eps, extra_sums=extra_sums, mailbox=mailbox,
+        C=x.shape[2], pre_eps=compiled.pre_eps, post_scale=compiled.post_scale,
+        manifold=compiled.manifold, extra_sums=extra_sums, mailbox=mailbox,
     )  # fmt: skip
     saved = projection, inv_rms, alpha, unfinished_state
     own_sums = block_sums[-extra_sums:]
