@@ -68,10 +68,10 @@ def parse(
     Args:
         prog: the command, for its help.
         about: one sentence for its help.
-        options: all that there are; a `Path` may begin with a home folder.
+        options: all options; a `Path` may begin with a home folder.
         argv: the words after the command.
         extra: brings the parser, tyro.
-        positional: those of the options that are written without their name.
+        positional: options that are written without their names.
 
     Raises:
         SystemExit: An option is unknown or has no value of its type, with code 2; or its help was

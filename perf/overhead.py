@@ -1,10 +1,9 @@
 """`mhc-tile perf overhead`: what the residual connection costs a training step, the 6.7% question.
 
-A slice of a named model - some layers without embedding and head, parameters in bf16, those of the
-connections in fp32 - runs forward and backward from a given gradient, and optionally an optimizer's
-step. The same layers are joined by plain residuals, HC and mHC, the latter by this library, by its
-reference and by other packages; contenders take turns, step by step. The overhead is what a step
-takes longer than with plain residuals under torch.compile.
+A slice of a named model (some layers without embedding and head, in bf16, connections in fp32) runs
+forward and backward, and optionally an optimizer's step. Plain residuals, HC and mHC, by this
+library, its reference and other packages, join the same layers. Contenders take turns, step by
+step. The overhead is what a step takes longer than with plain residuals under torch.compile.
 """
 
 import dataclasses

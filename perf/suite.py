@@ -1,10 +1,9 @@
 """`mhc-tile perf run`: op x case x contender, checked, then timed in turns.
 
-Contenders are this library ("mhc_tile"), its reference in eager PyTorch and under torch.compile,
-and other implementations that are installed. Every one's results, and in training its gradients of
-every tensor, are compared with the reference in float64 first; what differs by more than the
-rounding of bf16 explains is shown as wrong and not timed. What fails is shown with its error, and
-the run goes on.
+Contenders are this library, its reference in eager PyTorch and under torch.compile, and other
+packages that are installed. Results, and in training gradients of every tensor, are compared with
+the reference in float64 first. A contender that is wrong by more than bf16 rounds is not timed, and
+one that fails is a row with its error.
 """
 
 import functools

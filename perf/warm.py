@@ -1,9 +1,8 @@
 """`mhc-tile perf run --warm`: what a run compiles, compiled by several processes before it.
 
-torch.compile and Triton compile on one core, while the GPU waits, and some packages compile anew
-for every shape: minutes each. So here each process takes the cases of one shape, as `perf run`
-would, with one turn. What it measures beside the others is thrown away; what it compiled stays in
-the caches of torch, Triton and TileLang, where the run finds it.
+torch.compile and Triton compile on one core, and some packages compile anew for every shape:
+minutes each. Each process takes the cases of one shape with one turn. Its times are thrown away;
+what it compiled stays in the caches of torch, Triton and TileLang, where the run finds it.
 """
 
 import contextlib
