@@ -309,7 +309,7 @@ class _Sets:
 
     def _set(self, seed: int) -> tuple[list[Tensor], list[Tensor]]:
         make = Inputs(self._case, self._device, seed)
-        tensors = [make.make(name) for name in self._operation.names]
+        tensors = [make.get(name) for name in self._operation.names]
         return tensors, make.like(self._shapes(tensors))
 
     def _shapes(self, tensors: Sequence[Tensor]) -> Results:
