@@ -215,7 +215,7 @@ def _input_sets(
 
     def drawn(seed: int) -> tuple[list[Tensor], list[Tensor]]:
         make = Inputs(case, bench.device, seed)
-        tensors = [make.make(name) for name in operation.names]
+        tensors = [make.get(name) for name in operation.names]
         own = len(tensors) - operation.parameters
         with torch.no_grad():  # results of one token have the shapes, but for the tokens
             one = as_tuple(operation.reference(*(t[:1] for t in tensors[:own]), *tensors[own:]))

@@ -77,7 +77,9 @@ def kernel(name: str) -> Any:
 def default(name: str, x: Tensor) -> Any:
     """The configuration that an op of streams x launches a kernel with where no table has one."""
     programs = kernel("common.programs")
-    return registry.default(programs.problem_of(name, x), programs.target_of(x.device))
+    tokens, n, channels = x.shape
+    problem = registry.Problem(name, n, channels, programs.dtype_name(x), tokens)
+    return registry.default(problem, programs.target_of(x.device))
 
 
 def check(op: str, actual: Any, truth: Any, scale: float, k: float) -> None:
