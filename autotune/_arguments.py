@@ -1,51 +1,12 @@
-"""What commands are given: types for `add_argument`, and folders that the environment names.
-
-An unset variable of a shell arrives as an empty text, and `--out=~/x` with its tilde.
-"""
+"""What commands are given: numbers, and folders to write in."""
 
 import argparse
 import tempfile
 from pathlib import Path
 
 
-def text(value: str) -> str:
-    """A text that is not empty.
-
-    Raises:
-        argparse.ArgumentTypeError: It is.
-    """
-    if not value.strip():
-        raise argparse.ArgumentTypeError(f"must not be empty, got {value!r}")
-    return value
-
-
-def path(value: str) -> Path:
-    """A file or folder; `~` and `~user` are home folders.
-
-    Raises:
-        argparse.ArgumentTypeError: It is empty, or there is no such user.
-
-    Example:
-        >>> path("runs/new.json").name
-        'new.json'
-    """
-    try:
-        return Path(text(value)).expanduser()
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"must name a home folder, got {value!r}") from error
-
-
-def output(value: str) -> str:
-    """A file to write, or - for the terminal.
-
-    Raises:
-        argparse.ArgumentTypeError: As `path`.
-    """
-    return value if value == "-" else str(path(value))
-
-
 def count(value: str) -> int:
-    """A whole number from 1 on.
+    """A whole number from 1 on, as a type for `add_argument`.
 
     Raises:
         argparse.ArgumentTypeError: It is another one, or none.
@@ -59,14 +20,14 @@ def count(value: str) -> int:
     return number
 
 
-def check_folder(command: str, folder: Path, what: str, variable: str) -> None:
-    """Fail if no file can be written in a folder that no argument names; it is made.
+def check_folder(what: str, folder: Path, named: Path | None = None, *, variable: str = "") -> None:
+    """Make a folder and fail if no file can be written in it.
 
     Args:
-        command: for the message.
+        what: begins the message.
         folder: the folder.
-        what: is kept there.
-        variable: of the environment, that names another one.
+        named: what the message names instead of the folder.
+        variable: of the environment, that names another folder.
 
     Raises:
         OSError: Nothing can be written there.
@@ -76,7 +37,7 @@ def check_folder(command: str, folder: Path, what: str, variable: str) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OSError(
-            f"{command}: {what} must be where files can be written, got {folder} "
-            f"({error.strerror or error}); the variable {variable} names another place"
-        ) from error
+        said = f"{what} must be where files can be written, got {named or folder} "
+        said += f"({error.strerror or error})"
+        said += f"; the variable {variable} names another place" if variable else ""
+        raise OSError(said) from error

@@ -1,6 +1,8 @@
 """The options of a command, from a table of their types and descriptions."""
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 from ._extras import require
@@ -14,27 +16,72 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def choose(
+    prog: str, about: str, commands: Mapping[str, str], argv: Sequence[str], version: str = ""
+) -> str:
+    """The one of some commands that the first word names; their descriptions are the help.
+
+    Raises:
+        SystemExit: It names none, with code 2; or help or version were printed, with code 0.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description=about)
+    if version:
+        parser.add_argument("--version", action="version", version=version)
+    chosen = parser.add_subparsers(
+        title="commands", metavar="COMMAND", dest="command", required=True
+    )
+    for name, text in commands.items():
+        chosen.add_parser(name, help=text, add_help=False)
+    return str(parser.parse_args(argv[:1]).command)
+
+
 def parse(
-    prog: str, about: str, options: Options, argv: Sequence[str], extra: str
+    prog: str,
+    about: str,
+    options: Options,
+    argv: Sequence[str],
+    extra: str,
+    positional: Collection[str] = (),
 ) -> dict[str, Any]:
     """The options that are in the command line, by name, and no others.
 
     Args:
         prog: the command, for its help.
         about: one sentence for its help.
-        options: all that there are.
+        options: all that there are; a `Path` may begin with a home folder.
         argv: the words after the command.
         extra: brings the parser, tyro.
+        positional: those of the options that are written without their name.
 
     Raises:
         SystemExit: An option is unknown or has no value of its type, with code 2; or its help was
             printed, with code 0.
+        ValueError: A text is empty, a list has no value, or a path names no home folder.
         MissingExtraError: tyro is not installed.
     """
-    tyro = require("tyro", prog.rpartition(" ")[2], extra)
-    types: dict[str, Any] = {
-        name: Annotated[kind, tyro.conf.arg(help=text, help_behavior_hint="")]
-        for name, (kind, text) in options.items()
-    }
+    command = prog.removeprefix("python -m mhc_tile.").removeprefix("mhc-tile ")
+    tyro = require("tyro", command, extra)
+    types: dict[str, Any] = {}
+    for name, (kind, text) in options.items():
+        shown = {"metavar": "PATH"} if kind is Path else {}
+        if name in positional:
+            shown = {"metavar": name.upper()}
+        setting = tyro.conf.arg(help=text, help_behavior_hint="", **shown)
+        types[name] = Annotated[str if kind is Path else kind, setting]
+        if name in positional:
+            types[name] = tyro.conf.Positional[types[name]]
     given = TypedDict("given", types, total=False)  # type: ignore[misc]
-    return dict(tyro.cli(given, prog=prog, description=about, args=list(argv)))
+    found = dict(tyro.cli(given, prog=prog, description=about, args=list(argv)))
+    for name, value in found.items():
+        what = f"{command}: {name if name in positional else flag(name)}"
+        if value == ():
+            raise ValueError(f"{what} must have a value, got none")
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str) and not text.strip():  # a variable of a shell that is not set
+                raise ValueError(f"{what} must not be empty, got {text!r}")
+        if options[name][0] is Path:  # a shell leaves the tilde of `--out=~/x`
+            try:
+                found[name] = Path(value).expanduser()
+            except RuntimeError as error:
+                raise ValueError(f"{what} must name a home folder, got {value!r}") from error
+    return found

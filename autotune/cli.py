@@ -15,7 +15,8 @@ from filelock import FileLock, Timeout
 from ..kernels.common import static as _static
 from ..kernels.common import toolchain as _toolchain
 from ..kernels.common.architectures import CHECKED, architecture_of
-from . import _arguments, compiling, journal, report, table, tuner
+from . import compiling, journal, report, table, tuner
+from ._arguments import check_folder
 from ._extras import require
 from ._options import Options, flag, parse
 from .device import Device, describe, driver_version, identity
@@ -50,7 +51,7 @@ _OPTIONS: Options = {
     "timeout": (float, "seconds for a candidate, at most a day (default: 60)"),
     "resume": (bool, "go on where an earlier run ended, the default"),
     "force": (bool, "measure again what is measured"),
-    "output": (str, "the table's file (default: in the user's data folder)"),
+    "output": (Path, "the table's file (default: in the user's data folder)"),
 }
 _DEFAULTS = {"jobs": os.cpu_count() or 1, "timeout": 60.0}
 _PHASES = ("dry_run", "compile_only", "measure_only", "write_only")
@@ -82,11 +83,11 @@ def main(argv: Sequence[str], prog: str = "mhc-tile autotune") -> int:
         raise ValueError(f"autotune: TileLang must be installed, got none; {needed}")
     device, target = _target(options)
     if device and not (options.dry_run or options.compile_only or options.measure_only):
-        table.check(_path(options, device), device)
+        table.check(options.output or table.user_path(device), device)
     wanted = problems(shapes, options.kernel or KERNELS)
     folder, cache = journal.folder(), _toolchain.kernel_cache()
-    _arguments.check_folder("autotune", folder, "the user's cache", "XDG_CACHE_HOME")
-    _arguments.check_folder("autotune", cache, "TileLang's cache", "TILELANG_CACHE_DIR")
+    check_folder("autotune: the user's cache", folder, variable="XDG_CACHE_HOME")
+    check_folder("autotune: TileLang's cache", cache, variable="TILELANG_CACHE_DIR")
     if options.write_only:
         assert device is not None  # --arch goes with phases that need none
         run = _Run(options, device, target)
@@ -134,8 +135,6 @@ def _shapes(options: SimpleNamespace) -> Sequence[Shape]:
         option, partner = flag(name), _NEEDS.get(name)
         if partner and value and not getattr(options, partner):
             raise ValueError(f"autotune: {option} must come with {flag(partner)}, got none")
-        if isinstance(value, str) and not value.strip():
-            raise ValueError(f"autotune: {option} must not be empty, got {value!r}")
         for number in value if isinstance(value, tuple) else (value,):
             if name in MOST and number is not None and not 0 < number <= MOST[name]:
                 most = MOST[name]
@@ -151,16 +150,6 @@ def _shapes(options: SimpleNamespace) -> Sequence[Shape]:
         return [Shape(s.channels, s.n, s.dtype, tokens) for s in PRESETS[options.preset]]
     sizes = itertools.product(options.hidden, options.streams or (4,), options.dtype or DTYPES[:1])
     return [Shape(*size, tokens) for size in sizes]
-
-
-def _path(options: SimpleNamespace, device: Device) -> Path:
-    """Where the table is."""
-    if options.output is None:
-        return table.user_path(device)
-    path = os.path.expanduser(options.output)
-    if path.startswith("~"):
-        raise ValueError(f"autotune: --output must name a home folder, got {options.output!r}")
-    return Path(path)
 
 
 def _target(options: SimpleNamespace) -> tuple[Device | None, Target]:
@@ -195,7 +184,7 @@ class _Run:
 
     def __init__(self, options: SimpleNamespace, device: Device, target: Target) -> None:
         self._options, self._device, self._target = options, device, target
-        self._path = _path(options, device)
+        self._path = options.output or table.user_path(device)
         self._journal = journal.Journal(journal.path_of(device), compiling.fingerprint())
 
     def measure(self, plans: list[tuner.Plan], log: Path) -> int:

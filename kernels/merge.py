@@ -7,8 +7,8 @@
                grad_h_res[o, i] = sum_c grad_x_next[o, c] * x[i, c]
 
 Per token the forward reads (n + 1) C elements and writes n C; the backward reads (2n + 1) C and
-writes (n + 1) C, or C without grad_x. The maps add 4 (n*n + n) bytes in each direction. Every
-element crosses the chip once and is used from registers: nothing is kept in shared memory.
+writes (n + 1) C, or C without grad_x. Every element crosses the chip once and is used from
+registers. docs/kernels/merge.md has the pipelines.
 """
 
 import dataclasses
@@ -46,17 +46,11 @@ class ForwardConfig(RowConfig):
 
 @dataclasses.dataclass(frozen=True)
 class BackwardConfig:
-    """Launch knobs of the backward.
-
-    Attributes:
-        threads: of a block, which owns one token.
-        vector: neighbouring channels that a thread handles in one step.
-        min_blocks: blocks a multiprocessor that the registers must allow.
-    """
+    """Launch knobs of the backward, whose blocks own one token."""
 
     threads: int = knob(32, reduction_order=True)
-    vector: int = knob(8, reduction_order=True)
-    min_blocks: int = 1
+    vector: int = knob(8, reduction_order=True)  # neighbouring channels of a thread in one step
+    min_blocks: int = 1  # a multiprocessor that the registers must allow
 
     def __post_init__(self):
         threads = (32, 64, 128, 256, 512)
@@ -77,8 +71,8 @@ def default_config(
     """A configuration that is safe on every supported GPU.
 
     Backward of many tokens: one warp a token, with registers for 16 of them a multiprocessor, 8 for
-    n = 8 (12 and 20 are slower; H200, 2026-11-22). Few tokens have up to four warps each, which add
-    the dot products in another order; batch_invariant gives them the configuration of many.
+    n = 8. Few tokens have up to four warps each, which add the dot products in another order;
+    `batch_invariant` gives them the configuration of many.
     """
     n, C, dtype = problem.n, problem.channels, problem.dtype
     if problem.kernel == "merge":
@@ -97,7 +91,7 @@ def candidates(problem: Problem, target: Target) -> Iterator[ForwardConfig | Bac
     """Configurations worth measuring.
 
     Not among them for n = 4: a backward without a bound on its registers, faster up to 256 tokens
-    and slower at 512, which lie between two numbers of tokens that are tuned (H100, 2026-11-27).
+    and slower at 512. No number of tokens between the two is tuned.
     """
     n, C, dtype = problem.n, problem.channels, problem.dtype
     if problem.kernel == "merge":
@@ -144,6 +138,7 @@ def forward_program(n: int, C: int, dtype: str, threads: int, vectors: int) -> A
                 residual[v] = h_res[token, v]
             for v in T.vectorized(n):
                 post[v] = h_post[token, v]
+            # x_next[o, c] = sum_i h_res[o, i] * x[i, c] + h_post[o] * layer_output[c]
             for piece in T.unroll(vectors):
                 channel = block % blocks * block_channels + (piece * threads + tx) * width
                 if channel < C:
@@ -153,7 +148,6 @@ def forward_program(n: int, C: int, dtype: str, threads: int, vectors: int) -> A
                     for v in T.vectorized(width):
                         output_vector[v] = layer_output[token, channel + v]
                     for o in T.unroll(n):
-                        # x_next[o, c] = sum_i h_res[o, i] * x[i, c] + h_post[o] * layer_output[c]
                         for v in T.unroll(width):
                             merged[v] = post[o] * T.cast(output_vector[v], F32)
                         for i in T.unroll(n):
@@ -264,9 +258,7 @@ def forward(
     tokens, n, C = x.shape
     x_next = torch.empty_like(x)
     if tokens:
-        dtype = dtype_name(x)
-        constants = (n, C, dtype, *knobs_of(config))
-        kernel = forward_program(architecture(x.device), *constants)
+        kernel = forward_program(architecture(x.device), n, C, dtype_name(x), *knobs_of(config))
         kernel(x, layer_output, h_post, h_res.view(tokens, n * n), x_next)
     return x_next
 
@@ -299,8 +291,7 @@ def backward(
     grad_h_res = h_post.new_empty(tokens, n, n)
     grads = (torch.empty_like(layer_output), torch.empty_like(h_post), grad_h_res)
     if tokens:
-        dtype = dtype_name(x)
-        constants = (n, C, dtype, grad_x is not None, *knobs_of(config))
+        constants = (n, C, dtype_name(x), grad_x is not None, *knobs_of(config))
         kernel = backward_program(architecture(x.device), *constants)
         # what a program does not read or write still has its shape
         unread, unwritten = (h_res, grad_x) if grad_x is not None else (grad_h_res, x)

@@ -5,8 +5,8 @@
                grad_h_pre[i] = sum_c grad_layer_input[c] * x[i, c]
 
 Per token the forward reads n C elements and writes C; the backward reads (n + 1) C and writes n C.
-The weights add 4 n bytes in each direction. Every element crosses the chip once and is used from
-registers: nothing is kept in shared memory.
+Every element crosses the chip once and is used from registers. docs/kernels/pre_apply.md has the
+pipelines.
 """
 
 import dataclasses
@@ -40,15 +40,10 @@ class ForwardConfig(RowConfig):
 
 @dataclasses.dataclass(frozen=True)
 class BackwardConfig:
-    """Launch knobs of the backward.
-
-    Attributes:
-        threads: of a block, which owns one token.
-        vector: neighbouring channels that a thread handles in one step.
-    """
+    """Launch knobs of the backward, whose blocks own one token."""
 
     threads: int = knob(32, reduction_order=True)
-    vector: int = knob(8, reduction_order=True)
+    vector: int = knob(8, reduction_order=True)  # neighbouring channels of a thread in one step
 
     def __post_init__(self):
         threads = (32, 64, 128, 256, 512)
@@ -121,10 +116,10 @@ def forward_program(n: int, C: int, dtype: str, threads: int, vectors: int) -> A
                     for i in T.unroll(n):
                         for v in T.vectorized(width):
                             x_vector[piece, i, v] = x[token, i, channel + v]
+            # layer_input[c] = sum_i h_pre[i] * x[i, c]
             for piece in T.unroll(vectors):
                 channel = block % blocks * block_channels + (piece * threads + tx) * width
                 if channel < C:
-                    # layer_input[c] = sum_i h_pre[i] * x[i, c]
                     for v in T.unroll(width):
                         applied[v] = 0.0
                     for i in T.unroll(n):
@@ -189,9 +184,8 @@ def forward(x: Tensor, h_pre: Tensor, *, config: ForwardConfig) -> Tensor:
     tokens, n, C = x.shape
     layer_input = x.new_empty(tokens, C)
     if tokens:
-        dtype = dtype_name(x)
-        constants = (n, C, dtype, *knobs_of(config))
-        forward_program(architecture(x.device), *constants)(x, h_pre, layer_input)
+        kernel = forward_program(architecture(x.device), n, C, dtype_name(x), *knobs_of(config))
+        kernel(x, h_pre, layer_input)
     return layer_input
 
 
@@ -213,9 +207,7 @@ def backward(
     grad_x = torch.empty_like(x)
     grad_h_pre = torch.empty_like(h_pre)
     if tokens:
-        dtype = dtype_name(x)
-        constants = (n, C, dtype, *knobs_of(config))
-        kernel = backward_program(architecture(x.device), *constants)
+        kernel = backward_program(architecture(x.device), n, C, dtype_name(x), *knobs_of(config))
         kernel(grad_layer_input, x, h_pre, grad_x, grad_h_pre)
     return grad_x, grad_h_pre
 

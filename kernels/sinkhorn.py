@@ -4,10 +4,9 @@
     backward:  each step `after = before / sum`, last to first:
                grad_before = (grad_after - sum over the axis of grad_after * after) / sum
 
-`reference.sinkhorn` says where eps enters. Per token the forward reads and writes 4 n*n bytes, the
-backward reads 8 n*n and writes 4 n*n. One thread keeps one token's matrix in registers for all
-iterations, which bounds the kernels by the latency of that chain. The backward keeps the sums of
-the steps, 8 n iters bytes a token, in shared memory and rebuilds the matrices from them.
+`reference.sinkhorn` says where eps enters. One thread keeps one token's matrix in registers for all
+iterations. The backward keeps the sums of the steps, 8 n iters bytes a token, in shared memory and
+rebuilds the matrices from them: docs/kernels/sinkhorn.md.
 """
 
 import dataclasses
@@ -19,20 +18,25 @@ import torch
 from torch import Tensor
 
 from .common.architectures import LEAST_SHARED_BYTES, shared_limit
+from .common.constants import Sinkhorn
 from .common.knobs import check
 from .common.problem import Problem, Target
 from .common.programs import F32, UNGUARDED, architecture, program
-from .common.projection import sinkhorn_registers
-from .common.sinkhorn_on_chip import sinkhorn_replay, sinkhorn_reverse, softmax_out_back
+from .common.sinkhorn_on_chip import (
+    check_sums,
+    logits_again,
+    sinkhorn_registers,
+    sinkhorn_replay,
+    sinkhorn_reverse,
+    softmax_out_back,
+    sums_fit,
+    sums_shape,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Launch knobs, of the forward and of the backward.
-
-    Attributes:
-        threads: of a block; each handles one token.
-    """
+    """Launch knobs, of the forward and of the backward; a thread handles one token."""
 
     threads: int = 32
 
@@ -40,7 +44,7 @@ class Config:
         check("sinkhorn", self, threads=(self.threads in (32, 64, 128), "32, 64 or 128"))
 
 
-ITERS = 20  # that candidates have to fit
+MODELS = Sinkhorn(20, 0.0)  # which candidates have to fit
 
 
 def default_config(problem: Problem, target: Target, *, batch_invariant: bool = False) -> Config:
@@ -52,17 +56,12 @@ def candidates(problem: Problem, target: Target) -> Iterator[Config]:
     """Configurations worth measuring."""
     for threads in (32, 64, 128):
         backward = problem.kernel == "sinkhorn_backward"
-        if not backward or shared_bytes(problem.n, ITERS, threads) <= LEAST_SHARED_BYTES:
+        if not backward or sums_fit(MODELS, problem.n, threads, LEAST_SHARED_BYTES):
             yield Config(threads)
 
 
-def shared_bytes(n: int, iters: int, threads: int) -> int:
-    """Shared memory of a block of the backward: every step's sums."""
-    return 4 * 2 * iters * n * threads
-
-
 @program(UNGUARDED)
-def forward_program(n: int, iters: int, eps: float, threads: int) -> Any:
+def forward_program(n: int, sinkhorn: Sinkhorn, threads: int) -> Any:
     """One token a thread; see the module's docstring."""
     tokens = T.dynamic("tokens")
 
@@ -77,7 +76,7 @@ def forward_program(n: int, iters: int, eps: float, threads: int) -> Any:
                 for v in T.vectorized(n * n):
                     matrix[v] = logits[token, v]
                 # h_res = sinkhorn(logits)
-                sinkhorn_registers(matrix, n, iters, eps)
+                sinkhorn_registers(matrix, n, sinkhorn)
                 for v in T.vectorized(n * n):
                     h_res[token, v] = matrix[v]
 
@@ -85,7 +84,7 @@ def forward_program(n: int, iters: int, eps: float, threads: int) -> Any:
 
 
 @program()
-def backward_program(n: int, iters: int, eps: float, threads: int) -> Any:
+def backward_program(n: int, sinkhorn: Sinkhorn, threads: int) -> Any:
     """One token a thread; see the module's docstring."""
     tokens = T.dynamic("tokens")
 
@@ -100,7 +99,7 @@ def backward_program(n: int, iters: int, eps: float, threads: int) -> Any:
             token = T.cast(block, "int64") * threads + lane
             matrix = T.alloc_local((n, n), F32)
             grad = T.alloc_local((n, n), F32)
-            sums = T.alloc_shared((2 * iters, n, threads), F32)
+            sums = T.alloc_shared(sums_shape(sinkhorn, n, threads), F32)
             if token < tokens:
                 for o in T.unroll(n):
                     for i in T.vectorized(n):
@@ -108,9 +107,9 @@ def backward_program(n: int, iters: int, eps: float, threads: int) -> Any:
                     for i in T.vectorized(n):
                         grad[o, i] = grad_h_res[token, o, i]
                 # h_res = sinkhorn(logits), then its steps from the last to the first
-                sinkhorn_replay(matrix, sums, lane, n, iters, eps)
-                sinkhorn_reverse(matrix, grad, sums, lane, n, iters, eps)
-                if eps > 0:
+                sinkhorn_replay(matrix, sums, lane, n, sinkhorn)
+                sinkhorn_reverse(matrix, grad, sums, lane, n, sinkhorn)
+                if logits_again(sinkhorn):
                     for o in T.unroll(n):
                         for i in T.vectorized(n):
                             matrix[o, i] = logits[token, o, i]
@@ -139,21 +138,17 @@ def forward(logits: Tensor, *, iters: int, eps: float, config: Config) -> Tensor
     tokens, n, _ = logits.shape
     h_res = torch.empty_like(logits)
     if tokens:
-        kernel = forward_program(architecture(logits.device), n, iters, float(eps), config.threads)
+        constants = Sinkhorn(int(iters), float(eps))
+        kernel = forward_program(architecture(logits.device), n, constants, config.threads)
         kernel(logits.view(tokens, n * n), h_res.view(tokens, n * n))
     return h_res
 
 
 def fitting(config: Config, logits: Tensor, iters: int) -> Config:
-    """A table's configuration, measured with some iterations, where it fits so many; else default.
-
-    Args:
-        config: of the table.
-        logits: [T, n, n], on the GPU.
-        iters: of the backward.
-    """
+    """A table's configuration where so many iterations of the backward fit it, else the default."""
     limit = shared_limit(architecture(logits.device))
-    return config if shared_bytes(logits.shape[1], iters, config.threads) <= limit else Config()
+    n = logits.shape[1]
+    return config if sums_fit(Sinkhorn(iters, 0.0), n, config.threads, limit) else Config()
 
 
 def backward(
@@ -178,14 +173,9 @@ def backward(
     grad_logits = torch.empty_like(logits)
     if tokens:
         arch = architecture(logits.device)
-        limit = shared_limit(arch)
-        if shared_bytes(n, iters, config.threads) > limit:
-            most = limit // shared_bytes(n, 1, config.threads)
-            raise RuntimeError(
-                f"sinkhorn: iters must be at most {most} for the backward of {n} streams with "
-                f"{config.threads} threads on this GPU, got {iters}"
-            )
-        kernel = backward_program(arch, n, iters, float(eps), config.threads)
+        constants = Sinkhorn(int(iters), float(eps))
+        check_sums("sinkhorn", constants, n, config.threads, shared_limit(arch))
+        kernel = backward_program(arch, n, constants, config.threads)
         kernel(grad_h_res, logits, grad_logits)
     return grad_logits
 

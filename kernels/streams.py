@@ -4,7 +4,7 @@
     collapse:  hidden[c] = scale * sum_i x[i, c]
 
 Scale is 1, or 1/n for the mean and its gradient. Per token `expand` reads C elements and writes
-n C; `collapse` reads n C and writes C. A thread holds 16 bytes of every stream in registers.
+n C; `collapse` reads n C and writes C.
 """
 
 import dataclasses
@@ -22,11 +22,7 @@ from .common.rows import is_block, vector_width
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Launch knobs.
-
-    Attributes:
-        threads: of a block; each handles one vector of channels of one token.
-    """
+    """Launch knobs; a thread handles one vector of channels of one token."""
 
     threads: int = 256
 
@@ -147,8 +143,8 @@ def _expand(hidden: Tensor, n: int, scale: float, config: Config) -> Tensor:
     tokens, C = hidden.shape
     x = hidden.new_empty(tokens, n, C)
     if tokens:
-        constants = (n, C, dtype_name(hidden), scale, config.threads)
-        expand_program(architecture(hidden.device), *constants)(hidden, x)
+        arch, dtype = architecture(hidden.device), dtype_name(hidden)
+        expand_program(arch, n, C, dtype, scale, config.threads)(hidden, x)
     return x
 
 
@@ -166,8 +162,8 @@ def collapse(x: Tensor, *, mean: bool, config: Config) -> Tensor:
     tokens, n, C = x.shape
     hidden = x.new_empty(tokens, C)
     if tokens:
-        constants = (n, C, dtype_name(x), 1 / n if mean else 1.0, config.threads)
-        collapse_program(architecture(x.device), *constants)(x, hidden)
+        arch, scale = architecture(x.device), 1 / n if mean else 1.0
+        collapse_program(arch, n, C, dtype_name(x), scale, config.threads)(x, hidden)
     return hidden
 
 

@@ -5,6 +5,7 @@ Importing the package needs torch alone: no GPU and no TileLang.
 """
 
 from . import _checkout as _checkout  # first: it makes kernels, autotune and perf importable
+from . import _environment as _environment  # before what the switches decide
 from . import nn as nn
 from . import ops as ops
 from . import reference as reference
@@ -19,43 +20,15 @@ from .nn import (
     ManifoldHyperConnection,
     Residual,
 )
-from .ops import (
-    OpenSublayer,
-    boundary,
-    close_sublayer,
-    collapse,
-    expand,
-    head,
-    mapping,
-    merge,
-    next_sublayer,
-    open_sublayer,
-    pre,
-    pre_apply,
-    sinkhorn,
-    sublayer,
-)
+from .ops import *  # noqa: F403 - each op
 from .ops._dispatch import set_batch_invariant
 from .ops._warmup import kernels_info, warmup
 
 __all__ = [
     "__version__",
     "MHCConfig",
-    "boundary",
-    "close_sublayer",
-    "collapse",
-    "expand",
-    "head",
     "kernels_info",
-    "mapping",
-    "merge",
-    "next_sublayer",
-    "open_sublayer",
-    "pre",
-    "pre_apply",
     "set_batch_invariant",
-    "sinkhorn",
-    "sublayer",
     "warmup",
     "Collapse",
     "Expand",
@@ -63,6 +36,6 @@ __all__ = [
     "HyperConnectedStack",
     "HyperConnection",
     "ManifoldHyperConnection",
-    "OpenSublayer",
     "Residual",
 ]  # without nn, ops and reference: `import *` would replace torch.nn by mhc_tile.nn
+__all__ += ops.__all__

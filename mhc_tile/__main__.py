@@ -8,60 +8,43 @@ from contextlib import suppress
 
 from ._version import __version__
 
-# Commands that parse their own options.
-_OWN = {
+_ABOUT = "Manifold-Constrained Hyper-Connections: demo, training, tuning, measuring."
+_COMMANDS = {
     "demo": "train residual, HC and mHC on real text and compare",
     "train": "train one named model on your own text",
     "autotune": "fit the kernels to this GPU, once",
+    "perf": "measure, compare, gate and report",
+    "doctor": "versions, GPU, compiler, caches, and remedies",
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the other subcommands; each sets `run`, a function of the parsed arguments."""
-    from mhc_tile.perf import cli as perf
-
-    from . import doctor
-
-    parser = argparse.ArgumentParser(
-        prog="mhc-tile",
-        description="Manifold-Constrained Hyper-Connections: demo, training, tuning, measuring.",
-    )
-    parser.add_argument("--version", action="version", version=f"mhc-tile {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, text in _OWN.items():
-        commands.add_parser(name, help=text, add_help=False)
-
-    measuring = commands.add_parser("perf", help="measure, compare, gate and report")
-    perf.add_arguments(measuring)
-    measuring.set_defaults(run=perf.run)
-
-    diagnosis = commands.add_parser("doctor", help="versions, GPU, compiler, caches, and remedies")
-    diagnosis.set_defaults(run=doctor.run)
-    return parser
-
-
 def _run(argv: Sequence[str]) -> int:
-    if argv and argv[0] == "autotune":
-        from .autotune import cli as autotune
+    from mhc_tile.autotune._options import choose
+
+    name = choose("mhc-tile", _ABOUT, _COMMANDS, argv, f"mhc-tile {__version__}")
+    if name == "doctor":
+        from . import doctor
+
+        parser = argparse.ArgumentParser(prog="mhc-tile doctor", description=_COMMANDS[name])
+        return doctor.run(parser.parse_args(argv[1:]))
+    if name == "perf":
+        from mhc_tile.perf import cli as perf
+
+        return perf.main(argv[1:])
+    if name == "autotune":
+        from mhc_tile.autotune import cli as autotune
 
         return autotune.main(argv[1:])
-    if argv and argv[0] in _OWN:
-        from .training import cli
+    from .training import cli as training
 
-        return (cli.run_demo if argv[0] == "demo" else cli.run_train)(argv[1:])
-    args = build_parser().parse_args(argv)
-    return args.run(args)
+    return (training.run_demo if name == "demo" else training.run_train)(argv[1:])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run one command, of the process's arguments if `argv` is None.
 
-    Args:
-        argv: the arguments; those of the process if None.
-
-    Returns:
-        The exit code: 0, 1 for an error that was printed, 2 for wrong usage, 3 for a regression
-        that `perf` found, 128 and its number after a signal: 130 after Ctrl-C.
+    Returns the exit code: 0, 1 for an error that was printed, 2 for wrong usage, 3 for a regression
+    that `perf` found, 128 and its number after a signal: 130 after Ctrl-C.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed before the process began, as by `>&-`

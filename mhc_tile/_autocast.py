@@ -15,17 +15,13 @@ _WITH_AUTOCAST = frozenset(
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """A block in which operands keep their dtypes."""
-    if _available(device_type):
+    if device_type in _WITH_AUTOCAST:
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype of autocast; None where it is off."""
-    if _available(device_type) and torch.is_autocast_enabled(device_type):
+    if device_type in _WITH_AUTOCAST and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
-
-
-def _available(device_type: str) -> bool:
-    return device_type in _WITH_AUTOCAST

@@ -21,11 +21,6 @@ class _BesidePackage:
         return PathFinder.find_spec(name, [str(_ROOT)])
 
 
-def _is_checkout() -> bool:
-    if (Path(__file__).resolve().parent / "kernels").is_dir():
-        return False
-    return (_ROOT / "kernels").is_dir() and (_ROOT / "pyproject.toml").is_file()
-
-
-if _is_checkout() and _BesidePackage not in sys.meta_path:
+_installed = (_ROOT / "mhc_tile" / "kernels").is_dir()
+if not _installed and (_ROOT / "kernels").is_dir() and (_ROOT / "pyproject.toml").is_file():
     sys.meta_path.append(_BesidePackage)

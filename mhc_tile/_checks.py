@@ -67,20 +67,17 @@ def square(op: str, name: str, value: Tensor) -> int:
     return value.shape[-1]
 
 
-def like(op: str, name: str, value: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
-    """Check a tensor that shares x's dtype, such as layer_output [..., C]."""
-    _matches(op, name, value, shape, x, x.dtype)
-
-
-def map_of(op: str, name: str, value: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
-    """Check a map or parameter: x's device, float32 (float64 where x is)."""
-    _matches(op, name, value, shape, x, compute_dtype(x))
-
-
-def _matches(
-    op: str, name: str, value: Tensor, shape: tuple[int, ...], x: Tensor, dtype: torch.dtype
+def map_of(
+    op: str,
+    name: str,
+    value: Tensor,
+    shape: tuple[int, ...],
+    x: Tensor,
+    dtype: torch.dtype | None = None,
 ) -> None:
+    """Check a map or parameter: x's device, float32 (float64 where x is) or another dtype."""
     is_tensor(op, name, value)
+    dtype = dtype or compute_dtype(x)
     if value.shape != shape:
         raise ValueError(
             f"{op}: {name} must have shape {list(shape)} to match x of shape {list(x.shape)}, "
@@ -115,12 +112,6 @@ def at_least(op: str, minimum: float, **values: Any) -> None:
     """Check numbers against a lower bound, NaN included."""
     for name, value in values.items():
         number(op, name, value, minimum)
-
-
-def positive(op: str, **values: Any) -> None:
-    """Check numbers that must be above 0, NaN included."""
-    for name, value in values.items():
-        number(op, name, value, above=True)
 
 
 def flag(op: str, **values: Any) -> None:
@@ -168,17 +159,10 @@ def fields(
     above_0: Collection[str] = (),
     bits: Mapping[str, int] | None = None,
 ) -> None:
-    """Check the fields of a frozen dataclass by their declared types; stores Python's own classes.
+    """Check the fields of a frozen dataclass by their declared types; store Python's own classes.
 
-    Args:
-        config: its fields are of int, float, bool, Literal, str or other classes, or None.
-        at_least_0: the ints that may be 0; the others are at least 1.
-        above_0: the floats that may not be 0; the others are at least 0.
-        bits: of ints that may have more than 63.
-
-    Raises:
-        WrongTypeError: A value has another type; a TypeError and a ValueError.
-        ValueError: A value is out of range.
+    Ints are at least 1, or 0 where named in `at_least_0`, and have at most 63 `bits`. Floats are at
+    least 0, or above 0 where named in `above_0`. Errors: WrongTypeError and ValueError.
     """
     kind = type(config).__name__
     for field in dataclasses.fields(config):

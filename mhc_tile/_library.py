@@ -1,6 +1,5 @@
 """The one `torch.library.Library` of the package, and how an op enters it.
 
-`define` registers the schema, the implementations, the fake and the autograd formula of an op.
 Under forward-mode AD and the transforms of `torch.func`, which need more than a formula for the
 reverse mode, an op is its CPU implementation: operators of PyTorch, which have all formulas.
 `Library.define` with `impl` costs less host time a call than `torch.library.custom_op`, and refuses
@@ -39,30 +38,26 @@ def define(
     backward: Formula,
     cuda: Formula | None = None,
 ) -> torch._ops.OpOverload:
-    """Register an op.
+    """Register an op, with `setup_context` and `backward` as in `torch.library.register_autograd`.
 
     Args:
         schema: `name(arguments) -> returns`, without the namespace. An op that a model keeps to
             itself starts with an underscore and is not in `OPS`.
         cpu: the implementation on CPU tensors, a function of `reference.py` or `gradients.py`. It
             is given contiguous tensors, and what it returns is made contiguous.
-        fake: the same signature on fake tensors: contiguous empties of the right shapes.
+        fake: the same on fake tensors: contiguous empties of the right shapes.
+        setup_context: see above.
+        backward: see above.
         cuda: the implementation on CUDA tensors; `cpu`'s where no kernel exists.
-        setup_context: as in `torch.library.register_autograd`.
-        backward: as in `torch.library.register_autograd`.
-
-    Returns:
-        The op's default overload, which is what public functions call.
     """
     name = schema.partition("(")[0]
-    qualified = f"{NAMESPACE}::{name}"
     _LIBRARY.define(schema)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     composite = _contiguous(_with_defaults(op, cpu))
     _LIBRARY.impl(name, composite, "CPU")
     _LIBRARY.impl(name, _contiguous(_with_defaults(op, cuda or cpu)), "CUDA")
     fake = _known_to_inductor(op, _with_defaults(op, fake))
-    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     formula = torch._library.autograd.Info(backward, setup_context)
     reverse = torch._library.autograd.make_autograd_impl(op, formula)
     autograd = _composite_under_transforms(name, composite, reverse)
@@ -114,12 +109,9 @@ def _warn_of_reference(name: str) -> None:
 def _with_defaults(op: torch._ops.OpOverload, function: Formula) -> Formula:
     """Put back the arguments that equal the schema's defaults: the dispatcher drops them."""
     arguments = op._schema.arguments
-    positional = [argument.default_value for argument in arguments if not argument.kwarg_only]
-    keywords = {
-        argument.name: argument.default_value
-        for argument in arguments
-        if argument.kwarg_only and argument.has_default_value()
-    }
+    positional = [a.default_value for a in arguments if not a.kwarg_only]
+    with_default = (a for a in arguments if a.kwarg_only and a.has_default_value())
+    keywords = {a.name: a.default_value for a in with_default}
 
     @functools.wraps(function)
     def implementation(*args: Any, **kwargs: Any) -> Any:
@@ -168,10 +160,10 @@ def _outside_autocast(op: torch._ops.OpOverload, device: str) -> Formula:
 
 
 def derive(function: Formula) -> dict[str, Formula]:
-    """The keywords `setup_context` and `backward` of `define`, by differentiating a function.
+    """The keywords `setup_context` and `backward` of `define`, by differentiating its function.
 
-    The function computes what the op computes. It gives the backward ops their own gradients, of
-    any order; nothing that trains without second derivatives runs it.
+    It gives the backward ops their own gradients, of any order; nothing that trains without second
+    derivatives runs it.
     """
 
     def setup_context(ctx: Any, inputs: Any, output: Any, keyword_only_inputs: Any = None) -> None:

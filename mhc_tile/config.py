@@ -59,3 +59,9 @@ class MHCConfig:
     def replace(self, **changes: Any) -> "MHCConfig":
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
+
+
+CONSTANTS = tuple(
+    each.name for each in dataclasses.fields(MHCConfig) if each.name not in ("num_streams", "init")
+)
+"""The fields that `pre`, `boundary` and `sublayer` take by the same names."""

@@ -21,18 +21,11 @@ TRAIN_PACKAGES = ("jinja2", "matplotlib", "tabulate", "tensorboard", "tqdm", "ty
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report.
-
-    Args:
-        item: what was examined.
-        status: "ok", "note" (something is slower or absent by choice) or "missing".
-        found: the version, place or state.
-        remedy: what to do about it; empty where nothing is to be done.
-    """
+    """One line of the report."""
 
     item: str
-    status: str
-    found: str
+    status: str  # "ok", "note" (something is slower or absent by choice) or "missing"
+    found: str  # a version, place or state
     remedy: str = ""
 
 
@@ -42,12 +35,11 @@ def examine() -> list[Finding]:
 
 
 def _software() -> Iterator[Finding]:
-    where = Path(__file__).resolve().parent
-    yield Finding("mhc_tile", "ok", f"{__version__} in {where}")
+    yield Finding("mhc_tile", "ok", f"{__version__} in {Path(__file__).resolve().parent}")
     yield Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}")
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
-    threads = torch.get_num_threads()
-    yield Finding("torch", "ok", f"{torch.__version__} ({build}), {threads} threads")
+    found = f"{torch.__version__} ({build}), {torch.get_num_threads()} threads"
+    yield Finding("torch", "ok", found)
 
 
 def _gpu() -> Iterator[Finding]:

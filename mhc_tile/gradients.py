@@ -2,12 +2,12 @@
 
 These are the CPU implementations of the backward ops and what the backward kernels compute, line by
 line; the tests compare them with autograd of the reference in float64. Names and shapes are those
-of `reference.py`; `grad_<name>` is the cotangent of `<name>`. All results are at least float32: the
-ops round them to the dtype of the input that they belong to. A function ignores those constants of
-its forward that its formulas do not contain.
+of `reference.py`; `grad_<name>` is the cotangent of `<name>`. A function returns the gradients of
+its forward's tensors, in their order and in at least float32: the ops round them to the dtypes of
+the inputs. It ignores those constants of its forward that its formulas do not contain.
 
 A forward op keeps for its backward two small tensors that would cost a pass over x to rebuild:
-`projection` [..., n*n + 2n] and `inv_rms` [...]. Sinkhorn's iterates are recomputed.
+`projection` and `inv_rms`. Sinkhorn's iterates are recomputed.
 """
 
 from typing import Any
@@ -21,16 +21,13 @@ from .reference import first_iteration, normalise, wide
 
 def merge_backward(
     grad_x_next: Tensor, x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradient of `reference.merge`.
 
     `grad_x[i, c] = sum_o h_res[o, i] * grad_x_next[o, c]`
     `grad_layer_output[c] = sum_o h_post[o] * grad_x_next[o, c]`
     `grad_h_post[o] = sum_c grad_x_next[o, c] * layer_output[c]`
     `grad_h_res[o, i] = sum_c grad_x_next[o, c] * x[i, c]`
-
-    Returns:
-        grad_x, grad_layer_output, grad_h_post, grad_h_res.
     """
     grads = merge_backward_maps(grad_x_next, x, layer_output, h_post)
     return (h_res.mT @ wide(grad_x_next), *grads)
@@ -53,9 +50,6 @@ def pre_apply_backward(grad_layer_input: Tensor, x: Tensor, h_pre: Tensor) -> tu
 
     `grad_x[i, c] = h_pre[i] * grad_layer_input[c]`
     `grad_h_pre[i] = sum_c grad_layer_input[c] * x[i, c]`
-
-    Returns:
-        grad_x, grad_h_pre.
     """
     grad = wide(grad_layer_input).unsqueeze(-2)
     return h_pre.unsqueeze(-1) * grad, (grad * wide(x)).sum(-1)
@@ -71,11 +65,7 @@ def _normalise_backward(grad: Tensor, output: Tensor, total: Tensor, dim: int) -
 
 
 def sinkhorn_backward(grad_h_res: Tensor, logits: Tensor, iters: int, eps: float) -> Tensor:
-    """Gradient of `reference.sinkhorn`: repeat the iteration, then differentiate it in reverse.
-
-    Returns:
-        grad_logits: [..., n, n].
-    """
+    """Gradient of `reference.sinkhorn`: repeat the iteration, differentiate it in reverse."""
     first = h_res = first_iteration(logits, eps)
     steps = []
     for _ in range(iters - 1):
@@ -96,7 +86,7 @@ def sinkhorn_backward(grad_h_res: Tensor, logits: Tensor, iters: int, eps: float
 def project_backward(
     grad_projection: Tensor, x: Tensor, phi: Tensor, projection: Tensor, inv_rms: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of `reference.project` with `reference.inverse_rms`.
+    """Gradient of `reference.project` with `reference.inverse_rms`: grad_x and grad_phi.
 
     `grad_raw[k] = grad_projection[k] * inv_rms`
     `along = sum_k grad_projection[k] * projection[k] / (n*C)`
@@ -104,9 +94,6 @@ def project_backward(
     `grad_phi[k, i*C + c] = sum over tokens of grad_raw[k] * x[i, c]`
 
     A token of zeros has inv_rms 0 and so no gradient.
-
-    Returns:
-        grad_x, grad_phi.
     """
     inv_rms = inv_rms.unsqueeze(-1)
     x = wide(x).flatten(-2)
@@ -134,9 +121,6 @@ def maps_backward(
     `grad_projection[k] = alpha[part of k] * grad_logits[k]`
     `grad_alpha[p] = sum over tokens and k in p of grad_logits[k] * projection[k]`
     `grad_bias[k] = sum over tokens of grad_logits[k]`
-
-    Returns:
-        grad_projection, grad_alpha, grad_bias.
     """
     n = grad_h_pre.shape[-1]
     gates = reference.spread(alpha, n)
@@ -154,59 +138,30 @@ def _sum_tokens(values: Tensor) -> Tensor:
 
 
 def mapping_backward(
-    grad_h_pre: Tensor,
-    grad_h_post: Tensor,
-    grad_h_res_logits: Tensor,
-    x: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    projection: Tensor,
-    inv_rms: Tensor,
-    *,
-    post_scale: float,
-    **unused: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradient of `reference.mapping`.
-
-    Returns:
-        grad_x, grad_phi, grad_alpha, grad_bias.
-    """
+    grad_h_pre: Tensor, grad_h_post: Tensor, grad_h_res_logits: Tensor,
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, projection: Tensor, inv_rms: Tensor,
+    *, post_scale: float, **unused: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradient of `reference.mapping`."""
     grad_maps = (grad_h_pre, grad_h_post, grad_h_res_logits)
-    grad_projection, grad_alpha, grad_bias = maps_backward(
+    grad_projection, *grad_gates = maps_backward(
         *grad_maps, projection, alpha, bias, post_scale=post_scale
     )
     grad_x, grad_phi = project_backward(grad_projection, x, phi, projection, inv_rms)
-    return grad_x.unflatten(-1, x.shape[-2:]), grad_phi, grad_alpha, grad_bias
+    return grad_x.unflatten(-1, x.shape[-2:]), grad_phi, *grad_gates
 
 
 def pre_backward(
-    grad_layer_input: Tensor,
-    grad_h_post: Tensor,
-    grad_h_res: Tensor,
-    x: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    projection: Tensor,
-    inv_rms: Tensor,
-    grad_x_part: Tensor | None = None,
-    h_res: Tensor | None = None,
-    *,
-    pre_eps: float,
-    post_scale: float,
-    iters: int,
-    sinkhorn_eps: float,
-    **unused: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_layer_input: Tensor, grad_h_post: Tensor, grad_h_res: Tensor,
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, projection: Tensor, inv_rms: Tensor,
+    grad_x_part: Tensor | None = None, h_res: Tensor | None = None,
+    *, pre_eps: float, post_scale: float, iters: int, sinkhorn_eps: float, **unused: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradient of `reference.pre`, to whose grad_x another gradient of x may be added.
 
     Without h_res that is grad_x_part itself. With h_res, grad_x_part is the cotangent of `merge` on
     the same x, and what is added is the gradient that `merge` has:
     `grad_x[i, c] += sum_o h_res[o, i] * grad_x_part[o, c]`
-
-    Returns:
-        grad_x, grad_phi, grad_alpha, grad_bias.
     """
     h_pre, _, h_res_logits = reference.maps(
         projection, alpha, bias, x.shape[-2], pre_eps=pre_eps, post_scale=post_scale
@@ -214,38 +169,24 @@ def pre_backward(
     grad_x_read, grad_h_pre = pre_apply_backward(grad_layer_input, x, h_pre)
     grad_h_res_logits = sinkhorn_backward(grad_h_res, h_res_logits, iters, sinkhorn_eps)
     grad_maps = (grad_h_pre, grad_h_post, grad_h_res_logits)
-    grad_x, grad_phi, grad_alpha, grad_bias = mapping_backward(
+    grad_x, *grad_parameters = mapping_backward(
         *grad_maps, x, phi, alpha, bias, projection, inv_rms, post_scale=post_scale
     )
     grad_x = grad_x_read + grad_x
     if grad_x_part is not None:
         part = wide(grad_x_part)
         grad_x = grad_x + (part if h_res is None else h_res.mT @ part)
-    return grad_x, grad_phi, grad_alpha, grad_bias
+    return grad_x, *grad_parameters
 
 
 def boundary_backward(
-    grad_x_next: Tensor,
-    grad_layer_input: Tensor,
-    grad_h_post_next: Tensor,
-    grad_h_res_next: Tensor,
-    x: Tensor,
-    layer_output: Tensor,
-    h_post: Tensor,
-    h_res: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    projection: Tensor,
-    inv_rms: Tensor,
-    x_next: Tensor,
+    grad_x_next: Tensor, grad_layer_input: Tensor,
+    grad_h_post_next: Tensor, grad_h_res_next: Tensor,
+    x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor,
+    phi: Tensor, alpha: Tensor, bias: Tensor, projection: Tensor, inv_rms: Tensor, x_next: Tensor,
     **constants: Any,
-) -> tuple[Tensor, ...]:
-    """Gradient of `reference.boundary`.
-
-    Returns:
-        grad_x, grad_layer_output, grad_h_post, grad_h_res, grad_phi, grad_alpha, grad_bias.
-    """
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradient of `reference.boundary`."""
     grad_outputs = (grad_layer_input, grad_h_post_next, grad_h_res_next)
     saved = (x_next, phi, alpha, bias, projection, inv_rms)
     grad_x_next, *grad_parameters = pre_backward(*grad_outputs, *saved, grad_x_next, **constants)
@@ -265,22 +206,10 @@ def collapse_backward(grad_hidden: Tensor, num_streams: int, mode: str) -> Tenso
 
 
 def head_backward(
-    grad_hidden: Tensor,
-    x: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    projection: Tensor,
-    inv_rms: Tensor,
-    *,
-    pre_eps: float,
-    **unused: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradient of `reference.head`.
-
-    Returns:
-        grad_x, grad_phi, grad_alpha, grad_bias.
-    """
+    grad_hidden: Tensor, x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor,
+    projection: Tensor, inv_rms: Tensor, *, pre_eps: float, **unused: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradient of `reference.head`."""
     weights = torch.sigmoid(projection * alpha + bias)
     grad_x_read, grad_weights = pre_apply_backward(grad_hidden, x, weights + pre_eps)
     grad_logits = grad_weights * weights * (1 - weights)

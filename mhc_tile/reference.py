@@ -1,8 +1,7 @@
 """The specification: what mHC computes, in plain PyTorch, one short function per quantity.
 
-Everything else in the package is held to this file. It is each op's CPU implementation, the truth
-in every test and the baseline in every measurement. Equation numbers are those of
-arXiv 2512.24880v2.
+It is each op's CPU implementation, the truth in every test and the baseline in every measurement.
+Equation numbers are those of arXiv 2512.24880v2.
 
 Names and shapes, with n streams of hidden size C and any leading dims (none, or of size zero, too):
 
@@ -12,6 +11,7 @@ Names and shapes, with n streams of hidden size C and any leading dims (none, or
     phi            [n*n + 2n, n*C]   projection; rows packed pre (n), post (n), res (n*n, [out, in])
     alpha          [3]               gates of pre, post, res
     bias           [n*n + 2n]        packed like phi's rows
+    inv_rms        [...]             inverse root mean square of a token
     projection     [..., n*n + 2n]   phi applied to the RMS-normalised streams
     h_pre, h_post  [..., n]          read-out and write-in weights
     h_res          [..., n, n]       residual mixing, [out, in], doubly stochastic
@@ -45,13 +45,6 @@ def inverse_rms(x: Tensor, norm_eps: float) -> Tensor:
     A token whose squares sum to zero has no direction: its inv_rms is defined as 0, so that its
     logits are the bias and no gradient reaches x through them, whatever norm_eps is. In float32
     that includes tokens of |x| below 2.6e-23, whose squares underflow; subnormal squares count.
-
-    Args:
-        x: [..., n, C], any float dtype.
-        norm_eps: at least 0.
-
-    Returns:
-        [...], at least float32.
     """
     mean_square = wide(x).square().mean((-2, -1))
     zero = mean_square == 0
@@ -62,14 +55,6 @@ def project(x: Tensor, phi: Tensor, inv_rms: Tensor) -> Tensor:
     """Projection of the normalised streams, normalised after the product (eqs. 14 and 16).
 
     `projection[k] = inv_rms * sum_{i,c} phi[k, i*C + c] * x[i, c]`
-
-    Args:
-        x: [..., n, C].
-        phi: [k, n*C].
-        inv_rms: [...].
-
-    Returns:
-        [..., k], at least float32.
     """
     return (wide(x).flatten(-2) @ phi.t()) * inv_rms.unsqueeze(-1)
 
@@ -94,13 +79,10 @@ def split(packed: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
 def maps(
     projection: Tensor, alpha: Tensor, bias: Tensor, n: int, *, pre_eps: float, post_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gates, biases and sigmoids (eqs. 16-18).
+    """Gates, biases and sigmoids (eqs. 16-18): h_pre, h_post and h_res_logits [..., n, n].
 
     `logits[k] = alpha[part of k] * projection[k] + bias[k]`,
     `h_pre = sigmoid(logits_pre) + pre_eps`, `h_post = post_scale * sigmoid(logits_post)`
-
-    Returns:
-        h_pre [..., n], h_post [..., n], h_res_logits [..., n, n].
     """
     pre, post, res = split(projection * spread(alpha, n) + bias, n)
     return torch.sigmoid(pre) + pre_eps, post_scale * torch.sigmoid(post), res
@@ -116,11 +98,7 @@ def mapping(
     pre_eps: float = 0.0,
     post_scale: float = 2.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From the streams to h_pre, h_post and the logits of h_res (eqs. 14-18).
-
-    Returns:
-        h_pre [..., n], h_post [..., n], h_res_logits [..., n, n], at least float32.
-    """
+    """From the streams to h_pre, h_post and h_res_logits [..., n, n] (eqs. 14-18)."""
     projection, _ = normalised_projection(x, phi, norm_eps)
     return maps(projection, alpha, bias, x.shape[-2], pre_eps=pre_eps, post_scale=post_scale)
 
@@ -146,19 +124,12 @@ def first_iteration(logits: Tensor, eps: float) -> Tensor:
 def sinkhorn(logits: Tensor, iters: int = 20, eps: float = 0.0) -> Tensor:
     """Doubly stochastic matrix by `iters` normalisations of columns, then rows (eqs. 9 and 19).
 
-    `M = exp(logits)`, then `iters` times: `M[o, i] /= sum_o M[o, i]`, `M[o, i] /= sum_i M[o, i]`.
+    `M = exp(logits)`, then `iters` times: `M[o, i] /= sum_o M[o, i]`, `M[o, i] /= sum_i M[o, i]`,
+    with logits and M [..., n, n], [out, in].
 
     With eps, in the convention of DeepSeek-V4: eps is added to the entries after the first column
     normalisation and to every later denominator. The iteration ends on rows, so without eps every
     row sums to 1 and only the column sums can be off.
-
-    Args:
-        logits: [..., n, n], [out, in].
-        iters: at least 1.
-        eps: at least 0.
-
-    Returns:
-        h_res: [..., n, n], [out, in].
     """
     h_res = first_iteration(logits, eps)
     for _ in range(iters - 1):
@@ -168,57 +139,33 @@ def sinkhorn(logits: Tensor, iters: int = 20, eps: float = 0.0) -> Tensor:
 
 
 def pre_apply(x: Tensor, h_pre: Tensor) -> Tensor:
-    """What the layer reads: `layer_input[c] = sum_i h_pre[i] * x[i, c]`.
-
-    Args:
-        x: [..., n, C].
-        h_pre: [..., n].
-
-    Returns:
-        [..., C] in x's dtype.
-    """
+    """What the layer reads: `layer_input[c] = sum_i h_pre[i] * x[i, c]`."""
     return (h_pre.unsqueeze(-1) * wide(x)).sum(-2).to(x.dtype)
 
 
 def merge(x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
-    """The streams after the sublayer (eq. 7).
+    """The streams after the sublayer (eq. 7), x_next [..., n, C].
 
     `x_next[o, c] = sum_i h_res[o, i] * x[i, c] + h_post[o] * layer_output[c]`
-
-    Args:
-        x: [..., n, C].
-        layer_output: [..., C].
-        h_post: [..., n].
-        h_res: [..., n, n], [out, in].
-
-    Returns:
-        [..., n, C] in x's dtype.
     """
     written = h_post.unsqueeze(-1) * wide(layer_output).unsqueeze(-2)
     return (h_res @ wide(x) + written).to(x.dtype)
 
 
 def pre(
-    x: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    *,
-    norm_eps: float,
-    pre_eps: float = 0.0,
-    post_scale: float = 2.0,
-    iters: int = 20,
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor,
+    *, norm_eps: float, pre_eps: float = 0.0, post_scale: float = 2.0, iters: int = 20,
     sinkhorn_eps: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Everything before the layer: `mapping`, `sinkhorn` and `pre_apply`.
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Everything before the layer: `mapping`, `sinkhorn`, `pre_apply`.
 
-    Returns:
-        layer_input [..., C] in x's dtype; h_post [..., n], h_res [..., n, n], at least float32.
+    Returns layer_input, h_post, h_res.
     """
     projection, _ = normalised_projection(x, phi, norm_eps)
-    constants: dict[str, Any] = {"pre_eps": pre_eps, "post_scale": post_scale}
-    constants |= {"iters": iters, "sinkhorn_eps": sinkhorn_eps}
-    return pre_from_projection(x, projection, alpha, bias, **constants)
+    scales = {"pre_eps": pre_eps, "post_scale": post_scale}
+    return pre_from_projection(
+        x, projection, alpha, bias, iters=iters, sinkhorn_eps=sinkhorn_eps, **scales
+    )
 
 
 def pre_from_projection(
@@ -227,15 +174,12 @@ def pre_from_projection(
     alpha: Tensor,
     bias: Tensor,
     *,
-    pre_eps: float,
-    post_scale: float,
     iters: int,
     sinkhorn_eps: float,
+    **scales: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What of `pre` follows the projection: maps, Sinkhorn and the weighted sum of the streams."""
-    h_pre, h_post, h_res_logits = maps(
-        projection, alpha, bias, x.shape[-2], pre_eps=pre_eps, post_scale=post_scale
-    )
+    h_pre, h_post, h_res_logits = maps(projection, alpha, bias, x.shape[-2], **scales)
     return pre_apply(x, h_pre), h_post, sinkhorn(h_res_logits, iters, sinkhorn_eps)
 
 
@@ -247,21 +191,13 @@ def boundary(
     phi: Tensor,
     alpha: Tensor,
     bias: Tensor,
-    *,
-    norm_eps: float,
-    pre_eps: float = 0.0,
-    post_scale: float = 2.0,
-    iters: int = 20,
-    sinkhorn_eps: float = 0.0,
+    **constants: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`merge` of one sublayer and `pre` of the next, which reads the rounded x_next.
 
-    Returns:
-        x_next, layer_input, h_post_next, h_res_next.
+    The constants are those of `pre`. Returns x_next, layer_input, h_post_next, h_res_next.
     """
     x_next = merge(x, layer_output, h_post, h_res)
-    constants: dict[str, Any] = {"norm_eps": norm_eps, "pre_eps": pre_eps}
-    constants |= {"post_scale": post_scale, "iters": iters, "sinkhorn_eps": sinkhorn_eps}
     return (x_next, *pre(x_next, phi, alpha, bias, **constants))
 
 
@@ -285,18 +221,7 @@ def head(
     """The learned exit of DeepSeek-V4: a weighted sum of the streams, weights from the streams.
 
     `weights[i] = sigmoid(alpha * projection[i] + bias[i]) + pre_eps`,
-    `hidden[c] = sum_i weights[i] * x[i, c]`
-
-    Args:
-        x: [..., n, C].
-        phi: [n, n*C].
-        alpha: [1].
-        bias: [n].
-        norm_eps: at least 0.
-        pre_eps: at least 0.
-
-    Returns:
-        [..., C] in x's dtype.
+    `hidden[c] = sum_i weights[i] * x[i, c]`, with phi [n, n*C], alpha [1] and bias [n].
     """
     projection, _ = normalised_projection(x, phi, norm_eps)
     return pre_apply(x, torch.sigmoid(projection * alpha + bias) + pre_eps)
@@ -305,22 +230,14 @@ def head(
 def hc_mapping(
     x: Tensor, theta: Tensor, alpha: Tensor, bias: Tensor, *, norm_eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The maps of unconstrained Hyper-Connections (eq. 5), used as they come.
+    """The maps of unconstrained Hyper-Connections (eq. 5), used as they come: h_pre, h_post, h_res.
 
     With `response[k, i] = tanh(sum_c theta[k, c] * x[i, c] * inv_rms_i)`, normalised per stream,
     `h_pre[i] = alpha[0] * response[0, i] + bias[i]`,
     `h_post[o] = alpha[1] * response[1, o] + bias[n + o]`,
     `h_res[o, i] = alpha[2] * response[2 + o, i] + bias[2n + o*n + i]`.
 
-    Args:
-        x: [..., n, C].
-        theta: [2 + n, C]; rows packed pre (1), post (1), res (n, by out).
-        alpha: [3], gates of pre, post, res.
-        bias: [n*n + 2n], the static part, packed pre (n), post (n), res (n*n, [out, in]).
-        norm_eps: at least 0.
-
-    Returns:
-        h_pre [..., n], h_post [..., n], h_res [..., n, n] ([out, in]), at least float32.
+    theta is [2 + n, C], its rows packed pre (1), post (1), res (n, by out).
     """
     n = x.shape[-2]
     streams = x.unsqueeze(-2)  # [..., n, 1, C]: each stream is normalised on its own

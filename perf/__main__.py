@@ -1,6 +1,5 @@
 """`python -m mhc_tile.perf`, the same as `mhc-tile perf`."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 
@@ -19,12 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 for an error that was printed, 2 for wrong usage, 3 for a regression,
         130 after Ctrl-C.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m mhc_tile.perf", description="Measure, compare, judge and report."
-    )
     try:
-        cli.add_arguments(parser)  # imports torch
-        return cli.run(parser.parse_args(argv))
+        return cli.main(sys.argv[1:] if argv is None else argv, "python -m mhc_tile.perf")
     except (ValueError, OSError, MissingExtraError) as error:
         said = str(error).removeprefix("perf: ")
         sys.stderr.write(f"{said}\n" if said.startswith("perf ") else f"perf: {said}\n")

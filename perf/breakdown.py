@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,8 @@ PROFILED = 4  # times as many steps as load the GPU: its clock swings by 10% wit
 LEAST_STEPS, MOST_STEPS = 3, 300
 MOST_LETTERS = 100  # of a kernel's name
 
+Span = tuple[str, float, float]  # a kernel's name, when it began and ended
+
 
 def part_of(kernel: str) -> str:
     """The part that a kernel belongs to.
@@ -64,57 +67,47 @@ def busy(spans: Iterable[tuple[float, float]]) -> float:
     return total
 
 
-def split(spans: Iterable[tuple[str, float, float]], steps: int) -> dict[str, float]:
-    """Microseconds of one step by part.
+def split(spans: Sequence[Span], steps: int) -> dict[str, float]:
+    """Microseconds of one step by part; what no kernel fills is under `GAPS`.
 
     Args:
-        spans: names of kernels, and when each began and ended, in microseconds, of some steps in a
-            row.
-        steps: how many. What no kernel fills between the first and the last is under `GAPS`.
+        spans: names of kernels, and when each began and ended, in microseconds.
+        steps: in a row, to which the kernels belong.
 
     Example:
         >>> split([("merge_forward", 0, 2), ("copy", 2, 7), ("merge_forward", 8, 10)], 2)
         {'merge, forward': 2.0, 'other kernels': 2.5, 'no kernel': 0.5}
     """
-    found = list(spans)
     sums = dict.fromkeys((*KERNELS, LAYERS), 0.0)
-    for name, begin, end in found:
+    for name, begin, end in spans:
         sums[part_of(name)] += (end - begin) / steps
     parts = {part: us for part, us in sums.items() if us or part == LAYERS}
-    parts[GAPS] = (lasting(found) - busy((begin, end) for _, begin, end in found)) / steps
+    parts[GAPS] = (lasting(spans) - busy(span[1:] for span in spans)) / steps
     return parts
 
 
-def lasting(spans: Iterable[tuple[str, float, float]]) -> float:
+def lasting(spans: Sequence[Span]) -> float:
     """Microseconds from the begin of the first to the end of the last; 0 without any.
 
     Example:
         >>> lasting([("a", 1, 2), ("b", 5, 8)])
         7.0
     """
-    found = list(spans)
-    if not found:
+    if not spans:
         return 0.0
-    return float(max(end for *_, end in found) - min(begin for _, begin, _ in found))
+    return float(max(end for *_, end in spans) - min(begin for _, begin, _ in spans))
 
 
-def largest(
-    spans: Iterable[tuple[str, float, float]], steps: int, count: int = 20
-) -> dict[str, float]:
+def largest(spans: Iterable[Span], steps: int, count: int = 20) -> dict[str, float]:
     """Microseconds of one step in the kernels that take most, by name, the largest first.
-
-    Args:
-        spans: as for `split`.
-        steps: as there.
-        count: of kernels.
 
     Example:
         >>> largest([("a", 0, 2), ("b", 2, 7), ("a", 8, 10)], 2, 1)
         {'b': 2.5}
     """
-    sums: dict[str, float] = {}
+    sums: dict[str, float] = defaultdict(float)
     for name, begin, end in spans:
-        sums[name[:MOST_LETTERS]] = sums.get(name[:MOST_LETTERS], 0.0) + (end - begin) / steps
+        sums[name[:MOST_LETTERS]] += (end - begin) / steps
     chosen = sorted(sums.items(), key=lambda item: -item[1])[:count]
     return {name: round(us, 1) for name, us in chosen}
 
@@ -131,11 +124,8 @@ def breakdown(step: Callable[[], Any], step_us: float) -> Breakdown:
     """Where a step's time goes, under the load that steps are timed under.
 
     Steps run for a while before those that are profiled, and those follow each other without a
-    pause: what is then between kernels is so in training as well.
-
-    Args:
-        step: runs one, compiled.
-        step_us: what it takes without the profiler.
+    pause: what is then between kernels is so in training as well. A step takes `step_us` without
+    the profiler.
     """
     with _profiler():
         pass  # the first one takes long to start
@@ -160,9 +150,6 @@ def steps_under_load(step_us: float) -> int:
     """How many steps load the GPU for `LOAD_US`.
 
     A GPU that has rested, or that has run something lighter, is faster for a moment.
-
-    Args:
-        step_us: what one takes.
 
     Example:
         >>> steps_under_load(64_000.0)

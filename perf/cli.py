@@ -1,18 +1,18 @@
-"""The commands of `mhc-tile perf`: their arguments, and what they run.
+"""The commands of `mhc-tile perf`: their options, and what they run.
 
-Each command has a function in `COMMANDS` that declares it and sets `perform`, a function from the
-parsed arguments to an exit code. TileLang and matplotlib are imported by who needs them alone.
+TileLang and matplotlib are imported by who needs them alone.
 """
 
-import argparse
-import contextlib
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, get_origin
 
-from mhc_tile.autotune import _arguments as given
+from mhc_tile.autotune._arguments import check_folder
+from mhc_tile.autotune._extras import require
+from mhc_tile.autotune._options import Options, choose, parse
+from mhc_tile.training.signals import raising
 
 if TYPE_CHECKING:
     from .compare import Comparison
@@ -20,139 +20,119 @@ if TYPE_CHECKING:
 
 REGRESSION = 3  # exit code: measured and compared, and something is slower or fails
 HERE = Path(__file__).parent
+TERMINAL = Path("-")
+
+COMMANDS = {
+    "run": "every op, case by case: ours, the reference, other implementations",
+    "overhead": "what mHC adds to a training step of a model's layers",
+    "compare": "two results, case by case; 3 if one is slower",
+    "gate": "this checkout against the baseline of this GPU's model; 3 if it is slower",
+    "report": "one HTML page of a result, with its pictures",
+}
+_POSITIONAL = ("base", "new", "result")
+_EMPTY: dict[Any, Any] = {
+    bool: False,
+    tuple: (),
+}  # if an option of this type is not given
+_FORCE = {"force": (bool, "whatever differs between the results")}
+_VERDICT: Options = {
+    "threshold": (float, "percent (default: 5)"),
+    **_FORCE,
+    "markdown": (Path, "for a pull request; - for the terminal"),
+    "json": (Path, "for programs; - for the terminal"),
+}
+_COMPARE: Options = {
+    "base": (Path, "the older result, of `mhc-tile perf run`"),
+    "new": (Path, "the newer result"),
+    **_VERDICT,
+}
+_GATE: Options = {
+    "result": (Path, "of `mhc-tile perf run` (default: measure now)"),
+    "baseline": (Path, "file (default: perf/baselines/<gpu>.json)"),
+    "out": (Path, "file that keeps what is measured now"),
+    **_VERDICT,
+    "static": (bool, "without a GPU: registers, spills, shared memory, launches; no times"),
+    "arch": (str, "with --static: this one only, such as sm_90a"),
+    "fresh": (bool, "with --static: compile what is recorded, too"),
+    "write": (bool, "with --static: record in perf/static what is now"),
+}
+_REPORT: Options = {
+    "result": (Path, "of `mhc-tile perf run` or `overhead`"),
+    "baseline": (Path, "an older result, to compare"),
+    "out": (Path, "file (default: beside the result)"),
+    "figures": (Path, "folder for the pictures as PNG, too"),
+    **_FORCE,
+}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the commands."""
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in COMMANDS:
-        add(commands)
+def main(argv: Sequence[str], prog: str = "mhc-tile perf") -> int:
+    """Run a command.
 
-
-def run(args: argparse.Namespace) -> int:
-    """Run the chosen command.
+    Args:
+        argv: the words after `perf`.
+        prog: what is before them, for the help.
 
     Returns:
-        0, or 3 if something is slower than it was, or does not work any more.
+        0, or 3 if something is slower than it was, or does not work any more; 1 if what
+        `run` or `overhead` measures of this library is wrong or fails.
 
     Raises:
+        SystemExit: There is no such command or option, or a value cannot be one; with code 2.
         ValueError: The arguments or the files do not fit; the message names them.
         OSError: A file cannot be read or written.
         MissingExtraError: A package of the perf extra is missing.
         KeyboardInterrupt: After Ctrl-C, or a SIGTERM such as `timeout` sends.
     """
-    with _ended_like_ctrl_c():
-        return args.perform(args)
+    with raising():  # what was measured is kept
+        perform, args = parsed(argv, prog)
+        return perform(args)
 
 
-@contextlib.contextmanager
-def _ended_like_ctrl_c() -> Iterator[None]:
-    """Let SIGTERM end a command as Ctrl-C does: what was measured is kept."""
+def command(name: str) -> tuple[Options, dict[str, Any], Callable[[SimpleNamespace], int]]:
+    """The options of a command, their defaults, and the function that runs it."""
+    if name == "run":
+        from . import suite
 
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
+        return suite.OPTIONS, suite.DEFAULTS, suite.run
+    if name == "overhead":
+        from . import overhead
 
+        return overhead.OPTIONS, overhead.DEFAULTS, overhead.run
+    if name == "report":
+        return _REPORT, {}, _report_page
+    percent = {"threshold": 5.0}
+    return (_GATE, percent, _gate) if name == "gate" else (_COMPARE, percent, _compare)
+
+
+def parsed(
+    argv: Sequence[str], prog: str
+) -> tuple[Callable[[SimpleNamespace], int], SimpleNamespace]:
+    """The function that runs a command, and what it gets: a value for every option.
+
+    Raises:
+        SystemExit: As of `main`.
+        MissingExtraError: tyro is not installed.
+    """
+    name = choose(prog, "Measure, compare, judge and report.", COMMANDS, argv)
+    options, defaults, perform = command(name)
+    empty = {n: _EMPTY.get(get_origin(kind) or kind) for n, (kind, _) in options.items()}
+    positional = [n for n in _POSITIONAL if n in options]
     try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not the main thread, which gets no signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _add_run(commands: Any) -> None:
-    from . import suite
-
-    parser = commands.add_parser(
-        "run", help="every op, case by case: ours, the reference, other implementations"
-    )
-    suite.add_arguments(parser)
-    parser.set_defaults(perform=suite.run)
-
-
-def _add_overhead(commands: Any) -> None:
-    from . import overhead
-
-    parser = commands.add_parser(
-        "overhead", help="what mHC adds to a training step of a model's layers"
-    )
-    overhead.add_arguments(parser)
-    parser.set_defaults(perform=overhead.run)
-
-
-def _add_compare(commands: Any) -> None:
-    parser = commands.add_parser("compare", help="two results, case by case; 3 if one is slower")
-    parser.add_argument("base", type=given.path, help="the older result, of `mhc-tile perf run`")
-    parser.add_argument("new", type=given.path, help="the newer result")
-    _add_output(parser)
-    parser.set_defaults(perform=_compare)
-
-
-def _add_gate(commands: Any) -> None:
-    parser = commands.add_parser(
-        "gate", help="this checkout against the baseline of this GPU's model; 3 if it is slower"
-    )
-    parser.add_argument(
-        "result", type=given.path, nargs="?", help="of `mhc-tile perf run`; default: measure now"
-    )
-    parser.add_argument(
-        "--baseline", type=given.path, metavar="FILE", help="default: perf/baselines/<gpu>.json"
-    )
-    parser.add_argument("--out", type=given.path, metavar="FILE", help="keep what is measured now")
-    _add_output(parser)
-    static = parser.add_argument_group(
-        "without a GPU", "Registers, spills, shared memory, launches"
-    )
-    static.add_argument(
-        "--static", action="store_true", help="registers, spills, launches; no times"
-    )
-    static.add_argument("--arch", type=given.text, help="this one only, such as sm_90a")
-    static.add_argument("--fresh", action="store_true", help="compile what is recorded, too")
-    static.add_argument("--write", action="store_true", help="record in perf/static what is now")
-    parser.set_defaults(perform=_gate)
-
-
-def _add_report(commands: Any) -> None:
-    parser = commands.add_parser("report", help="one HTML page of a result, with its pictures")
-    parser.add_argument("result", type=given.path, help="of `mhc-tile perf run` or `overhead`")
-    parser.add_argument(
-        "--baseline", type=given.path, metavar="FILE", help="an older result, to compare"
-    )
-    parser.add_argument("--out", type=given.path, metavar="FILE", help="default: beside the result")
-    parser.add_argument(
-        "--figures", type=given.path, metavar="DIR", help="the pictures as PNG, too"
-    )
-    parser.add_argument("--force", action="store_true", help="whatever differs between the results")
-    parser.set_defaults(perform=_report_page)
-
-
-def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--threshold", type=_percent, default=5.0, metavar="PERCENT", help="default: 5"
-    )
-    parser.add_argument("--force", action="store_true", help="whatever differs between the results")
-    file: dict[str, Any] = {"type": given.output, "metavar": "FILE"}
-    parser.add_argument("--markdown", **file, help="for a pull request; - for the terminal")
-    parser.add_argument("--json", **file, help="for programs; - for the terminal")
-
-
-COMMANDS: list[Callable[[Any], None]] = [
-    _add_run,
-    _add_overhead,
-    _add_compare,
-    _add_gate,
-    _add_report,
-]
+        given = parse(f"{prog} {name}", COMMANDS[name], options, argv[1:], "perf", positional)
+        for missing in positional if name != "gate" else ():
+            if missing not in given:
+                raise ValueError(f"perf {name}: {missing} must be given, got none")
+        if not 0 <= (percent := given.get("threshold", 0)) < 1000:  # nor is NaN
+            rule = "must be from 0 to 1000 percent"
+            raise ValueError(f"perf {name}: --threshold {rule}, got {percent}")
+    except ValueError as error:
+        sys.stderr.write(f"{error}\n")
+        raise SystemExit(2) from error
+    return perform, SimpleNamespace(**empty | defaults | given)
 
 
 def baseline_path(gpu: str) -> Path:
-    """Where the baseline of a GPU's model is.
-
-    Args:
-        gpu: the vendor's name of the model.
+    """Where the baseline of a GPU's model is; `gpu` is the vendor's name of the model.
 
     Example:
         >>> baseline_path("NVIDIA H200").name
@@ -163,7 +143,7 @@ def baseline_path(gpu: str) -> Path:
     return HERE / "baselines" / f"{slug(gpu)}.json"
 
 
-def _compare(args: argparse.Namespace) -> int:
+def _compare(args: SimpleNamespace) -> int:
     from . import compare, records
 
     base, new = records.read(args.base), records.read(args.new)
@@ -172,14 +152,12 @@ def _compare(args: argparse.Namespace) -> int:
     return _say(found, args, complete=False)
 
 
-def _gate(args: argparse.Namespace) -> int:
+def _gate(args: SimpleNamespace) -> int:
     if args.static:
         return _gate_static(args)
     for name in ("arch", "fresh", "write"):
         if getattr(args, name):
             raise ValueError(f"perf gate: --{name} must come with --static, got no --static")
-    from mhc_tile.autotune._extras import require
-
     from . import compare, records
 
     options = {"threshold": args.threshold / 100, "force": args.force}
@@ -194,17 +172,19 @@ def _gate(args: argparse.Namespace) -> int:
         return _say(compare.compare(base, new, **options), args, complete=True)
     gpu = _gpu_here()
     base = _baseline(args, gpu)
-    nothing = records.Record("run", {"gpu": gpu}, [])
-    compare.check_comparable(base, nothing, force=args.force)
+    compare.check_comparable(base, records.Record("run", {"gpu": gpu}, []), force=args.force)
     _check_output(args, "perf gate", baseline=args.baseline or baseline_path(gpu))
     require("tqdm", "mhc-tile perf gate", "perf")
+    from . import suite
+
     again = False
 
     def measure(wanted: records.Record) -> records.Record:
         nonlocal again
         first, again = not again, True
         # what looks slower is measured again; it does not replace the rest, and counts in any case
-        return _measure(wanted, args.out if first else None, args.force or not first)
+        path = args.out if first else None
+        return suite.measure_for_gate(wanted, path, force=args.force or not first)
 
     found = compare.gate(base, measure, **options)
     if args.out:
@@ -212,26 +192,23 @@ def _gate(args: argparse.Namespace) -> int:
     return _say(found, args, complete=True)
 
 
-def _check_output(args: argparse.Namespace, command: str, **read: Path | None) -> None:
+def _check_output(args: SimpleNamespace, command: str, **read: Path | None) -> None:
     """Fail for what would fail after minutes of measuring, or lose the verdict."""
-    from mhc_tile.autotune._extras import require
-
     from . import output
 
-    asked = {name: getattr(args, name, None) for name in ("out", "markdown", "json")}
-    if "-" not in asked.values():  # else there is no table
+    if TERMINAL not in (args.markdown, args.json):  # else there is no table
         require("tabulate", f"mhc-tile {command}", "perf")
-    paths = {name: Path(path) for name, path in asked.items() if path and path != "-"}
+    asked = {name: getattr(args, name, None) for name in ("out", "markdown", "json")}
+    paths = {name: path for name, path in asked.items() if path and path != TERMINAL}
     output.check_apart(command, read, paths)
     for name, path in paths.items():
         output.check_file(command, name, path, replaced=name == "out")
 
 
-def _gate_static(args: argparse.Namespace) -> int:
+def _gate_static(args: SimpleNamespace) -> int:
     for name in ("result", "baseline", "out", "markdown", "json"):
-        if getattr(args, name):
+        if value := getattr(args, name):
             what = name if name == "result" else f"--{name}"
-            value = getattr(args, name)
             raise ValueError(f"perf gate: --static must come without {what}, got {value}")
     from mhc_tile.kernels.common import static as _static
     from mhc_tile.kernels.common import toolchain as _toolchain
@@ -247,17 +224,16 @@ def _gate_static(args: argparse.Namespace) -> int:
             f"perf gate: nvcc must run, got {nvcc}, which does not; see mhc-tile doctor"
         )
     cache = _toolchain.kernel_cache()  # TileLang makes it as soon as it is imported
-    given.check_folder("perf gate", cache, "TileLang's cache", "TILELANG_CACHE_DIR")
+    check_folder("perf gate: TileLang's cache", cache, variable="TILELANG_CACHE_DIR")
     from . import static_gate
 
     chosen = [args.arch] if args.arch else CHECKED
     wrong = static_gate.run(chosen, fresh=args.fresh, write=args.write)
-    for fault in wrong:
-        sys.stderr.write(f"{fault}\n")
+    sys.stderr.write("".join(f"{fault}\n" for fault in wrong))
     return REGRESSION if wrong else 0
 
 
-def _check_commit(new: "Record", args: argparse.Namespace) -> None:
+def _check_commit(new: "Record", args: SimpleNamespace) -> None:
     """A result of another commit says nothing of this checkout."""
     from .environment import commit
 
@@ -269,7 +245,7 @@ def _check_commit(new: "Record", args: argparse.Namespace) -> None:
         )
 
 
-def _check_alone(record: "Record", path: Path, args: argparse.Namespace) -> None:
+def _check_alone(record: "Record", path: Path, args: SimpleNamespace) -> None:
     """Beside other contenders this library's small cases take longer."""
     from . import compare
     from .records import OURS
@@ -282,7 +258,7 @@ def _check_alone(record: "Record", path: Path, args: argparse.Namespace) -> None
         )
 
 
-def _baseline(args: argparse.Namespace, gpu: str | None) -> "Record":
+def _baseline(args: SimpleNamespace, gpu: str | None) -> "Record":
     from . import records
     from .environment import is_checkout
 
@@ -324,15 +300,7 @@ def _gpu_here() -> str:
         ) from error
 
 
-def _measure(base: "Record", path: Path | None, force: bool) -> "Record":
-    """The cases of a baseline, now."""
-    import importlib
-
-    suite = importlib.import_module(".suite", __package__)
-    return suite.measure_for_gate(base, path, force=force)
-
-
-def _say(found: "Comparison", args: argparse.Namespace, *, complete: bool) -> int:
+def _say(found: "Comparison", args: SimpleNamespace, *, complete: bool) -> int:
     from . import summary
 
     failed = bool(found.faults(complete=complete))
@@ -341,22 +309,20 @@ def _say(found: "Comparison", args: argparse.Namespace, *, complete: bool) -> in
             "compare: results must have a case of mhc_tile in common, got none among "
             f"{len(found.base.rows)} and {len(found.new.rows)} rows"
         )
-    asked = {"markdown": args.markdown, "json": args.json}
-    write = {"markdown": summary.markdown, "json": summary.as_json}
-    shown = [name for name, target in asked.items() if target == "-"]
-    for name in shown:
-        sys.stdout.write(write[name](found, complete=complete))
+    asked = [(args.markdown, summary.markdown), (args.json, summary.as_json)]
+    shown = [write(found, complete=complete) for target, write in asked if target == TERMINAL]
     if not shown:
         head = summary.headline(found, complete=complete)
-        sys.stdout.write("\n".join([summary.table(found), "", *summary.lines(found), head]) + "\n")
+        shown = ["\n".join([summary.table(found), "", *summary.lines(found), head]) + "\n"]
+    sys.stdout.write("".join(shown))
     sys.stdout.flush()  # a disk that is full does not take the verdict with it
-    for name, target in asked.items():
-        if target and target != "-":
-            Path(target).write_text(write[name](found, complete=complete))
+    for target, write in asked:
+        if target and target != TERMINAL:
+            target.write_text(write(found, complete=complete))
     return REGRESSION if failed else 0
 
 
-def _report_page(args: argparse.Namespace) -> int:
+def _report_page(args: SimpleNamespace) -> int:
     from . import compare, output, records, report
 
     record, found = records.read(args.result), None
@@ -371,13 +337,3 @@ def _report_page(args: argparse.Namespace) -> int:
     report.write(record, path, found, args.figures)
     sys.stdout.write(f"{path}\n")
     return 0
-
-
-def _percent(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be a number of percent, got {text!r}") from error
-    if not 0 <= value < 1000:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 1000 percent, got {text}")
-    return value

@@ -12,11 +12,7 @@ from .peers import ADAPTERS
 
 
 class ReferenceConnection(nn.Module):
-    """A sublayer of ours by `mhc_tile.reference` in place of the ops.
-
-    Args:
-        ours: the sublayer whose layer and parameters are used.
-    """
+    """A sublayer of ours by `mhc_tile.reference` in place of the ops, with its parameters."""
 
     def __init__(self, ours: ManifoldHyperConnection) -> None:
         super().__init__()
@@ -32,14 +28,10 @@ class ReferenceConnection(nn.Module):
 
 
 class PeerConnection(nn.Module):
-    """A sublayer of ours by another package's `pre` and `merge`.
-
-    Args:
-        ours: the sublayer whose layer is used, and whose parameters are copied.
-        package: a key of `peers.ADAPTERS`, with both ops.
+    """A sublayer of ours by another package's `pre` and `merge`, with a copy of its parameters.
 
     Raises:
-        ImportError: It is not installed.
+        ImportError: The package is not installed.
         ValueError: It has no such ops.
     """
 

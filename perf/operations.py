@@ -4,9 +4,9 @@ Axes: T tokens, n streams, C hidden size. A sublayer is `pre`, an identity layer
 model calls them.
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -275,7 +275,7 @@ def cases(*, quick: bool = False, device: str = "cuda", ops: Sequence[str] = ())
     return found
 
 
-def chosen_cases(args: argparse.Namespace) -> list[Case]:
+def chosen_cases(args: SimpleNamespace) -> list[Case]:
     """The cases that the options of `mhc-tile perf run` leave.
 
     Raises:

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mhc_tile.autotune._arguments import check_folder
 from mhc_tile.autotune._extras import require
 
 from .bench import Bench
@@ -61,18 +61,7 @@ def check_file(command: str, option: str, path: Path, *, replaced: bool = True) 
         if replaced:
             raise ValueError(f"{command}: --{option} must be a file, got the device {path}")
         return
-    _check_folder(command, option, path.parent, path)
-
-
-def _check_folder(command: str, option: str, folder: Path, named: Path) -> None:
-    """Make a folder and fail if no file can be written there; the option names `named`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        what = f"{command}: --{option} must be where files can be written, got {named}"
-        raise OSError(f"{what} ({error.strerror or error})") from error
+    check_folder(f"{command}: --{option}", path.parent, path)
 
 
 def check_figures(command: str, folder: Path | None) -> None:
@@ -84,7 +73,7 @@ def check_figures(command: str, folder: Path | None) -> None:
     """
     if folder:
         require("matplotlib", f"mhc-tile {command}", "perf")
-        _check_folder(command, "figures", folder, folder)
+        check_folder(f"{command}: --figures", folder)
 
 
 def check_apart(command: str, read: Mapping[str, Path | None], written: Mapping[str, Path]) -> None:

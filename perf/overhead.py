@@ -7,28 +7,30 @@ reference and by other packages; contenders take turns, step by step. The overhe
 takes longer than with plain residuals under torch.compile.
 """
 
-import argparse
 import dataclasses
+import functools
 import gc
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import torch
 import torch._inductor.config
 from torch import nn
 
-from mhc_tile.autotune import _arguments as given
-from mhc_tile.autotune._extras import require
+from mhc_tile.autotune._options import Options
 from mhc_tile.autotune.timing import rounds
 from mhc_tile.models import CONFIGS
 
-from . import environment, output, tables
-from .bench import Bench, bench_of
+from . import output, session, tables
+from .bench import Bench
 from .breakdown import breakdown, steps_under_load
-from .records import Row, is_ours
+from .peers import is_asked, left_out
+from .records import Row
 from .slices import (
     BATCH,
     LAYERS,
@@ -40,34 +42,36 @@ from .slices import (
     Slice,
     Step,
     Sublayers,
-    absent,
     names_here,
 )
 
-MODELS = ("paper-27b", "paper-27b-dense")
 TURNS = 16
 # Relative error of output and gradient: layers in bf16, and experts chosen by rounded affinities.
 TOLERANCE = 0.1
 
+_MODEL: Any = Literal.__getitem__(tuple(CONFIGS))
+DEFAULTS: dict[str, Any] = {
+    "model": ("paper-27b", "paper-27b-dense"),
+    "batch": BATCH,
+    "sequence": SEQUENCE,
+    "turns": TURNS,
+    "device": "cuda",
+}
+OPTIONS: Options = {
+    "model": (tuple[_MODEL, ...], f"which slices (default: {' '.join(DEFAULTS['model'])})"),
+    "layers": (int, f"of each slice (default: {LAYERS}, or fewer if that is what fits)"),
+    "batch": (int, f"sequences (default: {BATCH})"),
+    "sequence": (int, f"tokens of each (default: {SEQUENCE})"),
+    "optimizer": (bool, "with a step of AdamW"),
+    "contender": (tuple[str, ...], "by the beginnings of their names (default: all)"),
+    "turns": (int, f"of each contender (default: {TURNS})"),
+    "device": (str, "cuda or cpu (default: cuda)"),
+    "out": (Path, "result file (default: overhead-<gpu>.json)"),
+    "figures": (Path, "folder for what a step is made of as PNG, too"),
+}
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `mhc-tile perf overhead`."""
-    add = parser.add_argument
-    add("--model", nargs="+", choices=tuple(CONFIGS), default=list(MODELS), help="which slices")
-    layers = f"of each slice (default: {LAYERS}, or fewer if that is what fits)"
-    add("--layers", type=int, metavar="N", help=layers)
-    add("--batch", type=int, default=BATCH, help=f"sequences (default: {BATCH})")
-    add("--sequence", type=int, default=SEQUENCE, help=f"tokens of each (default: {SEQUENCE})")
-    add("--optimizer", action="store_true", help="with a step of AdamW")
-    names = "by the beginnings of their names; default: all"
-    add("--contender", type=given.text, nargs="+", default=[], help=names)
-    add("--turns", type=int, default=TURNS, help=f"of each contender (default: {TURNS})")
-    add("--device", type=given.text, default="cuda", help="cuda or cpu (default: cuda)")
-    add("--out", type=given.path, metavar="FILE", help="result file (default: overhead-<gpu>.json)")
-    add("--figures", type=given.path, metavar="DIR", help="what a step is made of as PNG, too")
 
-
-def run(args: argparse.Namespace) -> int:
+def run(args: SimpleNamespace) -> int:
     """Measure, print tables and write the result.
 
     Returns:
@@ -75,52 +79,31 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         ValueError: The arguments are out of range.
-        OSError: The result cannot be written.
-        MissingExtraError: A package of the perf extra is missing.
         KeyboardInterrupt: After Ctrl-C, with what was measured in the file.
     """
-    numbers = {name: getattr(args, name) for name in ("layers", "batch", "sequence", "turns")}
+    numbers = {name: getattr(args, name) for name in ("layers", "batch", "sequence")}
     output.check_positive("perf overhead", **numbers)
-    output.check_names("perf overhead", args.contender, NAMES, names_here(args.device))
-    bench = bench_of(args.device)
-    require("tabulate", "mhc-tile perf overhead", "perf")  # before minutes are spent
+    bench, where, path = session.begin("overhead", args, NAMES, names_here(args.device))
     shape = (args.layers or LAYERS, args.batch, args.sequence, args.optimizer, args.device)
-    slices = [Slice(model, *shape) for model in dict.fromkeys(args.model)]
-    where = environment.environment(bench.bandwidth(), args.device)
-    where |= {"denominator": {}, "cases_left": len(slices)}
-    if missing := absent(args.contender):
+    where["denominator"] = {}
+    if missing := left_out(("pre", "merge"), functools.partial(is_asked, names=args.contender)):
         where["left_out"] = missing
         output.say(*missing)
-    path = output.result_path("overhead", where, args.out)
-    output.check_figures("perf overhead", args.figures)
-    progress, parts, lost = output.Progress(), list[dict[str, Row]](), False
-    try:
-        for piece in slices:
-            parts.append({})
-            while True:
-                where["denominator"][piece.key] = piece.denominator
-                options = (progress, args.contender, args.turns, parts[-1])
-                if measure(piece, bench, *options, must_fit=not args.layers):
-                    break
-                del where["denominator"][piece.key]
-                piece = dataclasses.replace(piece, layers=piece.layers // 2)
-                progress.say(f"memory is out: {piece.key} instead")
-            where["cases_left"] = len(slices) - len(parts)
-            # a process that is killed loses the slice in flight
-            output.keep("overhead", where, parts, path)
-            output.say(tables.overhead(piece.denominator, list(parts[-1].values())))
-        del where["cases_left"]  # it has ended
-    except output.UnusableError as error:
-        output.say(f"perf overhead: {error}; what comes after it is not measured")
-        lost = True
-    finally:  # whatever ends the run, what was measured is kept
-        record = output.keep("overhead", where, parts, path)
-        output.say_unfinished(record, path)
-    output.say(f"result: {output.kept_at(record, path)}")
-    if args.figures:
-        output.draw(record, args.figures)
-    ours = (row for row in record.rows if is_ours(row.contender))
-    return int(lost or any(row.status != "ok" for row in ours))
+
+    def measured(piece: Slice, rows: dict[str, Row], progress: output.Progress) -> None:
+        while True:
+            where["denominator"][piece.key] = piece.denominator
+            options = (progress, args.contender, args.turns, rows)
+            if measure(piece, bench, *options, must_fit=not args.layers):
+                break
+            del where["denominator"][piece.key]
+            piece = dataclasses.replace(piece, layers=piece.layers // 2)
+            progress.say(f"memory is out: {piece.key} instead")
+        output.say(tables.overhead(piece.denominator, list(rows.values())))
+
+    slices = [Slice(model, *shape) for model in dict.fromkeys(args.model)]
+    record = session.measure_all("overhead", slices, measured, bench, where, path)
+    return session.end(record, path, args.figures)
 
 
 @output.without_advice()
@@ -128,7 +111,7 @@ def measure(
     piece: Slice,
     bench: Bench,
     progress: output.Progress,
-    wanted: Sequence[str] = (),
+    wanted: tuple[str, ...] = (),
     turns: int = TURNS,
     rows: dict[str, Row] | None = None,
     *,
@@ -137,12 +120,12 @@ def measure(
     """One slice: every contender's step.
 
     Args:
-        piece: what.
+        piece: the slice.
         bench: where.
         progress: is told what begins.
         wanted: beginnings of contenders' names; all if empty. Plain residuals always take part.
-        turns: of each.
-        rows: what is measured is put in here as it comes, for who is interrupted.
+        turns: of each contender.
+        rows: gets what is measured as it comes.
         must_fit: whether to stop, of several layers, where a contender runs out of memory.
 
     Returns:
@@ -174,17 +157,13 @@ def _measure(
     piece: Slice,
     bench: Bench,
     progress: output.Progress,
-    wanted: Sequence[str],
+    wanted: tuple[str, ...],
     turns: int,
     rows: dict[str, Row],
     must_fit: bool,
 ) -> None:
     steps: dict[str, Step] = {}
-    chosen = [
-        name
-        for name in names_here(piece.device)
-        if not wanted or name == PLAIN or name.startswith(tuple(wanted))
-    ]
+    chosen = [n for n in names_here(piece.device) if n == PLAIN or is_asked(n, wanted)]
     checked = [name for name in chosen if not name.startswith(UNCHECKED)]
 
     def failed(names: Sequence[str], what: str, error: Exception) -> None:
@@ -205,7 +184,8 @@ def _measure(
             sublayers.truth  # noqa: B018
     except Exception as error:
         failed(checked, "the reference, which results are checked against, fails", error)
-    shared = _optimizer(piece, (p for layer in sublayers.layers for p in layer.parameters()))
+    of_layers = [p for layer in sublayers.layers for p in layer.parameters()]
+    shared, shared_ids = _optimizer(piece, of_layers), {id(p) for p in of_layers}
     for name, build in sublayers.contenders().items():
         if name not in chosen or name in rows:
             continue
@@ -213,7 +193,7 @@ def _measure(
         row, step = _row(piece, name), None
         try:
             model = build()
-            own = _optimizer(piece, _own(model, sublayers.layers))
+            own = _optimizer(piece, (p for p in model.parameters() if id(p) not in shared_ids))
             tf32 = name.endswith(TF32)
             step = Step(model, *sublayers.inputs(name), [*shared, *own], tf32=tf32)
             row = row.replace(error=sublayers.error(name, model, step.x))
@@ -289,10 +269,6 @@ def longer(steps: Sequence[float], plain: Sequence[float]) -> tuple[float, float
     two states, each of which lasts for seconds and in which one and the same step takes 2% more or
     less, and a median jumps from one to the other.
 
-    Args:
-        steps: microseconds, one a round.
-        plain: of the same rounds.
-
     Example:
         >>> longer([150.0, 165.0, 150.0, 165.0], [100.0, 110.0, 100.0, 110.0])
         (0.5, 0.0)
@@ -339,29 +315,12 @@ class _Clock:
             self._step()
 
 
-def _optimizer(piece: Slice, parameters: Iterator[nn.Parameter]) -> list[torch.optim.Optimizer]:
+def _optimizer(piece: Slice, parameters: Iterable[nn.Parameter]) -> list[torch.optim.Optimizer]:
     """AdamW with a learning rate of 0: every contender keeps the same weights."""
     chosen = list(parameters) if piece.optimizer else []
-    if not chosen:
-        return []
-    return [torch.optim.AdamW(chosen, lr=0.0, fused=True)]
-
-
-def _own(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[nn.Parameter]:
-    """Parameters of a contender that are not the layers'."""
-    shared = {id(p) for layer in layers for p in layer.parameters()}
-    return (p for p in model.parameters() if id(p) not in shared)
+    return [torch.optim.AdamW(chosen, lr=0.0, fused=True)] if chosen else []
 
 
 def _row(piece: Slice, name: str) -> Row:
-    config = piece.config
-    return Row(
-        case=piece.key,
-        contender=name,
-        op="step",
-        mode="training",
-        tokens=piece.batch * piece.sequence,
-        hidden_size=config.hidden_size,
-        streams=4,
-        dtype="bfloat16",
-    )
+    shape = (piece.batch * piece.sequence, piece.config.hidden_size, 4)
+    return Row(piece.key, name, "step", "training", *shape, "bfloat16")

@@ -28,30 +28,31 @@ def _same(*tensors: Tensor) -> list[Tensor]:
     return list(tensors)
 
 
+def batched(*tensors: Tensor) -> list[Tensor]:
+    """Tensors in a batch of one."""
+    return [value[None] for value in tensors]
+
+
+def unbatched(*tensors: Tensor) -> list[Tensor]:
+    """The inverse of `batched`."""
+    return [value[0] for value in tensors]
+
+
 @dataclass(frozen=True)
 class Contender:
     """One implementation of one op.
 
-    Attributes:
-        name: for a table.
-        call: from its own tensors, its result or results.
-        take: our tensors in its layout.
-        give: its results, or cotangents of ours, in ours.
-        cotangents: cotangents of our results in its layout.
-        gradients: gradients of its tensors in our layout.
-        note: how it differs from the op by construction; empty if it should compute the same.
-        tf32: whether PyTorch multiplies fp32 in tf32 meanwhile.
-        modes: in which it can be called.
+    Functions between layouts take tensors and return a list.
     """
 
     name: str
-    call: Callable[..., Any]
-    take: Callable[..., list[Tensor]] = _same
-    give: Callable[..., list[Tensor]] = _same
-    cotangents: Callable[..., list[Tensor]] = _same
-    gradients: Callable[..., list[Tensor]] = _same
-    note: str = ""
-    tf32: bool = False
+    call: Callable[..., Any]  # from its own tensors to its result or results
+    take: Callable[..., list[Tensor]] = _same  # our tensors in its layout
+    give: Callable[..., list[Tensor]] = _same  # its results, or their cotangents, in our layout
+    cotangents: Callable[..., list[Tensor]] = _same  # of our results, in its layout
+    gradients: Callable[..., list[Tensor]] = _same  # of its tensors, in our layout
+    note: str = ""  # how it differs from the op by construction; empty if it computes the same
+    tf32: bool = False  # whether PyTorch multiplies fp32 in tf32 meanwhile
     modes: tuple[str, ...] = MODES
 
     def setting(self) -> contextlib.AbstractContextManager[None]:
@@ -69,12 +70,6 @@ def tile_kernels(op: str) -> Contender | None:
 
     Without a graph of gradients that `pre` is one fused kernel. It has no backward of its own: that
     adds to what the backward of `merge` leaves.
-
-    Args:
-        op: a key of `operations.OPERATIONS`.
-
-    Raises:
-        ImportError: It is not installed.
     """
     if _has_stages():
         from . import stages
@@ -100,9 +95,6 @@ def tile_kernels(op: str) -> Contender | None:
         rows = _rows_by_input().to(phi.device)  # a transposition: its own inverse
         return [x[0], phi[rows], alpha, bias[rows]]
 
-    def batched(*tensors: Tensor) -> list[Tensor]:
-        return [value[None] for value in tensors]
-
     def pre_results(layer_input: Tensor, h_post: Tensor, h_res: Tensor) -> list[Tensor]:
         return [layer_input[0], h_post[0, ..., 0], h_res[0].transpose(-1, -2)]
 
@@ -118,28 +110,18 @@ def tile_kernels(op: str) -> Contender | None:
     def merge_gradients(x: Tensor, layer_output: Tensor, *maps: Tensor) -> list[Tensor]:
         return [x[0], *pre_results(layer_output, *maps)]
 
-    def first(value: Tensor) -> list[Tensor]:
-        return [value[0]]
-
     name = named("tile-kernels")
     return {
-        "sublayer": Contender(name, sublayer, take, first, batched, gradients),
+        "sublayer": Contender(name, sublayer, take, unbatched, batched, gradients),
         "pre": Contender(
             name, pre, take, pre_results, pre_cotangents, gradients, modes=("inference", "forward")
         ),
-        "merge": Contender(name, merge, merge_take, first, batched, merge_gradients),
+        "merge": Contender(name, merge, merge_take, unbatched, batched, merge_gradients),
     }.get(op)
 
 
 def liger(op: str) -> Contender | None:
-    """Liger-Kernel.
-
-    Args:
-        op: a key of `operations.OPERATIONS`.
-
-    Raises:
-        ImportError: It is not installed.
-    """
+    """Liger-Kernel."""
     module = importlib.import_module("liger_kernel.ops.mhc")
 
     def pre(x: Tensor, phi: Tensor, bias: Tensor, *alphas: Tensor) -> Any:
@@ -167,14 +149,7 @@ def liger(op: str) -> Contender | None:
 
 
 def hyper_connections(op: str) -> Contender | None:
-    """The package hyper-connections: a module with a mapping of its own, a stream at a time.
-
-    Args:
-        op: a key of `operations.OPERATIONS`.
-
-    Raises:
-        ImportError: It is not installed.
-    """
+    """The package hyper-connections: a module with a mapping of its own, a stream at a time."""
     package = importlib.import_module("hyper_connections")
     if op != "sublayer":
         return None
@@ -197,15 +172,14 @@ ADAPTERS: dict[str, Callable[[str], Contender | None]] = {
     "liger-kernel": liger,
     "hyper-connections": hyper_connections,
 }
-"""By package: from an op's name, the contender, or None where it has no such op."""
+"""By package: from an op's name, the contender, or None where it has no such op.
+
+An adapter raises ImportError where its package is not installed.
+"""
 
 
 def lacks(package: str) -> Mapping[str, str]:
-    """Ops of ours that an installed package leaves to others, each with the reason.
-
-    Args:
-        package: a key of `ADAPTERS`.
-    """
+    """Ops of ours that an installed package leaves to others, each with the reason."""
     if package != "tile-kernels" or not _has_stages():
         return {}
     from . import stages
@@ -216,9 +190,7 @@ def lacks(package: str) -> Mapping[str, str]:
 def left_out(ops: Collection[str], wanted: Callable[[str], bool]) -> list[str]:
     """A line for every installed package and reason for which it takes no part in some ops.
 
-    Args:
-        ops: keys of `operations.OPERATIONS`.
-        wanted: whether a contender is, by its name.
+    `wanted` says of a contender's name whether it is.
     """
     lines = []
     for package in ADAPTERS:
@@ -251,6 +223,11 @@ def _tile_kernels_module() -> ModuleType:
 def named(package: str) -> str:
     """A package's name as a contender, with its version where it is installed."""
     return f"{package} {version(package) or ''}".strip()
+
+
+def is_asked(name: str, names: tuple[str, ...]) -> bool:
+    """Whether a contender's name begins like one of some names, or there are none."""
+    return not names or name.startswith(names)
 
 
 def _rows_by_input() -> Tensor:

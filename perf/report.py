@@ -28,44 +28,33 @@ def page(
     comparison: Comparison | None = None,
     pictures: Mapping[str, figures.Figure] | None = None,
 ) -> str:
-    """The report as HTML.
-
-    Args:
-        record: the result.
-        comparison: with an older result, to show what changed.
-        pictures: of `figures.draw`; drawn if None.
+    """The report as HTML, with what changed if there is a comparison with an older result.
 
     Raises:
         MissingExtraError: jinja2 or matplotlib is not installed.
     """
     if pictures is None:
         pictures = figures.draw(record, comparison)
-    return (
-        _templates()
-        .get_template("report.html.j2")
-        .render(
-            record=record,
-            faults=faults(record.rows, words().STATUSES),
-            glossary=glossary(record),
-            pictures={name: _svg(drawn) for name, drawn in pictures.items()},
-            change=_change(comparison) if comparison else None,
-            environment=list(_environment(record.environment)),
-            **_headline(record),
-            **(_steps(record) if record.kind == "overhead" else {"ops": list(_ops(record))}),
-        )
+    pairs = comparison.pairs if comparison else ()
+    parts = _steps(record) if record.kind == "overhead" else {"ops": _ops(record)}
+    template = _templates().get_template("report.html.j2")
+    return template.render(
+        record=record,
+        faults=faults(record.rows, words().STATUSES),
+        glossary=glossary(record),
+        pictures={name: _svg(drawn) for name, drawn in pictures.items()},
+        change=comparison,
+        changed=[pair for pair in pairs if pair.ours and pair.verdict != "same"],
+        environment=list(_environment(record.environment)),
+        **_headline(record),
+        **parts,
     )
 
 
 def write(
     record: Record, path: Path, comparison: Comparison | None = None, folder: Path | None = None
 ) -> None:
-    """Write the report.
-
-    Args:
-        record: the result.
-        path: of the HTML file; its folder is made.
-        comparison: as in `page`.
-        folder: where pictures are saved as PNG, too.
+    """Write the report, and the pictures as PNG if there is a folder for them.
 
     Raises:
         OSError: A file cannot be written.
@@ -81,33 +70,27 @@ def write(
 
 def _templates() -> Any:
     jinja2 = require("jinja2", "perf report", "perf")
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         keep_trailing_newline=True,
     )
+    functions = (is_ours, overhead, percent_of_roofline, shown, with_error)
+    environment.globals |= {function.__name__: function for function in functions}
+    environment.globals |= {"headline": summary.headline, "lines": summary.lines}
+    environment.globals |= {"spread": _spread, "least_us": LEAST_US}
+    return environment
 
 
 def words() -> Any:
-    """The variables of `templates/words.j2`, as attributes.
-
-    Raises:
-        MissingExtraError: jinja2 is not installed.
-    """
+    """The variables of `templates/words.j2`, as attributes."""
     return _templates().get_template("words.j2").module
 
 
 def glossary(record: Record) -> dict[str, list[tuple[str, str]]]:
-    """The names that occur in a result with their meaning, by heading.
-
-    Args:
-        record: the result.
-
-    Raises:
-        MissingExtraError: jinja2 is not installed.
-    """
+    """The names that occur in a result with their meaning, by heading."""
     said, steps = words(), record.kind == "overhead"
     names = {row.contender for row in record.rows}
     ops = [op for op in dict.fromkeys(row.op for row in record.rows) if op in said.OPS]
@@ -133,12 +116,7 @@ def glossary(record: Record) -> dict[str, list[tuple[str, str]]]:
 
 
 def best_other(rows: Sequence[Row], *, reference: bool) -> Row | None:
-    """The fastest correct row of a case that is not ours; None if there is none.
-
-    Args:
-        rows: of one case.
-        reference: whether to look among the reference's rows or among other packages'.
-    """
+    """The fastest correct row of a case, of the reference or else of other packages, if any."""
     others = [
         row
         for row in rows
@@ -181,41 +159,36 @@ def _headline(record: Record) -> dict[str, Any]:
     return found
 
 
-def _line(row: Row, cells: Sequence[str], *, first: bool, most: int = -1) -> dict[str, Any]:
-    """A line of a table: its cells, the number of the one that stands out, its CSS classes."""
-    kind = " ".join(["ours"] * is_ours(row.contender) + ["first"] * first)
-    return {"cells": cells, "most": most, "kind": kind}
-
-
-def _ops(record: Record) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Each op and the lines of its table, the contenders of a case one below the other."""
-    copy = record.environment.get("copy_bytes_per_s")
+def _ops(record: Record) -> dict[str, list[list[Row]]]:
+    """The rows of each op by case, ours first."""
+    found: dict[str, list[list[Row]]] = {}
     for op in dict.fromkeys(row.op for row in record.rows):
-        lines = []
-        for case in record.cases:
-            own = [row for row in record.of(case) if row.op == op]
-            ours = next((row for row in own if row.contender == OURS), None)
-            for index, row in enumerate(sorted(own, key=lambda row: row.contender != OURS)):
-                cells = _cells(row, ours, copy, first=index == 0)
-                lines.append(_line(row, cells, first=index == 0))
-        yield op, lines
+        cases = ([row for row in record.of(case) if row.op == op] for case in record.cases)
+        found[op] = [sorted(own, key=lambda row: row.contender != OURS) for own in cases if own]
+    return found
 
 
-def _cells(row: Row, ours: Row | None, copy: float | None, *, first: bool) -> list[str]:
-    return [
-        row.case.removeprefix(f"{row.op}/") if first else "",
-        row.contender,
-        _spread(row) + ("†" if row.captured is False and row.us else ""),
-        shown(row.bytes / row.us / 1e3 if row.bytes and row.us else None, ".0f"),
-        shown(percent_of_roofline(row, copy), ".0f"),
-        shown(row.us / ours.us if ours and ours.us and row.us else None, ".2f"),
-        shown(row.error, ".1e"),
-        shown(row.launches, ".0f"),
-        shown(row.host_us, ".1f"),
-        shown(row.peak_bytes, ".1f", 1e-6),
-        shown(row.saved_bytes, ".1f", 1e-6),
-        "" if row.status == "ok" else row.status,
-    ]
+def _steps(record: Record) -> dict[str, Any]:
+    """The rows of steps by case, and what they are made of."""
+    of_what = record.environment.get("denominator")
+    of_what = of_what or "the step of the same model with plain residual connections"
+    if isinstance(of_what, Mapping):
+        of_what = [f"{case}: {what}" for case, what in of_what.items()]
+    cases = {case: record.of(case) for case in record.cases}
+    spent, added = [], []
+    for case, own in cases.items():
+        rows = [row for row in own if row.parts]
+        names = in_order(name for row in rows for name in row.parts)
+        spent += [(case, names, rows)] if rows else []
+        more = more_than_plain(own)
+        added += [(case, names, more)] if more else []
+    return {
+        "cases": cases,
+        "denominators": [of_what] if isinstance(of_what, str) else of_what,
+        "waiting": [f"{case}: {line}" for case, own in cases.items() for line in waits(own)],
+        "spent": spent,
+        "added": added,
+    }
 
 
 def _spread(row: Row | None, unit: float = 1.0) -> str:
@@ -227,86 +200,6 @@ def _spread(row: Row | None, unit: float = 1.0) -> str:
     if row.p20 is None or row.p80 is None:
         return text
     return f"{text} [{shown(row.p20, form, scale)} to {shown(row.p80, form, scale)}]"
-
-
-def _steps(record: Record) -> dict[str, Any]:
-    """The tables of steps and of what they are made of."""
-    of_what = record.environment.get("denominator")
-    of_what = of_what or "the step of the same model with plain residual connections"
-    if isinstance(of_what, Mapping):
-        of_what = [f"{case}: {what}" for case, what in of_what.items()]
-    found: dict[str, Any] = {
-        "denominators": [of_what] if isinstance(of_what, str) else of_what,
-        "rows": [], "waiting": [], "added": [], "spent": [],
-    }  # fmt: skip
-    for case in record.cases:
-        own = record.of(case)
-        found["waiting"] += [f"{case}: {line}" for line in waits(own)]
-        for index, row in enumerate(own):
-            over = overhead(row, own)
-            cells = [
-                case if index == 0 else "",
-                row.contender,
-                _spread(row, 1e3),
-                with_error(None if over is None else 100 * over, row.details.get("overhead_error")),
-                shown(row.details.get("sublayer_us"), ".0f"),
-                shown(row.peak_bytes, ".1f", 1e-9),
-                shown(row.error, ".0e"),
-                "" if row.status == "ok" else row.status,
-            ]
-            found["rows"].append(_line(row, cells, first=index == 0))
-        spent = [row for row in own if row.parts]
-        names = in_order(name for row in spent for name in row.parts)
-        lines = []
-        for index, row in enumerate(spent):
-            times = [row.details.get("profiled_us"), *map(row.parts.get, names)]
-            cells = [row.contender, *(shown(us, ".2f", 1e-3) for us in times), ""]
-            lines.append(_line(row, cells, first=index == 0))
-        if lines:
-            found["spent"].append((case, names, lines))
-        if more := _more(own, names):
-            found["added"].append((case, names, more))
-    return found
-
-
-def _more(rows: Sequence[Row], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Lines of what steps have more than the plain one; the part that costs most stands out."""
-    lines = []
-    for index, (row, more, timed) in enumerate(more_than_plain(rows)):
-        most = max(more, key=lambda name: more[name])
-        parts = [more.get(name, 0.0) for name in names]
-        cells = [shown(us, "+.2f", 1e-3) if abs(us) >= LEAST_US else "" for us in parts]
-        cells = [row.contender, shown(timed, "+.2f", 1e-3), *cells, ""]
-        place = names.index(most) + 2 if more[most] > 0 else -1
-        lines.append(_line(row, cells, first=index == 0, most=place))
-    return lines
-
-
-def _change(found: Comparison) -> dict[str, Any]:
-    """What changed; all times are in the tables of ops or steps."""
-    changed = [pair for pair in found.pairs if pair.ours and pair.verdict != "same"]
-    return {
-        "headline": summary.headline(found),
-        "mean": found.mean_change,
-        "faults": bool(found.faults()),
-        "lines": summary.lines(found),
-        "rows": [
-            {
-                "kind": "",
-                "most": -1,
-                "cells": [
-                    pair.verdict,
-                    pair.case,
-                    _spread(pair.base),
-                    _spread(pair.new),
-                    shown(pair.change, "+.1%"),
-                    shown(pair.allowed, "+.1%"),
-                    "; ".join(pair.notes),
-                ],
-            }
-            for pair in changed
-        ],
-    }
 
 
 def _environment(where: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,6 @@ import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import starmap
 from typing import Any, cast
 
 import torch
@@ -20,7 +19,7 @@ from mhc_tile.models import CONFIGS, Decoder, ModelConfig, model_config
 from .bench import tf32_products
 from .connections import PeerConnection, ReferenceConnection
 from .environment import version
-from .peers import lacks, left_out
+from .peers import lacks
 from .records import OURS
 
 PLAIN = "residual (compiled)"
@@ -37,10 +36,7 @@ NAMES = (
 
 
 def names_here(device: str) -> list[str]:
-    """The contenders that can be measured.
-
-    Args:
-        device: "cuda" or "cpu".
+    """The contenders that can be measured on "cuda" or "cpu".
 
     Example:
         >>> any("tf32" in name for name in names_here("cpu"))
@@ -55,18 +51,6 @@ def _joins(package: str) -> bool:
     return version(package) is not None and not {"pre", "merge"} & lacks(package).keys()
 
 
-def absent(wanted: Sequence[str]) -> list[str]:
-    """A line for each installed package that cannot join sublayers, with the reason.
-
-    Args:
-        wanted: beginnings of contenders' names; all if empty.
-    """
-    return left_out(("pre", "merge"), lambda name: not wanted or name.startswith(tuple(wanted)))
-
-
-Connect = Callable[[int, nn.Module], nn.Module]  # from a sublayer's index and its layer
-
-
 def compiled(module: nn.Module) -> nn.Module:
     """A module under torch.compile."""
     return cast(nn.Module, torch.compile(module))
@@ -74,22 +58,13 @@ def compiled(module: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Slice:
-    """What is measured: layers of a model and the shape of a step.
-
-    Attributes:
-        model: a key of `CONFIGS`.
-        layers: how many.
-        batch: B.
-        sequence: S, tokens.
-        optimizer: whether a step of AdamW is part of the step.
-        device: "cuda" or "cpu".
-    """
+    """What is measured: layers of a model and the shape of a step."""
 
     model: str
     layers: int = LAYERS
     batch: int = BATCH
     sequence: int = SEQUENCE
-    optimizer: bool = False
+    optimizer: bool = False  # whether a step of AdamW is part of the step
     device: str = "cuda"
 
     @property
@@ -124,11 +99,7 @@ class Slice:
 
 
 class Sublayers:
-    """The layers of a slice and every way to join them; layers and parameters are shared.
-
-    Args:
-        piece: what to build.
-    """
+    """The layers of a slice and every way to join them; layers and parameters are shared."""
 
     def __init__(self, piece: Slice) -> None:
         self.piece, config = piece, piece.config
@@ -149,54 +120,32 @@ class Sublayers:
 
     def contenders(self) -> dict[str, Callable[[], nn.Module]]:
         """How to build each, by name; those with plain residuals first."""
+        device = self.ours[0].phi.device
         layers = functools.cache(lambda: [compiled(layer) for layer in self.layers])
 
-        def joined(connect: Connect) -> Callable[[], nn.Module]:
-            return lambda: nn.Sequential(*starmap(connect, enumerate(layers())))
+        def connect(kind: str, index: int, layer: nn.Module) -> nn.Module:
+            if kind == "residual":
+                return Residual(layer)
+            if kind == "hc":
+                return HyperConnection(layer, self.width, layer_index=index, device=device)
+            own = self.ours[index]
+            ours = ManifoldHyperConnection(layer, self.width, own.config, device=device)
+            ours.phi, ours.alpha, ours.bias = own.phi, own.alpha, own.bias
+            if kind == "reference":
+                return ReferenceConnection(ours)
+            return PeerConnection(ours, kind) if kind in PEERS else ours
 
-        def hyper(index: int, layer: nn.Module) -> nn.Module:
-            device = self.ours[0].phi.device
-            return HyperConnection(layer, self.width, layer_index=index, device=device)
+        def build(name: str) -> nn.Module:
+            kind, _, way = name.removesuffix(TF32).removesuffix(")").partition(" (")
+            way = "compiled" if name == OURS else way
+            chosen = layers() if way in ("", "layers compiled") else self.layers
+            parts = [connect(kind, *numbered) for numbered in enumerate(chosen)]
+            if way == "sublayers compiled":
+                parts = [compiled(part) for part in parts]
+            model = HyperConnectedStack(parts) if kind == OURS else nn.Sequential(*parts)
+            return compiled(model) if way == "compiled" else model
 
-        def reference(index: int, layer: nn.Module) -> nn.Module:
-            return ReferenceConnection(self.around(index, layer))
-
-        def whole(connect: Connect) -> Callable[[], nn.Module]:
-            return lambda: compiled(nn.Sequential(*starmap(connect, enumerate(self.layers))))
-
-        def apart(connect: Connect) -> Callable[[], nn.Module]:
-            return lambda: nn.Sequential(
-                *(compiled(connect(i, layer)) for i, layer in enumerate(self.layers))
-            )
-
-        def by(package: str) -> Callable[[], nn.Module]:
-            return joined(lambda i, f: PeerConnection(self.around(i, f), package))
-
-        found: dict[str, Callable[[], nn.Module]] = {
-            PLAIN: lambda: compiled(nn.Sequential(*map(Residual, self.layers))),
-            "residual (layers compiled)": joined(lambda _, layer: Residual(layer)),
-            OURS: lambda: compiled(HyperConnectedStack(self.ours)),
-            f"{OURS} (layers compiled)": lambda: HyperConnectedStack(
-                self.around(i, f) for i, f in enumerate(layers())
-            ),
-        }
-        for kind, connect in (("hc", hyper), ("reference", reference)):
-            ways = (whole(connect), apart(connect), apart(connect), joined(connect))
-            found |= {f"{kind} ({way})": build for way, build in zip(WAYS, ways, strict=True)}
-        found |= {package: by(package) for package in PEERS}
-        return {name: found[name] for name in names_here(self.piece.device)}
-
-    def around(self, index: int, layer: nn.Module) -> ManifoldHyperConnection:
-        """The connection of ours, around another form of its layer.
-
-        Args:
-            index: of the sublayer.
-            layer: what it wraps instead.
-        """
-        own = self.ours[index]
-        copy = ManifoldHyperConnection(layer, self.width, own.config, device=own.phi.device)
-        copy.phi, copy.alpha, copy.bias = own.phi, own.alpha, own.bias
-        return copy
+        return {name: functools.partial(build, name) for name in names_here(self.piece.device)}
 
     @functools.cached_property
     def truth(self) -> tuple[Tensor, Tensor]:
@@ -205,17 +154,10 @@ class Sublayers:
         Sublayers are computed again in the backward pass: else it would need more memory than any
         contender.
         """
-        again = (_Again(ReferenceConnection(connection)) for connection in self.ours)
-        return _differentiated(nn.Sequential(*again), *self.inputs(OURS))
+        return _differentiated(nn.Sequential(*map(_Again, self.ours)), *self.inputs(OURS))
 
     def error(self, name: str, model: nn.Module, x: Tensor) -> float | None:
-        """The relative error of output and gradient; None where the layers are joined otherwise.
-
-        Args:
-            name: of the contender.
-            model: what it has built.
-            x: what it reads.
-        """
+        """The relative error of output and gradient; None where the layers are joined otherwise."""
         if name.startswith(UNCHECKED):
             return None
         truths, grad = self.truth, self.inputs(name)[1]
@@ -242,14 +184,14 @@ class Sublayers:
 
 
 class _Again(nn.Module):
-    """A module that keeps its input alone for the backward pass."""
+    """A sublayer by the reference that keeps its input alone for the backward pass."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, ours: ManifoldHyperConnection) -> None:
         super().__init__()
-        self.module = module
+        self.module = ReferenceConnection(ours)
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the module returns."""
+        """From x [B, S, n, C] to x_next."""
         return cast(Tensor, checkpoint(self.module, x, use_reentrant=False))
 
 
@@ -274,14 +216,9 @@ def _write_as_much_as_is_read(layer: nn.Module, width: int, tokens: int) -> None
 
 
 class Step:
-    """One contender's training step.
+    """One contender's training step: forward, backward from the gradient of the output, optimizers.
 
-    Args:
-        model: the joined layers.
-        x: what they read.
-        grad: the gradient of their output.
-        optimizers: whose steps belong to it.
-        tf32: whether PyTorch multiplies fp32 in tf32 meanwhile.
+    With `tf32`, PyTorch multiplies fp32 in tf32 meanwhile.
     """
 
     def __init__(
@@ -298,9 +235,8 @@ class Step:
         self._leaves = [x, *model.parameters()]
 
     def __call__(self) -> None:
-        """Forward, backward, optimizers."""
-        for leaf in self._leaves:
-            leaf.grad = None
+        """Run the step."""
+        self.free()
         with self._setting():
             self.model(self.x).backward(self.grad)
         for optimizer in self.optimizers:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .peers import ITERS, STREAMS, Contender, named
+from .peers import ITERS, STREAMS, Contender, batched, named, unbatched
 
 PACKAGE = "tile-kernels"
 WITHOUT_PROJECTION = "TileKernels 2 leaves the projection to another package, DeepGEMM"
@@ -23,22 +23,11 @@ Grads = tuple[Tensor, ...]
 
 
 def tile_kernels(op: str) -> Contender | None:
-    """DeepSeek's TileKernels from version 2 on.
-
-    Args:
-        op: a key of `operations.OPERATIONS`.
-
-    Raises:
-        ImportError: It is not installed.
-    """
+    """DeepSeek's TileKernels from version 2 on, as an adapter of `peers`."""
     module = importlib.import_module("tile_kernels.mhc")
-    build = {
-        "sinkhorn": _sinkhorn,
-        "pre_apply": _pre_apply,
-        "merge": _merge,
-        "expand": _expand,
-        "collapse": _collapse,
-    }.get(op)
+    if op in ("expand", "collapse"):
+        return _boundaries(module)[op]
+    build = {"sinkhorn": _sinkhorn, "pre_apply": _pre_apply, "merge": _merge}.get(op)
     return build(module) if build else None
 
 
@@ -85,28 +74,13 @@ def _merge(module: ModuleType) -> Contender:
     def gradients(layer_output: Tensor, x: Tensor, h_post: Tensor, h_res: Tensor) -> list[Tensor]:
         return [x[0], layer_output[0], h_post[0, ..., 0], h_res[0].transpose(-1, -2)]
 
-    def batched(grad_x_next: Tensor) -> list[Tensor]:
-        return [grad_x_next[None]]
-
-    def first(x_next: Tensor) -> list[Tensor]:
-        return [x_next[0]]
-
     stage = _stage(module.mhc_post_fwd, backward)
-    return Contender(named(PACKAGE), stage, take, first, batched, gradients)
+    return Contender(named(PACKAGE), stage, take, unbatched, batched, gradients)
 
 
-def _expand(module: ModuleType) -> Contender:
-    copied, summed = _boundaries(module)
-    return Contender(named(PACKAGE), _stage(copied, lambda grad_x, _: (summed(grad_x),)))
+def _boundaries(module: ModuleType) -> dict[str, Contender]:
+    """`expand`, and `collapse`, which the package has as the backward of `expand`."""
 
-
-def _collapse(module: ModuleType) -> Contender:
-    """The sum of the streams, which the package has as the backward of `expand`."""
-    copied, summed = _boundaries(module)
-    return Contender(named(PACKAGE), _stage(summed, lambda grad_hidden, _: (copied(grad_hidden),)))
-
-
-def _boundaries(module: ModuleType) -> tuple[Callable[[Tensor], Tensor], ...]:
     def copied(hidden: Tensor) -> Tensor:
         x = hidden.new_empty(hidden.shape[0], STREAMS, hidden.shape[1])
         module.expand_to_mhc_fwd(hidden, x)
@@ -117,16 +91,14 @@ def _boundaries(module: ModuleType) -> tuple[Callable[[Tensor], Tensor], ...]:
         module.expand_to_mhc_bwd(x, hidden)
         return hidden
 
-    return copied, summed
+    return {
+        "expand": Contender(named(PACKAGE), _stage(copied, lambda grad, _: (summed(grad),))),
+        "collapse": Contender(named(PACKAGE), _stage(summed, lambda grad, _: (copied(grad),))),
+    }
 
 
 def _stage(forward: Callable[..., Tensor], backward: Callable[..., Grads]) -> Callable[..., Any]:
-    """A function with autograd, from one that returns a result and one that returns gradients.
-
-    Args:
-        forward: from tensors to the result.
-        backward: from the result's cotangent and the tensors to their gradients.
-    """
+    """A function with autograd; `backward` takes the result's cotangent and then the tensors."""
 
     class Stage(torch.autograd.Function):
         @staticmethod

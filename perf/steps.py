@@ -33,10 +33,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def more_than_plain(rows: Sequence[Row]) -> list[tuple[Row, dict[str, float], float]]:
-    """What each step has more than the step with plain residuals.
-
-    Args:
-        rows: of one case.
+    """What each other step of a case has more than the one with plain residuals.
 
     Returns:
         For every other row with parts: the row, the difference in microseconds by part, and the

@@ -6,7 +6,6 @@ would, with one turn. What it measures beside the others is thrown away; what it
 the caches of torch, Triton and TileLang, where the run finds it.
 """
 
-import argparse
 import contextlib
 import os
 import time
@@ -27,43 +26,21 @@ Shape = tuple[int, int]
 """T, C."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `mhc-tile perf run` that are about compiling."""
-    first = "compile side by side first, in several processes"
-    parser.add_argument("--warm", action="store_true", help=first)
-    jobs = "processes of --warm (default: one a core, or fewer, as the GPU's memory allows)"
-    parser.add_argument("--jobs", type=int, metavar="N", help=jobs)
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse what cannot be.
-
-    Raises:
-        ValueError: The argument, the rule and the value.
-    """
-    output.check_positive("perf run", jobs=args.jobs)
-    if args.jobs and not args.warm:
-        raise ValueError(f"perf run: --jobs must come with --warm, got --jobs {args.jobs} alone")
-
-
 def compile_first(
     chosen: Sequence[Case],
     wanted: Callable[[str], bool],
     device: str,
     jobs: int | None = None,
 ) -> None:
-    """Compile what cases need; who fails here fails in the run, where it is shown.
+    """Compile what cases need; a contender that fails here fails in the run, which shows it.
 
-    Args:
-        chosen: the cases.
-        wanted: which contenders, by name; it is pickled.
-        device: "cuda" or "cpu".
-        jobs: processes; a choice by cores and memory if None.
+    `wanted`, whether a contender is, by its name, must be picklable. If `jobs` is None, cores and
+    memory set the number of processes.
     """
     start, progress = time.monotonic(), output.Progress()
     shapes = by_shape(chosen)
     jobs = min(jobs or _processes(device), len(shapes))
-    progress.note(f"{_count(len(shapes), 'shape')} to compile, {_count(jobs, 'process')}")
+    progress.note(f"shapes to compile: {len(shapes)}, processes: {jobs}")
     tasks = worker.pooled(
         _HANDLER, shapes.items(), jobs=jobs, seconds=SECONDS, arguments=(device, wanted)
     )
@@ -90,12 +67,7 @@ def by_shape(chosen: Sequence[Case]) -> dict[Shape, list[Case]]:
 def handler(
     device: str, wanted: Callable[[str], bool]
 ) -> Callable[[tuple[Shape, list[Case]]], Iterator[list[str]]]:
-    """What a process runs: from a shape and its cases to what the run must compile itself.
-
-    Args:
-        device: "cuda" or "cpu".
-        wanted: which contenders, by name.
-    """
+    """What a process runs: from a shape and its cases to what the run must compile itself."""
     import torch._inductor.config as inductor
 
     from . import suite
@@ -135,9 +107,3 @@ def _processes(device: str) -> int:
         torch.cuda.empty_cache()  # what measuring the copy has left
         cores = min(cores, torch.cuda.mem_get_info()[0] // MEMORY)
     return max(1, cores)
-
-
-def _count(number: int, what: str) -> str:
-    """A number and what of, "1 shape" or "3 processes"."""
-    ending = "es" if what.endswith("s") else "s"
-    return f"{number} {what}{ending * (number != 1)}"

@@ -269,10 +269,9 @@ def test_no_option_takes_an_empty_text(capsys, option, empty):
 
 def test_the_table_may_begin_at_home_but_not_at_nobody_s(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    path = cli._path(cli._options(["--output=~/x"], "autotune"), DEVICE)
-    assert path == tmp_path / "x"
+    assert cli._options(["--output=~/x"], "autotune").output == tmp_path / "x"
     with pytest.raises(ValueError, match="--output must name a home folder, got '~no-such-user/x'"):
-        cli._path(cli._options(["--output", "~no-such-user/x"], "autotune"), DEVICE)
+        cli._options(["--output", "~no-such-user/x"], "autotune")
 
 
 # A GPU that is not there: everything but the CUDA calls is real.

@@ -208,7 +208,7 @@ def test_gate_measures_where_it_is_given_no_result(baselines, monkeypatch, capsy
     monkeypatch.setattr(cli, "_gpu_here", lambda: "NVIDIA H200")
     records.write(record(row(90)), baselines / "nvidia_h200.json")
     for us, code in ((91, 0), (99, 3)):
-        monkeypatch.setattr(cli, "_measure", lambda *_, us=us: record(row(us)))
+        monkeypatch.setattr(suite, "measure_for_gate", lambda *_, us=us, **__: record(row(us)))
         assert main(["gate", "--out", str(tmp_path / "new.json")]) == code
         assert records.read(tmp_path / "new.json").rows[0].us == us
     assert main(["gate", str(tmp_path / "new.json"), "--out", "x"]) == 1
@@ -257,7 +257,7 @@ def test_gate_refuses_before_it_measures(
     baselines, monkeypatch, tmp_path, capsys, files, arguments, message
 ):
     monkeypatch.setattr(cli, "_gpu_here", lambda: "NVIDIA H200")
-    monkeypatch.setattr(cli, "_measure", lambda *_: pytest.fail("it measures"))
+    monkeypatch.setattr(suite, "measure_for_gate", lambda *_, **__: pytest.fail("it measures"))
     records.write(record(row(90)), baselines / "nvidia_h200.json")
     files(h100=record(row(), gpu="NVIDIA H100"), steps=record(row(), kind="overhead"))
     (tmp_path / "file").touch()
@@ -272,7 +272,7 @@ def test_gate_names_a_missing_extra_before_it_measures(baselines, monkeypatch, c
         raise ImportError(f"No module named {name!r}")
 
     monkeypatch.setattr(cli, "_gpu_here", lambda: "NVIDIA H200")
-    monkeypatch.setattr(cli, "_measure", lambda *_: pytest.fail("it measures"))
+    monkeypatch.setattr(suite, "measure_for_gate", lambda *_, **__: pytest.fail("it measures"))
     records.write(record(row(90)), baselines / "nvidia_h200.json")
     monkeypatch.setattr(_extras.importlib, "import_module", missing)
     assert main(["gate"]) == 1
@@ -347,3 +347,86 @@ def test_rows_are_not_changed():
     kept = msgspec.structs.replace(base)
     compare.gate(base, lambda wanted: record(row(99)))
     assert base == kept
+
+
+# Options.
+
+WORDS = {"run": [], "overhead": [], "compare": ["a", "b"], "gate": [], "report": ["a"]}
+OPTIONS = {name: cli.command(name)[0] for name in WORDS}
+VALUES = [
+    (command, name)
+    for command, options in OPTIONS.items()
+    for name, (kind, _) in options.items()
+    if kind is not bool and name not in cli._POSITIONAL
+]
+
+
+def test_every_command_is_here():
+    assert WORDS.keys() == cli.COMMANDS.keys()
+
+
+@pytest.mark.parametrize(("command", "option"), VALUES)
+def test_no_option_takes_an_empty_text(command, option, capsys):
+    kind = OPTIONS[command][option][0]
+    for empty in ("", " "):
+        with pytest.raises(SystemExit) as end:
+            main([command, *WORDS[command], f"--{option}", empty])
+        assert end.value.code == 2
+        said = capsys.readouterr().err
+        assert f"--{option}" in said
+        if kind in (str, Path, tuple[str, ...]):
+            assert said == f"perf {command}: --{option} must not be empty, got {empty!r}\n"
+
+
+@pytest.mark.parametrize(("command", "option"), [v for v in VALUES if v[1] in ("op", "contender")])
+def test_a_list_has_a_value(command, option, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, f"--{option}"])
+    assert end.value.code == 2
+    assert f"--{option} must have a value, got none\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [name for name, words in WORDS.items() if words])
+def test_no_argument_is_missing_or_an_empty_text(command, capsys):
+    count = len(WORDS[command])
+    for at in range(count):
+        given = ["x"] * count
+        given[at] = ""
+        with pytest.raises(SystemExit) as end:
+            main([command, *given])
+        assert end.value.code == 2
+        assert "must not be empty, got ''" in capsys.readouterr().err
+        with pytest.raises(SystemExit) as end:
+            main([command, *["x"] * at])
+        assert end.value.code == 2
+        assert " must be given, got none\n" in capsys.readouterr().err
+
+
+def test_every_file_and_folder_may_begin_at_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = 0
+    for command, options in OPTIONS.items():
+        for name, (kind, _) in options.items():
+            if kind is not Path:
+                continue
+            words = WORDS[command]
+            if name in cli._POSITIONAL:
+                words = [*["~/x"] * max(1, len(words))]
+            else:
+                words = [*words, f"--{name}=~/x"]
+            _, args = cli.parsed([command, *words], "mhc-tile perf")
+            assert getattr(args, name) == tmp_path / "x"
+            found += 1
+    assert found == 17
+
+
+def test_a_home_of_nobody_is_named(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["report", "~no-such-user-here/x"])
+    assert end.value.code == 2
+    assert "must name a home folder, got '~no-such-user-here/x'" in capsys.readouterr().err
+
+
+def test_a_dash_is_the_terminal():
+    _, args = cli.parsed(["compare", "a", "b", "--json", "-"], "mhc-tile perf")
+    assert args.json == cli.TERMINAL

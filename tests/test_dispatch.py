@@ -19,6 +19,7 @@ from mhc_tile._library import OPS
 from mhc_tile.autotune import registry
 from mhc_tile.autotune.problems import Problem
 from mhc_tile.autotune.registry import Target
+from mhc_tile.kernels.common.architectures import multiprocessors_of
 from mhc_tile.ops import _definition, _dispatch
 from mhc_tile.ops.sinkhorn import SINKHORN
 
@@ -134,6 +135,26 @@ def test_pre_is_one_launch_for_many_tokens_and_two_for_few():
     pinned = pre.default_config(problem.at(1), H200, batch_invariant=True)
     assert isinstance(pinned, pre.persistent.Config)
     assert isinstance(pre.default_config(problem, Target("sm_80", 108)), pre.Config)
+
+
+@pytest.mark.parametrize(
+    ("n", "first", "last", "arch"),
+    [
+        (1, 3080, None, "sm_90a"), (2, 1544, 24576, "sm_90a"), (4, 776, 12288, "sm_90a"),
+        (8, 104, 512, "sm_90a"), (4, 776, 12288, "sm_100a"), (8, 104, 512, "sm_120a"),
+    ],
+)  # fmt: skip
+def test_the_persistent_pre_takes_the_widths_of_its_page(n, first, last, arch):
+    pytest.importorskip("tilelang")
+    persistent = importlib.import_module("mhc_tile.kernels.pre.persistent")
+    target = Target(arch, multiprocessors_of(arch))
+
+    def runs(width):
+        return persistent.default_config(Problem("pre", n, width, "bfloat16", 1), target)
+
+    assert runs(first)
+    assert not runs(first - 8)
+    assert last is None or (runs(last) and not runs(last + 8))
 
 
 def test_boundary_is_one_launch_where_pre_is_and_adds_like_it():
@@ -307,7 +328,7 @@ def test_a_table_s_threads_do_not_limit_the_iterations(monkeypatch):
     kernel = importlib.import_module("mhc_tile.kernels.sinkhorn")
     used, wide = [], kernel.Config(threads=128)
 
-    def program(arch, n, iters, eps, threads):
+    def program(arch, n, sinkhorn, threads):
         used.append(threads)
         return lambda *_: None
 
@@ -322,7 +343,7 @@ def test_a_table_s_threads_do_not_limit_the_iterations(monkeypatch):
     for launch in (launch_op, functools.partial(kernel.backward, config=wide)):
         with pytest.raises(RuntimeError, match="sinkhorn: iters must be at most"):
             launch(logits, logits, iters=5000, eps=0.0)
-    with pytest.raises(RuntimeError, match="with 128 threads on this GPU, got 57"):
+    with pytest.raises(RuntimeError, match="with 128 threads a block on this GPU, got 57"):
         kernel.backward(logits, logits, iters=57, eps=0.0, config=wide)
 
 

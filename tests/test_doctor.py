@@ -47,7 +47,7 @@ main(["perf", "run", "--help"])
 def test_nothing_but_kernels_and_tuning_needs_tilelang_or_what_tuning_needs():
     result = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    for said in ("doctor: ", "mhc-tile 0.", "--preset", "--stress-steps", "--figures DIR"):
+    for said in ("doctor: ", "mhc-tile 0.", "--preset", "--stress-steps", "--figures PATH"):
         assert said in result.stdout
 
 

@@ -261,12 +261,20 @@ def test_backward_of_pre_and_mapping(shape, dtype, arch, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "ranks", "groups", "reducers"), [(1, 2, 2, 3), (90, 2, 2, 3), (100, 3, 1, 2)]
+    ("tokens", "n", "width", "ranks", "groups", "reducers", "steps"),
+    [
+        (1, 4, 64, 2, 2, 3, 1),
+        (90, 4, 64, 2, 2, 3, 1),
+        (100, 4, 64, 3, 1, 2, 1),
+        (40, 1, 264, 3, 1, 2, 2),  # Sinkhorn of one entry, sums of 4 columns
+        (40, 2, 136, 2, 2, 3, 2),
+        (40, 8, 24, 2, 1, 3, 1),  # sums of 81 columns, three a lane
+    ],
 )
-def test_pre_in_one_launch(tokens, ranks, groups, reducers):
-    shape = Shape("groups", tokens=(tokens,), width=64)
+def test_pre_in_one_launch(tokens, n, width, ranks, groups, reducers, steps):
+    shape = Shape("groups", tokens=(tokens,), n=n, width=width)
     inputs = call("pre", shape, torch.bfloat16).inputs
-    config = kernel("pre.persistent").Config(ranks, groups, steps=1, group=8, owners=reducers)
+    config = kernel("pre.persistent").Config(ranks, groups, steps, group=8, owners=reducers)
     results = kernel("pre.launch").forward(*inputs, norm_eps=1e-6, **CONSTANTS, config=config)
     x, phi, alpha, bias = wide(*inputs)
     saved = reference.normalised_projection(x, phi, 1e-6)

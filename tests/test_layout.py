@@ -38,6 +38,7 @@ LAYERS = [
         "mhc_tile._library",
         "mhc_tile._version",
         "mhc_tile._checkout",
+        "mhc_tile._environment",
     ),
     ("mhc_tile.ops",),
     ("mhc_tile.nn",),

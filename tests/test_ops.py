@@ -293,6 +293,15 @@ def test_the_kernels_of_many_tokens_match_float64(name, tokens, width, monkeypat
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("n", "width"), [(1, 4096), (2, 1544), (2, 2560), (8, 104), (8, 512)])
+@pytest.mark.parametrize("tokens", [5, 1100])
+def test_pre_of_many_tokens_with_other_n_matches_float64(tokens, n, width, monkeypatch):
+    monkeypatch.setattr(_dispatch, "BATCH_INVARIANT", True)
+    shape = Shape("one stream" if n == 1 else "other n", tokens=(tokens,), n=n, width=width)
+    test_forward_and_backward_match_float64("pre", torch.bfloat16, shape, "cuda")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["mapping", "pre", "boundary"])
 def test_what_no_kernel_takes_falls_back_with_one_warning(name):
     made = call(name, Shape("odd", tokens=(3,), n=3, width=8), torch.bfloat16, "cuda")

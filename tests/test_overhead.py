@@ -56,7 +56,7 @@ def test_an_overhead_is_the_mean_over_rounds(monkeypatch):
 
     monkeypatch.setattr(overhead, "_Clock", Clock)
     piece = dataclasses.replace(PIECE, layers=2)
-    details = measure(piece, CpuBench(), output.Progress(), ["hc (l"], 16)[name].details
+    details = measure(piece, CpuBench(), output.Progress(), ("hc (l",), 16)[name].details
     assert details["overhead_percent"] == pytest.approx(10)
     assert details["overhead_error"] == pytest.approx(0, abs=1e-9)
     assert details["sublayer_us"] == pytest.approx(0.1 * 101 / 4)

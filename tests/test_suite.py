@@ -116,7 +116,7 @@ def test_names_of_results_and_pictures(tmp_path, monkeypatch, capsys):
     assert "no pictures" in capsys.readouterr().out  # no bytes on a CPU, and one size
     monkeypatch.setattr(suite.Operation, "moved", lambda self, case: 1000)
     monkeypatch.setattr(CpuBench, "device", "cuda")
-    monkeypatch.setattr(suite, "_Sets", _on_the_cpu(suite._Sets))
+    monkeypatch.setattr(suite, "_input_sets", _on_the_cpu(suite._input_sets))
     assert main([*QUICK, *FAST, *few]) == 0
     assert (tmp_path / "pictures" / "roofline.png").read_bytes().startswith(b"\x89PNG")
     assert "picture: pictures/roofline.png" in capsys.readouterr().out
@@ -124,13 +124,9 @@ def test_names_of_results_and_pictures(tmp_path, monkeypatch, capsys):
 
 
 def _on_the_cpu(sets):
-    class OnTheCpu(sets):
-        def __init__(self, case, operation, bench):
-            plain = CpuBench()
-            plain.device = "cpu"
-            super().__init__(case, operation, plain)
-
-    return OnTheCpu
+    plain = CpuBench()
+    plain.device = "cpu"
+    return lambda case, operation, _: sets(case, operation, plain)
 
 
 @pytest.mark.parametrize("place", range(3))
@@ -184,7 +180,7 @@ def test_inputs_that_do_not_fit_are_a_row(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(suite, "_Sets", full)
+    monkeypatch.setattr(suite, "_input_sets", full)
     rows = measured(OURS, EAGER).values()
     assert [(row.contender, row.status) for row in rows] == [
         (OURS, "out of memory"),
@@ -198,14 +194,20 @@ def test_inputs_that_do_not_fit_are_a_row(monkeypatch):
         measured(OURS)
 
 
-def test_a_package_may_be_asked_for_with_its_version(monkeypatch, tmp_path, capsys):
+def test_a_package_may_be_asked_for_with_its_version(monkeypatch):
     stand_ins.install(monkeypatch, "liger-kernel")
     assert PEER in suite.names_here("cpu")
     assert list(measured(PEER)) == [PEER]
+
+
+def test_contenders_that_have_no_chosen_op_leave_no_result(monkeypatch, tmp_path, capsys):
+    stand_ins.install(monkeypatch, "liger-kernel")
+    monkeypatch.setattr(suite, "measure", lambda *_: pytest.fail("it measures"))
     few = [*QUICK, "--op", "expand", "--mode", "forward", "--out", str(tmp_path / "run.json")]
-    assert main([*few, "--contender", PEER]) == 1  # has no such op
+    assert main([*few, "--contender", PEER]) == 1
     said = "must leave one that has the chosen ops and modes, got liger-kernel"
     assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 # Errors of ours, interrupts, bad input.

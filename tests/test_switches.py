@@ -1,5 +1,6 @@
 """Switches in the environment: what means yes, what means no, and what is refused by name."""
 
+import ast
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ from mhc_tile.autotune._switches import NO, YES, switch
 from test_layout import modules
 
 NAME = "MHC_TILE_REFERENCE"
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize("word", [*YES, "TRUE", "Yes", " on "])
@@ -38,21 +40,47 @@ def test_other_words_are_refused(monkeypatch, word):
         switch(NAME)
 
 
-def imported(**environment: str) -> subprocess.CompletedProcess[str]:
-    code = "from mhc_tile.ops import _dispatch as d; print(d.REFERENCE_ONLY, d.BATCH_INVARIANT)"
-    command = [sys.executable, "-c", code]
-    found = {**os.environ, **environment}
-    return subprocess.run(command, capture_output=True, text=True, env=found)
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command, found = [sys.executable, *arguments], {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=found, cwd=ROOT)
 
 
 def test_the_package_reads_its_switches_when_it_is_imported():
-    found = imported(MHC_TILE_REFERENCE="off", MHC_TILE_BATCH_INVARIANT="True")
+    code = "from mhc_tile.ops import _dispatch as d; print(d.REFERENCE_ONLY, d.BATCH_INVARIANT)"
+    found = python("-c", code, MHC_TILE_REFERENCE="off", MHC_TILE_BATCH_INVARIANT="True")
     assert found.stdout.split() == ["False", "True"], found.stderr
-    found = imported(MHC_TILE_BATCH_INVARIANT="perhaps")
-    assert found.returncode
-    said = found.stderr.splitlines()[-1]
-    assert said.startswith("ValueError: MHC_TILE_BATCH_INVARIANT must be one of 1, true,")
+
+
+AGAIN = """
+import os, sys
+try:
+    import mhc_tile
+except ValueError as error:
+    print(error)
+print([name for name in sys.modules if name.startswith("mhc_tile")])
+del os.environ["MHC_TILE_BATCH_INVARIANT"]
+import mhc_tile
+print(mhc_tile.ops._dispatch.BATCH_INVARIANT)
+"""
+
+
+def test_a_bad_switch_imports_nothing_and_the_next_import_works():
+    said, names, again = python("-c", AGAIN, MHC_TILE_BATCH_INVARIANT="perhaps").stdout.splitlines()
+    assert said.startswith("MHC_TILE_BATCH_INVARIANT must be one of 1, true,")
     assert said.endswith("got 'perhaps'")
+    finders = {"mhc_tile._checkout", "mhc_tile.autotune", "mhc_tile.autotune._switches"}
+    assert set(ast.literal_eval(names)) <= finders
+    assert again == "False"
+
+
+@pytest.mark.parametrize("start", [("-m", "mhc_tile"), ("mhc-tile",)])
+def test_a_command_says_a_bad_switch_in_one_line(tmp_path, start):
+    script = tmp_path / "mhc-tile"
+    script.write_text("from mhc_tile.__main__ import main\n")
+    words = start if len(start) == 2 else (str(script),)
+    found = python(*words, "--version", MHC_TILE_REFERENCE="ture", PYTHONPATH=str(ROOT))
+    assert (found.returncode, found.stdout) == (2, "")
+    assert re.fullmatch(r"mhc-tile: MHC_TILE_REFERENCE must be .*, got 'ture'\n", found.stderr)
 
 
 def test_there_is_no_other_way_to_read_a_switch():

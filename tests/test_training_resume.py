@@ -94,7 +94,8 @@ def test_a_run_beside_its_corpus_resumes(config, tmp_path):
 )
 def test_resume_refuses_what_it_would_ignore(tmp_path, capsys, options, said):
     assert main(["train", "--resume", str(tmp_path), *options]) == 1
-    assert f"train: {said}" in capsys.readouterr().err
+    taken = "; --resume may be given with --corpus and --steps, and keeps the rest"
+    assert f"train: {said}{taken}\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", [["--num-streams", "4"], ["--model", "1m"]])

@@ -22,6 +22,7 @@ from mhc_tile.perf import bench, output, records, suite, warm
 from mhc_tile.perf.__main__ import main
 from mhc_tile.perf.bench import CpuBench
 from mhc_tile.perf.operations import Case, cases
+from mhc_tile.perf.peers import is_asked
 from mhc_tile.perf.records import OURS
 from mhc_tile.perf.suite import COMPILED, EAGER
 
@@ -49,7 +50,7 @@ def test_the_run_finds_what_was_compiled(tmp_path, monkeypatch):
         return {path.name for path in (tmp_path / "inductor").rglob("*.so")}
 
     quick = cases(quick=True, device="cpu", ops=["merge"])[:1]
-    warm.compile_first(quick, functools.partial(suite._wanted, names=(COMPILED,)), "cpu")
+    warm.compile_first(quick, functools.partial(is_asked, names=(COMPILED,)), "cpu")
     before, out = libraries(), tmp_path / "run.json"
     asked = [*RUN, "--quick", "--contender", COMPILED, "--out", str(out)]
     # another process: this one has other settings, for tests
@@ -64,7 +65,7 @@ def test_a_run_says_what_it_compiles_first(tmp_path, capsys):
     assert main([*RUN, "--contender", OURS, "--warm", "--jobs", "2", "--out", str(out)]) == 0
     assert [row.turns for row in records.read(out).rows] == [2, 2]
     said = [line[7:] for line in capsys.readouterr().err.splitlines()]
-    assert said[0] == " s  2 shapes to compile, 2 processes"
+    assert said[0] == " s  shapes to compile: 2, processes: 2"
     assert {*said[1:3]} == {" s  64x64: compiled", " s  256x128: compiled"}
     assert re.fullmatch(r" s  compiled in \d+ s; now the run", said[3])
     assert said[4] == " s  merge/inference/64x64/n4/float32"

@@ -3,9 +3,8 @@
     x_next[o, c] = sum_i h_res[o, i] * x[i, c] + h_post[o] * layer_output[c]
     layer_input, h_post_next, h_res_next = pre(x_next)                  (as in pre/launch.py)
 
-A token moves (n + 1) * C elements in and (n + 1) * C out. The warps are those of pre/roles.py,
-except that the apply warps also load layer_output and the maps, and merge a tile where it lies in
-shared memory: docs/kernels/boundary.md. All results have the bits of `merge` and then `pre`.
+A token moves (n + 1) * C elements in and (n + 1) * C out. All results have the bits of `merge` and
+then `pre`. docs/kernels/boundary.md draws the pipeline.
 """
 
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from .. import merge
 from ..common.architectures import overlaps
+from ..common.constants import Constants
 from ..common.problem import Problem
 from ..common.programs import (
     F32,
@@ -32,7 +32,7 @@ from ..common.programs import (
 from ..common.projection import WARP, WARP_ROLE_CONFIGS
 from ..pre import launch as pre
 from ..pre import persistent, simt
-from ..pre.plan import Constants, Cta, Reduced
+from ..pre.plan import Cta, Reduced
 from ..pre.roles import empty_mailboxes, receive_and_reduce_warps
 from .roles import CHUNK, MAPS, STREAMS, Inputs, Staged, merge_warps, project_warps
 
@@ -42,64 +42,49 @@ MOST_RANKS = 28  # measured; more of them spill more
 
 @dataclass(frozen=True)
 class Config(persistent.Config):
-    """Launch knobs: those of the persistent `pre`, with other defaults.
-
-    Args:
-        merge_registers: of a thread of the merge warps; `registers` are those of the receiver and
-            reducer warps.
-    """
+    """Launch knobs: those of the persistent `pre`, with other defaults."""
 
     apply_warps: int = 8
-    registers: int = 48
-    merge_registers: int = 88
+    registers: int = 48  # of a thread of the receiver and reducer warps
+    merge_registers: int = 88  # of a thread of the merge warps
     spare: ClassVar[int] = 16  # at C = 7168 seven words spill, at 1280 to 2560 none
 
-    def registers_of_roles(self, n: int, channels: int) -> tuple[int, int, int]:
+    def registers_of_roles(self, n: int, C: int) -> tuple[int, int, int]:
         """Registers of a projection, merge, and receiver or reducer thread after reallocation."""
-        project, merging, threads = self.first_threads(n, channels)
+        project, merging, threads = self.first_threads(n, C)
         left = 65536 // threads // 8 * 8 * threads - self.registers * (threads - merging)
         left -= self.merge_registers * (merging - project)
         return min(240, left // project // 8 * 8), self.merge_registers, self.registers
 
-    def shared_bytes(self, n: int, channels: int) -> int:
+    def shared_bytes(self, n: int, C: int) -> int:
         """Shared memory of a CTA."""
-        rest = self.ahead * self.segment(n, channels).width * 2 + (self.ahead + 1) * MAPS * 4
-        return super().shared_bytes(n, channels) + self.group * rest
+        rest = self.ahead * self.segment(n, C).width * 2 + (self.ahead + 1) * MAPS * 4
+        return super().shared_bytes(n, C) + self.group * rest
 
-    def launches(self, n: int, channels: int, arch: str) -> bool:
+    def launches(self, n: int, C: int, arch: str) -> bool:
         """Whether shared memory, registers and threads allow the kernel."""
         whole = self.group % self.apply_warps == 0
-        lanes = self.segment(n, channels).width <= WARP * CHUNK
-        return n == STREAMS and whole and lanes and super().launches(n, channels, arch)
+        lanes = self.segment(n, C).width <= WARP * CHUNK
+        return n == STREAMS and whole and lanes and super().launches(n, C, arch)
 
 
 @lru_cache(maxsize=1024)
-def beside(config: Any, n: int, channels: int, arch: str) -> Config | None:
-    """The configuration that adds as `pre` does with one of its own; None where two launches run.
-
-    H200, 2026-11-28, us, `merge` and `pre` / one launch: 8192 x 1280 89 / 78, 8192 x 2560
-    163 / 140, 8192 x 4096 256 / 216, 4096 x 7168 250 / 217, 512 x 2560 20.5 / 17.4. More
-    ranks than ceil(C / 256) leave lanes idle and are slower: 32 at 4096 x 7168 236 / 267.
-
-    Args:
-        config: of `pre`; its persistent form, which is for many tokens, has a counterpart.
-        n: streams.
-        channels: C.
-        arch: such as "sm_90a".
-    """
+def beside(config: Any, n: int, C: int, arch: str) -> Config | None:
+    """The configuration that adds as `pre` does with `config`; None where two launches run."""
     if not isinstance(config, persistent.Config):
         return None
     own = Config(config.members, config.teams, config.steps, config.group)
-    full = own.members == ceil_div(channels, WARP * CHUNK) <= MOST_RANKS
-    return own if full and arch in MEASURED and own.launches(n, channels, arch) else None
+    # more ranks leave lanes idle and are slower
+    full = own.members == ceil_div(C, WARP * CHUNK) <= MOST_RANKS
+    return own if full and arch in MEASURED and own.launches(n, C, arch) else None
 
 
 @program(WARP_ROLE_CONFIGS)
 def boundary_program(
-    channels: int, dtype: str, config: Config, constants: Constants, reallocate: bool
+    C: int, dtype: str, config: Config, constants: Constants, reallocate: bool
 ) -> Any:
     """Merge and `pre`: a CTA is a rank of a group, its warps have roles."""
-    n, C, G = STREAMS, channels, config.group
+    n, G = STREAMS, config.group
     plan = config.plan(n, C, dtype, constants, reallocate)
     tokens, segment, prefetch = plan.tokens, plan.segment, plan.prefetch
     merge_first, receive_first, threads = plan.first_threads
@@ -162,12 +147,8 @@ def forward(
     alpha: Tensor,
     bias: Tensor,
     *,
-    norm_eps: float,
-    pre_eps: float,
-    post_scale: float,
-    iters: int,
-    sinkhorn_eps: float,
     config: "Config | pre.Config | persistent.Config | simt.Config",
+    **constants: Any,
 ) -> tuple[Tensor, ...] | None:
     """Merge of a sublayer and everything before the next layer (eqs. 7, 8, 9 and 14-19).
 
@@ -179,13 +160,9 @@ def forward(
         phi: [n*n + 2n, n*C], fp32. The next sublayer's, as alpha and bias.
         alpha: [3], fp32.
         bias: [n*n + 2n], fp32.
-        norm_eps: as in `pre.forward`, as are the next four.
-        pre_eps: see there.
-        post_scale: see there.
-        iters: see there.
-        sinkhorn_eps: see there.
         config: of this launch, or the one that `pre` would have: ranks and groups are then its
             own, and all results have the bits of `merge` and `pre`.
+        **constants: as in `pre.forward`.
 
     Returns:
         x_next [T, n, C] and layer_input [T, C] in x's dtype; h_post_next [T, n], h_res_next
@@ -196,26 +173,26 @@ def forward(
     Raises:
         ValueError: A `Config` of this module does not launch on this GPU.
     """
-    tokens, n, channels = x.shape
+    tokens, n, C = x.shape
     if not tokens:
         return None
     arch, available = architecture(x.device), multiprocessors(x.device)
     if not isinstance(config, Config):
-        config = beside(config, n, channels, arch)
+        config = beside(config, n, C, arch)
         if config is None:
             return None
-    persistent.check("boundary", config, n, channels, arch, available)
+    persistent.check("boundary", config, n, C, arch, available)
     rows = logits_per_token(n)
     h_post_next, h_res_next, projection = (
         x.new_empty(tokens, columns, dtype=torch.float32) for columns in (n, n * n, rows)
     )
     inv_rms = x.new_empty(tokens, dtype=torch.float32)
     x_next, layer_input = torch.empty_like(x), torch.empty_like(layer_output)
-    constants = float(norm_eps), float(pre_eps), float(post_scale), int(iters), float(sinkhorn_eps)
-    kernel = boundary_program(arch, channels, dtype_name(x), config, constants, overlaps(arch))
+    compiled = Constants.of(**constants)
+    kernel = boundary_program(arch, C, dtype_name(x), config, compiled, overlaps(arch))
     kernel(
         x, layer_output, h_post, h_res.view(tokens, n * n),
-        phi.view(rows, n, channels), alpha, bias,
+        phi.view(rows, n, C), alpha, bias,
         *persistent.mailboxes(config, n, x.device),
         x_next, layer_input, h_post_next, h_res_next, projection, inv_rms,
     )  # fmt: skip

@@ -1,8 +1,4 @@
-"""What the warps of `boundary` do that are not those of `pre`, role by role.
-
-A lane of the merge warps has the same 16 bytes of every stream of its tokens from the copy until
-x_next is written, so only the maps pass between lanes. docs/kernels/boundary.md draws the pipeline.
-"""
+"""What the warps of `boundary` do that are not those of `pre`: docs/kernels/boundary.md."""
 
 from typing import Any, NamedTuple
 
@@ -69,11 +65,11 @@ def project_warps(plan: Plan, cta: Cta, phi, x_tile, sums, gather_mailbox, tx):
     if (tx < segment.threads) and (cta.iterations + cta.last > 0):  # the same again
         scale_phi(fragments, unscales)
     T.sync_grid()
+    # sums = [sum_k x_next[k]^2, sum_k phi[r, k] * x_next[k]] of tile j - 1, k in the warp's share
     for j in T.serial(cta.iterations + plan.distance):
         T.sync_threads(ITERATION, plan.loop_threads)
         if (j > 0) and (j <= cta.iterations) and (tx < segment.threads):
             thread = opaque(sums, tx)
-            # sums = [sum_k x_next[k]^2, sum_k phi[r, k] * x_next[k]], k in the warp's share
             project(sums, 0, fragments, unscales, x_tile, (j - 1) % plan.num_stages, thread)
             T.sync_threads(PROJECTED, segment.threads)
             thread = opaque(sums, tx)
@@ -100,6 +96,8 @@ def merge_warps(plan: Plan, cta: Cta, inputs: Inputs, staged: Staged, x_next, la
         T.ptx_commit_group()
         T.ptx_commit_group()
     T.sync_grid()
+    # x_next[o, c] = sum_i h_res[o, i] * x[i, c] + h_post[o] * layer_output[c] of tile j
+    # layer_input[c] = sum_i h_pre[i] * x_next[i, c] of tile j - distance
     for j in T.serial(cta.iterations + plan.distance):
         T.sync_threads(ITERATION, plan.loop_threads)
         # into the stage whose tile the previous iteration applied
@@ -199,7 +197,7 @@ def take_output(plan: Plan, outputs, output_tile, stage, tx):
 
 @macro
 def merge_tile(plan: Plan, cta: Cta, staged: Staged, outputs, x_next, j, tx):
-    """x_next of a tile, in x's place in shared memory and to global memory."""
+    """x_next of a tile: it replaces x in shared memory and goes to global memory."""
     n, width, dtype = plan.n, plan.segment.width, plan.dtype
     rows, first = plan.tile // plan.apply_warps, cta.first_token(plan, j)
     stage, maps_stage = j % plan.num_stages, j % (plan.prefetch + 1)
@@ -212,6 +210,7 @@ def merge_tile(plan: Plan, cta: Cta, staged: Staged, outputs, x_next, j, tx):
     weights = T.alloc_local((MAPS,), F32)
     merged = T.alloc_local((n, 2), F32)
     values = T.alloc_local((2,), F32)
+    # x_next[o, c] = sum_i h_res[o, i] * x[i, c] + h_post[o] * layer_output[c]
     for row in T.unroll(rows):
         place = row * plan.apply_warps + warp
         token = first + place
@@ -222,7 +221,6 @@ def merge_tile(plan: Plan, cta: Cta, staged: Staged, outputs, x_next, j, tx):
             for k in T.unroll(MAPS // 4):
                 for v in T.vectorized(4):
                     weights[k * 4 + v] = staged.maps[maps_stage, place, k * 4 + v]
-            # x_next[o, c] = sum_i h_res[o, i] * x[i, c] + h_post[o] * layer_output[c]
             for k in T.unroll(CHUNK // 2):
                 if dtype == "bfloat16":
                     values[0] = lower(output_words[row, k])

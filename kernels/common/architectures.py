@@ -9,21 +9,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Architecture:
-    """One compute capability.
+    """One compute capability: CUDA C++ programming guide, technical specifications.
 
-    Attributes:
-        shared_bytes: dynamic shared memory that a block may ask for (CUDA C++ programming guide,
-            technical specifications per compute capability). nvcc does not check it; a launch that
-            asks for more fails. A multiprocessor has `SYSTEM_SHARED_BYTES` more.
-        threads: that a multiprocessor runs at once (same table).
-        blocks: likewise.
-        multiprocessors: of its largest GPU; None where no program is checked for it.
+    nvcc does not check shared memory: a launch that asks for too much fails.
     """
 
-    shared_bytes: int
-    threads: int
-    blocks: int
-    multiprocessors: int | None = None
+    shared_bytes: int  # that a block may ask for; a multiprocessor has SYSTEM_SHARED_BYTES more
+    threads: int  # that a multiprocessor runs at once
+    blocks: int  # likewise
+    multiprocessors: int | None = None  # of its largest GPU; None where no program is checked
 
 
 REGISTERS = 65536  # of a multiprocessor
@@ -50,10 +44,7 @@ LEAST_SHARED_BYTES = min(known.shared_bytes for known in _KNOWN.values())
 
 
 def architecture_of(arch: str) -> Architecture:
-    """The record of an architecture.
-
-    Raises:
-        ValueError: There is none.
+    """The record of an architecture; ValueError if there is none.
 
     Example:
         >>> architecture_of("sm_90a").shared_bytes
@@ -76,11 +67,7 @@ def shared_limit(arch: str) -> int:
 
 
 def multiprocessors_of(arch: str) -> int:
-    """How many multiprocessors the largest GPU of a checked architecture has.
-
-    Raises:
-        ValueError: The architecture is not checked.
-    """
+    """How many multiprocessors the largest GPU of a checked architecture has; else ValueError."""
     count = architecture_of(arch).multiprocessors
     if count is None:
         raise ValueError(f"architecture: arch must be one of {', '.join(CHECKED)}, got {arch}")

@@ -10,20 +10,12 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def replacing(path: Path, draft: Path | None = None) -> Iterator[BinaryIO]:
-    """Open a draft to write; when the block ends, it replaces the file.
+    """Open a draft to write; when the block ends, it replaces the file, whose folder must exist.
 
-    An error in the block removes the draft and leaves the file as it was. The mode of the new file
-    follows the umask.
-
-    Args:
-        path: the file; its folder must exist.
-        draft: the file that is written first, in the same folder. By default a new name, so that
-            several processes may write one file. A fixed name leaves at most one draft behind when
-            processes are killed.
-
-    Raises:
-        OSError: It cannot be written, or the path names something that is no file, such as a
-            device: a replacement would put a file in its place.
+    An error in the block removes the draft and leaves the file as it was. By default the draft has
+    a new name, so that several processes may write one file. A fixed name in the same folder leaves
+    at most one draft behind when processes are killed. OSError if the file cannot be written, or if
+    the path names something that is no file, such as a device.
 
     Example:
         >>> import tempfile
@@ -49,10 +41,6 @@ def replacing(path: Path, draft: Path | None = None) -> Iterator[BinaryIO]:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Write a file in one step, as `replacing`; a text is encoded in UTF-8.
-
-    Raises:
-        OSError: As `replacing`.
-    """
+    """Write a file in one step, as `replacing`; a text is encoded in UTF-8."""
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)

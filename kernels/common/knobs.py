@@ -9,25 +9,14 @@ _KEY = "reduction_order"
 def knob(default: Any = dataclasses.MISSING, *, reduction_order: bool = False) -> Any:
     """A field of a configuration.
 
-    Args:
-        default: its value where none is given; it must be given without one.
-        reduction_order: whether it changes the order in which the sums of a token are formed, and
-            so their last bits.
+    `reduction_order` says that it changes the order in which the sums of a token are formed, and so
+    their last bits.
     """
     return dataclasses.field(default=default, metadata={_KEY: reduction_order})
 
 
 def check(op: str, config: Any, **rules: tuple[bool, str]) -> None:
-    """Reject knobs that cannot launch.
-
-    Args:
-        op: named in the error.
-        config: a configuration.
-        rules: by knob, whether its rule holds and what the rule is.
-
-    Raises:
-        ValueError: A rule does not hold.
-    """
+    """Reject knobs that cannot launch; `rules` are, by knob, whether one holds and what it is."""
     for name, (holds, rule) in rules.items():
         if not holds:
             raise ValueError(f"{op}: config.{name} must be {rule}, got {getattr(config, name)}")

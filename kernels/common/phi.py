@@ -2,9 +2,8 @@
 
 bf16 has fp32's range and keeps 16 mantissa bits of every element. fp16 keeps 22 bits, but has a
 small range: each warp scales its elements of a row by a power of two that brings the largest to
-2^14 up to 2^15, and `project` scales the sum back. So 22 bits count from the row's largest element,
-whatever its size. Beside an element that is not finite the low part is NaN, and `project` drops
-it: the element does to its row's sums what it does in the reference, and nothing to others.
+2^14 up to 2^15, and `project` scales the sum back. Beside an element that is not finite the low
+part is NaN, and `project` drops it: the element changes the sums of its own row alone.
 """
 
 from collections.abc import Callable
@@ -25,7 +24,7 @@ def load_macro(
     Where phi is to be scaled the registers hold fp32 values: call `scale_phi` after all steps.
     """
     n, C, rows, width, steps = (
-        segment.n, segment.channels, segment.rows, segment.width, segment.steps
+        segment.n, segment.C, segment.rows, segment.width, segment.steps
     )  # fmt: skip
     phi_tiles, scaled = segment.phi_tiles, dtype == SCALED
     end = steps if last is None else last

@@ -5,20 +5,12 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, order=True)
 class Problem:
-    """One kernel at one shape.
+    """One kernel at one shape."""
 
-    Attributes:
-        kernel: a name of `autotune.registry.KERNELS`.
-        n: streams.
-        channels: C; 0 for kernels that see no channels.
-        dtype: of x, such as "bfloat16".
-        tokens: T.
-    """
-
-    kernel: str
+    kernel: str  # a name of `autotune.registry.KERNELS`
     n: int
-    channels: int
-    dtype: str
+    channels: int  # C; 0 for kernels that see no channels
+    dtype: str  # of x, such as "bfloat16"
     tokens: int
 
     @property
@@ -42,12 +34,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Target:
-    """The GPU that configurations are for.
+    """The GPU that configurations are for."""
 
-    Attributes:
-        arch: such as "sm_90a".
-        multiprocessors: how many there are.
-    """
-
-    arch: str
+    arch: str  # such as "sm_90a"
     multiprocessors: int

@@ -1,4 +1,4 @@
-"""What kernels that map tokens share: projecting a tile of tokens, sigmoid, Sinkhorn in registers.
+"""What kernels that map tokens share: projecting a tile of tokens, sigmoid.
 
 The projection keeps phi in registers and lets tokens stream past. In one warp's `mma.m16n8k16`
 (lane = 4 * g + t) phi is the A operand and eight tokens are the B operand:
@@ -37,32 +37,22 @@ WARP_ROLE_CONFIGS = {
 }
 
 
-def segment_width(channels: int, members: int) -> int:
+def segment_width(C: int, members: int) -> int:
     """Channels of each of `members` segments: a multiple of 8, so that accesses have 16 bytes."""
-    return ceil_div(ceil_div(channels, members), 8) * 8
+    return ceil_div(ceil_div(C, members), 8) * 8
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One block's share of phi: `width` channels of every stream, `steps` x 32 elements a warp.
-
-    Args:
-        n: streams.
-        channels: C.
-        rows: rows of phi.
-        width: channels of the segment, a multiple of 8.
-        steps: pieces of 32 elements that each warp holds.
-        group: tokens of a tile, a multiple of 8 * batches.
-        batches: a warp projects `batches` x 8 tokens at a time.
-    """
+    """One block's share of phi: `width` channels of every stream, `steps` x 32 elements a warp."""
 
     n: int
-    channels: int
-    rows: int
-    width: int
-    steps: int
-    group: int
-    batches: int = 1
+    C: int
+    rows: int  # of phi
+    width: int  # channels of the segment, a multiple of 8
+    steps: int  # pieces of 32 elements that each warp holds
+    group: int  # tokens of a tile, a multiple of 8 * batches
+    batches: int = 1  # of 8 tokens that a warp projects at a time
 
     @property
     def warps(self) -> int:
@@ -71,7 +61,7 @@ class Segment:
 
     @property
     def threads(self) -> int:
-        """Threads of those warps."""
+        """Threads that hold the segment."""
         return WARP * self.warps
 
     @property
@@ -123,7 +113,7 @@ class Segment:
 
         A thread keeps its place in the row and passes over the tokens of the tile.
         """
-        n, C, G, width, chunks = self.n, self.channels, self.group, self.width, self.chunks
+        n, C, G, width, chunks = self.n, self.C, self.group, self.width, self.chunks
         rows = max(1, threads // chunks)
         pieces = ceil_div(chunks, threads)
 
@@ -261,67 +251,3 @@ def inverse_rms(scale: T.Ref, elements, norm_eps):
 def sigmoid(value: T.Ref):
     """Value = 1 / (1 + exp(-value)); 0 far below, where 1 / infinity is 0, and never NaN."""
     value = T.call_extern(F32, "__fdividef", 1.0, 1.0 + T.exp(-value))
-
-
-@macro
-def sinkhorn_registers(matrix, n, iters, eps):
-    """`iters` x (columns, rows) on `matrix[out * n + in]`, logits on entry; a thread, a token."""
-    scale = T.alloc_var(F32, 0.0)
-    total = T.alloc_var(F32, 0.0)
-    if eps == 0:
-        # M[o, i] = logits[o, i] - log sum_o exp(logits[o, i])
-        for i in T.unroll(n):
-            column_maximum(matrix, scale, n, i)
-            total = 0.0
-            for o in T.unroll(n):
-                matrix[o * n + i] = matrix[o * n + i] - scale
-                total = total + T.exp(matrix[o * n + i])
-            total = T.log(total)
-            for o in T.unroll(n):
-                matrix[o * n + i] = matrix[o * n + i] - total
-        # M[o, i] = exp(M[o, i] - max_i M[o, i]) ; M[o, i] /= sum_i M[o, i]
-        for o in T.unroll(n):
-            scale = matrix[o * n]
-            for i in T.unroll(1, n):
-                scale = T.max(scale, matrix[o * n + i])
-            for i in T.unroll(n):
-                matrix[o * n + i] = T.exp(matrix[o * n + i] - scale)
-    else:
-        # M = exp(logits - column maximum) ; M[o, i] = M[o, i] / sum_o M[o, i] + eps
-        for i in T.unroll(n):
-            column_maximum(matrix, scale, n, i)
-            total = 0.0
-            for o in T.unroll(n):
-                matrix[o * n + i] = T.exp(matrix[o * n + i] - scale)
-                total = total + matrix[o * n + i]
-            total = T.call_extern(F32, "__fdividef", 1.0, total)
-            for o in T.unroll(n):
-                matrix[o * n + i] = matrix[o * n + i] * total + eps
-    # M[o, i] /= sum_i M[o, i] + eps
-    normalise(matrix, scale, n, n, 1, eps)
-    for _ in T.serial(iters - 1):
-        # M[o, i] /= sum_o M[o, i] + eps
-        normalise(matrix, scale, n, 1, n, eps)
-        # M[o, i] /= sum_i M[o, i] + eps
-        normalise(matrix, scale, n, n, 1, eps)
-
-
-@macro
-def column_maximum(matrix, scale: T.Ref, n, i):
-    """Scale = max_o M[o, i]."""
-    scale = matrix[i]
-    for o in T.unroll(1, n):
-        scale = T.max(scale, matrix[o * n + i])
-
-
-@macro
-def normalise(matrix, scale: T.Ref, n, line_stride, item_stride, eps):
-    """Divide every line (a row: strides n, 1; a column: strides 1, n) by its sum + eps."""
-    for line in T.unroll(n):
-        scale = matrix[line * line_stride] + eps
-        for item in T.unroll(1, n):
-            scale = scale + matrix[line * line_stride + item * item_stride]
-        scale = T.call_extern(F32, "__fdividef", 1.0, scale)
-        for item in T.unroll(n):
-            index = line * line_stride + item * item_stride
-            matrix[index] = matrix[index] * scale

@@ -38,15 +38,10 @@ def is_block(threads: int) -> bool:
 
 @dataclass(frozen=True)
 class RowConfig:
-    """Launch knobs of a forward that moves rows.
-
-    Attributes:
-        threads: of a block.
-        vectors: of channels, at most 16 bytes each, that a thread handles.
-    """
+    """Launch knobs of a forward that moves rows."""
 
     threads: int
-    vectors: int = 1
+    vectors: int = 1  # of at most 16 bytes that a thread handles
     op: ClassVar[str]
 
     def __post_init__(self):

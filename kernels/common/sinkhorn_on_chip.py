@@ -1,4 +1,7 @@
-"""Sinkhorn in one thread's registers: forward with its sums kept, then backward along them.
+"""The manifold of h_res on chip: Sinkhorn in one thread's registers, forward and backward.
+
+`sinkhorn_registers` is the forward; `sinkhorn_replay` keeps its sums, and `sinkhorn_reverse` goes
+back along them. Of a program that calls them only this file reads the manifold's constants.
 
 A token's iteration, for the residual map's logits as [out, in] (`reference.sinkhorn`):
 
@@ -13,28 +16,51 @@ A step `after = before / sum` has `before = after * sum` and
 so the reverse pass needs the sums alone: 2 * iters * n floats a token in shared memory. It
 rebuilds the matrix, and where eps is 0 the first softmax with it: `softmax_o(logits)[o, i] =
 m[o, i] * sum[o]` for the first iteration's m. Where eps is not 0 that would be `m[o, i] * sum[o] -
-eps`, which has no correct digit for small entries, so the softmax is taken again. One thread owns
-one token: n * n registers for the matrix, n * n for its gradient, no shuffle and no barrier.
+eps`, which has no correct digit for small entries, so the softmax is taken again.
 """
 
+import math
 from typing import Any
 
 import tilelang.language as T
 
+from .constants import Sinkhorn
 from .programs import F32, macro
 
 
 def reciprocal(value: Any) -> Any:
-    """1 / value to 1 ulp in one instruction; 0 for infinity.
-
-    The correctly rounded one is a subroutine, with which Sinkhorn's backward is 2.6 times slower.
-    """
+    """1 / value to 1 ulp in one instruction; 0 for infinity. A rounded one is a slow subroutine."""
     return T.call_extern(F32, "__fdividef", T.float32(1.0), value)
 
 
 def sigmoid(value: Any) -> Any:
     """1 / (1 + exp(-value)); saturates to 0 and 1 without NaN."""
     return reciprocal(1.0 + T.exp(-value))
+
+
+def sums_shape(sinkhorn: Sinkhorn | None, n: int, lanes: int) -> tuple[int, int, int]:
+    """Shape of the shared memory, fp32, in which `lanes` threads keep their sums."""
+    return 2 * sinkhorn.iters if sinkhorn else 2, n, lanes
+
+
+def logits_again(sinkhorn: Sinkhorn) -> bool:
+    """Whether `softmax_out_back`, with the logits, has to follow `sinkhorn_reverse`."""
+    return sinkhorn.eps > 0
+
+
+def sums_fit(sinkhorn: Sinkhorn, n: int, lanes: int, shared_bytes: int) -> bool:
+    """Whether shared memory holds the sums of `lanes` threads."""
+    return 4 * math.prod(sums_shape(sinkhorn, n, lanes)) <= shared_bytes
+
+
+def check_sums(op: str, sinkhorn: Sinkhorn, n: int, lanes: int, shared_bytes: int) -> None:
+    """Reject more iterations than shared memory holds the sums of."""
+    if not sums_fit(sinkhorn, n, lanes, shared_bytes):
+        most = shared_bytes // (4 * math.prod(sums_shape(Sinkhorn(1, 0.0), n, lanes)))
+        raise RuntimeError(
+            f"{op}: iters must be at most {most} for the backward of {n} streams with {lanes} "
+            f"threads a block on this GPU, got {sinkhorn.iters}"
+        )
 
 
 @macro
@@ -56,18 +82,13 @@ def softmax_out(matrix, n):
 
 
 @macro
-def sinkhorn_replay(matrix, sums, lane, n, iters, eps):
-    """Turn the logits in `matrix` [n, n] into h_res and keep every step's sums.
+def sinkhorn_replay(matrix, sums, lane, n, sinkhorn):
+    """Turn the logits in `matrix` [n, n], registers, into h_res and keep every step's sums.
 
-    Args:
-        matrix: [n, n], registers. Logits on entry, h_res on return.
-        sums: [2 * iters, n, lanes], shared memory. Row 2 * step receives the sums over out, row
-            2 * step + 1 those over in; row 0 is left alone.
-        lane: this thread's place in `sums`.
-        n: number of streams.
-        iters: at least 1.
-        eps: at least 0.
+    In `sums` [2 * iters, n, lanes], shared memory, row 2 * step receives the sums over out, row
+    2 * step + 1 those over in; row 0 is left alone.
     """
+    iters, eps = sinkhorn
     peak = T.alloc_var(F32)
     total = T.alloc_var(F32)
     inverse = T.alloc_var(F32)
@@ -108,8 +129,8 @@ def sinkhorn_replay(matrix, sums, lane, n, iters, eps):
         inverse = reciprocal(total)
         for i in T.unroll(n):
             matrix[o, i] *= inverse
+    # m[o, i] /= sum_o m[o, i] + eps ; m[o, i] /= sum_i m[o, i] + eps
     for step in T.serial(1, iters):
-        # m[o, i] /= sum_o m[o, i] + eps
         for i in T.unroll(n):
             total = eps
             for o in T.unroll(n):
@@ -118,7 +139,6 @@ def sinkhorn_replay(matrix, sums, lane, n, iters, eps):
             inverse = reciprocal(total)
             for o in T.unroll(n):
                 matrix[o, i] *= inverse
-        # m[o, i] /= sum_i m[o, i] + eps
         for o in T.unroll(n):
             total = eps
             for i in T.unroll(n):
@@ -130,19 +150,13 @@ def sinkhorn_replay(matrix, sums, lane, n, iters, eps):
 
 
 @macro
-def sinkhorn_reverse(matrix, grad, sums, lane, n, iters, eps):
-    """Undo `sinkhorn_replay`'s steps: all of them where eps is 0, else all but the first softmax.
+def sinkhorn_reverse(matrix, grad, sums, lane, n, sinkhorn):
+    """Turn the cotangent of h_res in `grad` [n, n], registers, into that of the logits.
 
-    Args:
-        matrix: [n, n], registers. h_res on entry.
-        grad: [n, n], registers. Cotangent of h_res on entry; on return that of the logits, or of
-            softmax_o(logits) where eps is not 0: call `softmax_out_back` then.
-        sums: [2 * iters, n, lanes], shared memory, as `sinkhorn_replay` left it.
-        lane: this thread's place in `sums`.
-        n: number of streams.
-        iters: at least 1.
-        eps: at least 0.
+    Where eps is not 0 it becomes that of softmax_o(logits): call `softmax_out_back` then. `matrix`
+    and `sums` are as `sinkhorn_replay` left them; the steps in `matrix` are undone.
     """
+    iters, eps = sinkhorn
     total = T.alloc_var(F32)
     dot = T.alloc_var(F32)
     inverse = T.alloc_var(F32)
@@ -193,13 +207,7 @@ def sinkhorn_reverse(matrix, grad, sums, lane, n, iters, eps):
 
 @macro
 def softmax_out_back(matrix, grad, n):
-    """Turn the cotangent of softmax_o(logits) into that of the logits.
-
-    Args:
-        matrix: [n, n], registers. Logits on entry, softmax_o(logits) on return.
-        grad: [n, n], registers. Either cotangent.
-        n: number of streams.
-    """
+    """Turn the cotangent of softmax_o(logits) in `grad` into that of the logits in `matrix`."""
     dot = T.alloc_var(F32)
     softmax_out(matrix, n)
     # grad = m * (grad - sum_o grad * m)
@@ -209,3 +217,68 @@ def softmax_out_back(matrix, grad, n):
             dot += grad[o, i] * matrix[o, i]
         for o in T.unroll(n):
             grad[o, i] = matrix[o, i] * (grad[o, i] - dot)
+
+
+@macro
+def sinkhorn_registers(matrix, n, sinkhorn):
+    """Turn the logits in `matrix[out * n + in]`, registers, into h_res; a thread, a token."""
+    iters, eps = sinkhorn
+    scale = T.alloc_var(F32, 0.0)
+    total = T.alloc_var(F32, 0.0)
+    if eps == 0:
+        # M[o, i] = logits[o, i] - log sum_o exp(logits[o, i])
+        for i in T.unroll(n):
+            column_maximum(matrix, scale, n, i)
+            total = 0.0
+            for o in T.unroll(n):
+                matrix[o * n + i] = matrix[o * n + i] - scale
+                total = total + T.exp(matrix[o * n + i])
+            total = T.log(total)
+            for o in T.unroll(n):
+                matrix[o * n + i] = matrix[o * n + i] - total
+        # M[o, i] = exp(M[o, i] - max_i M[o, i]) ; M[o, i] /= sum_i M[o, i]
+        for o in T.unroll(n):
+            scale = matrix[o * n]
+            for i in T.unroll(1, n):
+                scale = T.max(scale, matrix[o * n + i])
+            for i in T.unroll(n):
+                matrix[o * n + i] = T.exp(matrix[o * n + i] - scale)
+    else:
+        # M = exp(logits - column maximum) ; M[o, i] = M[o, i] / sum_o M[o, i] + eps
+        for i in T.unroll(n):
+            column_maximum(matrix, scale, n, i)
+            total = 0.0
+            for o in T.unroll(n):
+                matrix[o * n + i] = T.exp(matrix[o * n + i] - scale)
+                total = total + matrix[o * n + i]
+            total = T.call_extern(F32, "__fdividef", 1.0, total)
+            for o in T.unroll(n):
+                matrix[o * n + i] = matrix[o * n + i] * total + eps
+    # M[o, i] /= sum_i M[o, i] + eps
+    normalise(matrix, scale, n, n, 1, eps)
+    for _ in T.serial(iters - 1):
+        # M[o, i] /= sum_o M[o, i] + eps
+        normalise(matrix, scale, n, 1, n, eps)
+        # M[o, i] /= sum_i M[o, i] + eps
+        normalise(matrix, scale, n, n, 1, eps)
+
+
+@macro
+def column_maximum(matrix, scale: T.Ref, n, i):
+    """Scale = max_o M[o, i]."""
+    scale = matrix[i]
+    for o in T.unroll(1, n):
+        scale = T.max(scale, matrix[o * n + i])
+
+
+@macro
+def normalise(matrix, scale: T.Ref, n, line_stride, item_stride, eps):
+    """Divide every line (a row: strides n, 1; a column: strides 1, n) by its sum + eps."""
+    for line in T.unroll(n):
+        scale = matrix[line * line_stride] + eps
+        for item in T.unroll(1, n):
+            scale = scale + matrix[line * line_stride + item * item_stride]
+        scale = T.call_extern(F32, "__fdividef", 1.0, scale)
+        for item in T.unroll(n):
+            index = line * line_stride + item * item_stride
+            matrix[index] = matrix[index] * scale

@@ -28,8 +28,7 @@ def round_tf32(value: Any) -> Any:
 def round_rest(value: Any) -> Any:
     """As `round_tf32`, of what that left over, in two instructions fewer.
 
-    The rest of a finite number is one. Beside NaN and infinity in x or phi the token's gradients
-    are NaN whatever the rest is.
+    What is left of NaN and infinity need not be right: the token's gradients are NaN anyway.
     """
     return T.reinterpret(T.reinterpret(value, "uint32") + _HALF & _TF32, F32)
 

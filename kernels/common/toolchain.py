@@ -20,20 +20,11 @@ REQUIRED_TILELANG = "0.1.15"
 
 
 def target(capability: tuple[int, int]) -> dict[str, str]:
-    """The TileLang target of a compute capability, named explicitly.
+    """The TileLang target of a compute capability; RuntimeError if the GPU is too old.
 
-    From 9.0 on it names the architecture's own feature set (`sm_90a`), which wgmma and its
-    successors need. A named target, unlike a detected one, lets kernels be compiled ahead on
-    another machine and found in the cache.
-
-    Args:
-        capability: major and minor compute capability, as `torch.cuda.get_device_capability()`.
-
-    Returns:
-        The dict that `tilelang.compile(..., target=)` takes.
-
-    Raises:
-        RuntimeError: The GPU is too old for the kernels.
+    From 9.0 on it names the architecture's own feature set (`sm_90a`), which register reallocation
+    needs. A named target, unlike a detected one, lets kernels be compiled ahead on another machine
+    and found in the cache.
 
     Example:
         >>> target((9, 0))

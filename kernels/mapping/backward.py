@@ -13,10 +13,9 @@
 Three launches: `token_state_program` turns the maps' cotangents into one state a token,
 `grad_x_program` forms grad_x and split-K partials of grad_phi from it, and `add_partials_program`
 adds those, and what blocks of tokens summed for alpha and bias, in a fixed order. Per token 2 n C
-elements and about 3 (n*n + 2n) floats cross device memory, and phi and grad_phi once. Where
-launches overlap each begins while the one ahead drains. A token of zeros has inv_rms = 0 and so no
-gradient through the projection. `radial` is fp32: where norm_eps is 0 and |x| below 1e-20, it
-leaves the range for gradients of size 1, and grad_x is not finite.
+elements and about 3 (n*n + 2n) floats cross device memory, and phi and grad_phi once. A token of
+zeros has inv_rms = 0 and so no gradient through the projection. `radial` is fp32: where norm_eps is
+0 and |x| below 1e-20, it leaves the range for gradients of size 1, and grad_x is not finite.
 """
 
 from typing import Any
@@ -119,17 +118,10 @@ def gradients_from_states(
     *,
     config: Config,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch `grad_x_program` and `add_partials_program`.
+    """Launch `grad_x_program` and `add_partials_program` on T >= 1 tokens.
 
-    Args:
-        states: [T, state_size(n)], fp32, of `token_states`, for `pre` completed.
-        block_sums: [blocks of tokens, sums_width(n)], fp32, of the same.
-        x: [T, n, C], T at least 1.
-        phi: [n*n + 2n, n*C], fp32.
-        grad_layer_input: [T, C] in x's dtype. None: without its term.
-        grad_x_part: [T, n, C] in x's dtype. None: without its term.
-        h_res: [T, n, n], fp32: `sum_o h_res[o, i] * grad_x_part[o, c]` is added instead.
-        config: launch knobs.
+    `states` and `block_sums` are those of `token_states`, for `pre` completed. A term whose tensor
+    is None is left out. With h_res `sum_o h_res[o, i] * grad_x_part[o, c]` replaces grad_x_part.
 
     Returns:
         grad_x [T, n, C] in x's dtype; grad_phi, grad_alpha [3], grad_bias [n*n + 2n], fp32.
@@ -156,15 +148,9 @@ def gradients_from_states(
 def add_partials(
     partials: Tensor, block_sums: Tensor, phi: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch `add_partials_program`.
+    """Launch `add_partials_program`: grad_phi, grad_alpha [3], grad_bias [n*n + 2n], fp32.
 
-    Args:
-        partials: [groups, n*n + 2n, n, C], fp32. Of grad_phi.
-        block_sums: [blocks of tokens, sums_width(n)], fp32.
-        phi: [n*n + 2n, n*C], fp32; only its shape counts.
-
-    Returns:
-        grad_phi, grad_alpha [3], grad_bias [n*n + 2n], fp32.
+    `partials` of grad_phi are [groups, n*n + 2n, n, C]; of phi only the shape counts.
     """
     groups, logits, n, _ = partials.shape
     arch = architecture(phi.device)

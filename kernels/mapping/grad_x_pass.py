@@ -7,10 +7,7 @@
 
 Per token 2n C elements move, (3n + 1) C with all terms of `pre`, whose line each may be left out. A
 block owns `columns` columns of phi (the same channels of every stream) and passes over the tokens
-of its group, `tile` at a time: phi's slice stays in shared memory and grad_phi's slice in the
-accumulators, so both cross the chip once a block. Products with phi run in tf32 on operands rounded
-to nearest; those for grad_phi in bf16 with grad_raw as a pair high + low. fp16, too narrow for
-grad_raw, takes tf32 there, and fp32 pairs of tf32 everywhere.
+of its group, `tile` at a time. docs/kernels/mapping.md has the precision of the products.
 """
 
 import functools
@@ -36,28 +33,19 @@ TENSOR_CORE_PASS_CONFIGS = {**PASS_CONFIGS, "tl.disable_wgmma": True}
 
 @dataclass(frozen=True)
 class Config:
-    """Launch knobs.
+    """Launch knobs."""
 
-    Attributes:
-        columns: columns of phi, over all streams, that a block owns. A power of two: other widths
-            have no swizzle.
-        tile: tokens per step.
-        threads: per block.
-        stages: steps whose operands are in shared memory or on their way.
-        groups: blocks that share a slice's tokens.
-        min_blocks: blocks that the registers must allow per multiprocessor.
-    """
-
-    columns: int = knob(256, reduction_order=True)
-    tile: int = knob(32, reduction_order=True)
+    columns: int = knob(256, reduction_order=True)  # of phi, over all streams, that a block owns
+    tile: int = knob(32, reduction_order=True)  # tokens of a step
     threads: int = knob(128, reduction_order=True)
-    stages: int = 2
-    groups: int = 6
-    min_blocks: int = 2
+    stages: int = 2  # steps whose operands are in shared memory or on their way
+    groups: int = 6  # blocks that share a slice's tokens
+    min_blocks: int = 2  # blocks that the registers must allow per multiprocessor
 
     def __post_init__(self):
         """Reject what cannot launch."""
         warps, columns = self.threads // 32, self.columns
+        # other widths than powers of two have no swizzle
         power = columns >= 1 and not columns & (columns - 1) and not columns % max(1, 16 * warps)
         check(
             "mapping_backward",
@@ -74,9 +62,8 @@ class Config:
 def default_config(problem: Problem, target: Target, *, batch_invariant: bool = False) -> Config:
     """Two blocks a multiprocessor in one wave, and never more groups than tiles of tokens.
 
-    Three stages of 16 tokens: two of 32 take as long (H200, 2026-11-22), but leave no registers for
-    the launch that runs beside. fp16 and fp32 hold tf32 operands as well, n = 8 more rows of phi:
-    narrower.
+    Three stages of 16 tokens leave registers for the launch that runs beside; two of 32 do not.
+    fp16 and fp32 hold tf32 operands as well, n = 8 more rows of phi: narrower.
     """
     n = problem.n
     if problem.dtype == "bfloat16" and n < 8:
@@ -312,6 +299,7 @@ def grad_x_program(
             # shared memory costs L2 half as much again.
             T.annotate_layout({b: make_swizzled_layout(b) for b in (grad_input, staged, state)})
             T.clear(grad_phi)
+            # phi_tile[k, i, c] = phi[k, i*C + first + c], rounded to tf32
             for i in T.serial(n):
                 T.copy(
                     phi[0:rows, i, first : first + width],
@@ -330,6 +318,8 @@ def grad_x_program(
                     streams, grad_input, staged, state, token, first, slot,
                 )  # fmt: skip
 
+            # grad_x[i, c] = sum_k grad_raw[k] * phi[k, i*C + c] + ..
+            # grad_phi[k, i*C + c] += sum_t grad_raw[t, k] * x[t, i, c]
             for step in T.serial(T.ceildiv(T.ceildiv(tokens, tile) - group, groups)):
                 token = (step * groups + group) * tile
                 now = step % stages

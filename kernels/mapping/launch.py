@@ -8,9 +8,9 @@
 
 `project` reads n C elements a token, and phi once a block; it writes n*n + 2n + 1 floats a token
 and segment of nC, which `finish` adds in the order of the segments. Segments follow from C alone,
-so a token's bits never depend on its neighbours. phi stays in registers, because every token needs
-all of it; x passes through a ring of tiles in shared memory. Squares and their sums are fp32,
-subnormal numbers included: a token counts as zero where they vanish, as in the reference.
+so a token's bits never depend on its neighbours. Squares and their sums are fp32, subnormal numbers
+included: a token counts as zero where they vanish, as in the reference. docs/kernels/mapping.md
+draws the pipeline.
 """
 
 from collections.abc import Callable, Iterator
@@ -50,24 +50,14 @@ from . import simt
 
 @dataclass(frozen=True)
 class Config:
-    """Launch knobs of both programs.
+    """Launch knobs of both programs; docs/kernels/mapping.md has a table."""
 
-    Args:
-        members: blocks that share nC; each owns ceil(C / members) channels of every stream.
-        blocks: blocks that share the tokens, at most (a launch has no more than it has groups).
-        steps: pieces of 32 elements of nC that a warp holds; phi takes 8 * steps * ceil(rows / 8)
-            of its registers.
-        group: tokens of a tile.
-        ahead: groups in flight from memory.
-        warps: warps of a block of `finish`.
-    """
-
-    members: int = knob(reduction_order=True)
-    blocks: int
-    steps: int = knob(4, reduction_order=True)
-    group: int = knob(16, reduction_order=True)
-    ahead: int = 3
-    warps: int = 4
+    members: int = knob(reduction_order=True)  # blocks that share nC
+    blocks: int  # that share the tokens, at most
+    steps: int = knob(4, reduction_order=True)  # pieces of 32 elements that a warp holds
+    group: int = knob(16, reduction_order=True)  # tokens of a tile
+    ahead: int = 3  # tiles in flight from memory
+    warps: int = 4  # of a block of `finish`
 
     def __post_init__(self) -> None:
         """Reject what cannot launch on any GPU."""
@@ -86,22 +76,15 @@ class Config:
         shared = segment.shared_bytes(self.ahead + 1)
         return shared <= shared_limit(arch) and segment.threads <= 1024
 
-    def projection(self) -> tuple[int, int, int, int, int]:
-        """The knobs of `project`."""
-        return self.members, self.blocks, self.steps, self.group, self.ahead
-
 
 @lru_cache(maxsize=1024)
 def default_config(
     problem: Problem, target: Target, *, batch_invariant: bool = False
 ) -> Config | simt.Config:
-    """Segments of about 1024 elements (n = 4), as many groups in flight as shared memory allows.
+    """Segments of about 1024 elements (n = 4), as many tiles in flight as shared memory allows.
 
-    256 channels of every stream at n = 4 are 96 registers a thread for phi. x in fp32, or C that is
-    no multiple of 8, has the form of `simt.py`.
-
-    Raises:
-        RuntimeError: the GPU has too little shared memory for any configuration.
+    256 channels of every stream at n = 4 are 96 registers a thread for phi. RuntimeError where the
+    GPU has too little shared memory for any configuration.
     """
     if not problem.fits_tensor_cores:
         return simt.default_config(problem, target)
@@ -111,7 +94,7 @@ def default_config(
     blocks = max(1, target.multiprocessors // members)
     steps = 4 if n <= 4 else 1
     for group in (16, 8):
-        # one group a block: none comes after it
+        # one tile a block: none comes after it
         for ahead in (3, 2, 1) if problem.tokens > group * blocks else (1,):
             config = Config(members, blocks, steps, group, ahead)
             if config.launches(n, C, target.arch):
@@ -178,12 +161,15 @@ def project_program(
                 "int32", (T.ceildiv(tokens, G) + most_blocks - 1 - block) // most_blocks
             )
 
+            # x_tile[j] = x[tile j, :, segment]
             for j in T.serial(ahead):
                 fetch(x_tile, j, x, T.cast(j * most_blocks + block, "int64") * G, member, tx)
                 T.ptx_commit_group()
             load_phi(fragments, phi, member, tx)
             scale_phi(fragments, unscales)
 
+            # partials[member, token] = [sum x^2, sum phi[r] * x]: sums of a warp of tile j, then
+            # those of all warps of tile j - 1
             for j in T.serial(iterations + 1):
                 T.ptx_wait_group(ahead - 1)
                 T.sync_threads()
@@ -193,7 +179,6 @@ def project_program(
                 T.ptx_commit_group()
                 if j < iterations:
                     project(sums, j % 2, fragments, unscales, x_tile, j % (ahead + 1), tx)
-                # partials[member, token] = sum over the warps of group j - 1
                 if j >= 1:
                     for p in T.serial(ceil_div(G * columns, threads)):
                         entry = p * threads + tx
@@ -209,20 +194,22 @@ def project_program(
 
 
 def gather_macro(n: int, C: int, members: int, norm_eps: float) -> Callable[..., None]:
-    """The macro `gather(totals, scale, partials, token, lane)` that begins a `finish`."""
+    """The macro that begins a `finish`."""
     columns = logits_per_token(n) + 1
 
     @T.macro
     def gather(totals, scale: T.Ref, partials, token, lane):
         """Scale = inv_rms of the token, totals[q] = its projection[q * 32 + lane - 1]."""
-        # every lane adds the members' partials of its columns, in order
+        # [sum x^2, sum phi[r] * x] = sum over members, in order, a column a lane
         for q in T.unroll(ceil_div(columns, WARP)):
             totals[q] = 0.0
             if q * WARP + lane < columns:
                 for m in T.unroll(members):
                     totals[q] = add(totals[q], partials[m, token, q * WARP + lane])
+        # inv_rms = 1 / sqrt(mean of x^2 + norm_eps)
         scale = T.shfl_sync(totals[0], 0)
         inverse_rms(scale, n * C, norm_eps)
+        # projection = (vec(x) @ phi^T) * inv_rms
         for q in T.unroll(ceil_div(columns, WARP)):
             totals[q] = totals[q] * scale
 
@@ -279,6 +266,7 @@ def finish_program(
                 gather(totals, scale, partials, token, lane)
                 if lane == 0:
                     inv_rms[token] = scale
+                # logits = projection * [alpha_pre | alpha_post | alpha_res] + bias
                 for q in T.unroll(lanes):
                     r = q * WARP + lane - 1
                     if (r >= 0) and (r < rows):
@@ -298,23 +286,14 @@ def finish_program(
 
 
 def project(x: Tensor, phi: Tensor, config: Config) -> Tensor:
-    """Launch `project_program`.
-
-    Args:
-        x: [T, n, C], bf16 or fp16, T at least 1.
-        phi: [n*n + 2n, n*C], fp32.
-        config: of the launch.
-
-    Returns:
-        partials [members, T, 1 + n*n + 2n], fp32.
-    """
+    """Launch `project_program` on T >= 1 tokens: partials [members, T, 1 + n*n + 2n], fp32."""
     tokens, n, C = x.shape
     rows = logits_per_token(n)
     assert C % 8 == 0
     assert x.dtype in (torch.bfloat16, torch.float16)
     assert phi.shape == (rows, n * C)
     partials = x.new_empty(config.members, tokens, rows + 1, dtype=torch.float32)
-    knobs = config.projection()
+    knobs = config.members, config.blocks, config.steps, config.group, config.ahead
     kernel = project_program(architecture(x.device), n, C, dtype_name(x), *knobs)
     kernel(x, phi.view(rows, n, C), partials)
     return partials

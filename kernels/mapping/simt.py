@@ -35,21 +35,13 @@ MOST_ROWS = 24  # of phi in one warp
 
 @dataclass(frozen=True)
 class Config:
-    """Launch knobs.
+    """Launch knobs."""
 
-    Args:
-        members: segments of nC.
-        blocks: blocks that share the tokens, at most.
-        warps: of a block; each takes one share of phi's rows and `group` tokens at a time.
-        group: tokens of a warp.
-        finish_warps: warps of a block of `finish`.
-    """
-
-    members: int = knob(reduction_order=True)
-    blocks: int
-    warps: int
-    group: int = knob(reduction_order=True)
-    finish_warps: int = 4
+    members: int = knob(reduction_order=True)  # segments of nC
+    blocks: int  # that share the tokens, at most
+    warps: int  # each takes one share of phi's rows and `group` tokens at a time
+    group: int = knob(reduction_order=True)  # tokens of a warp
+    finish_warps: int = 4  # of a block of `finish`
 
 
 @lru_cache(maxsize=1024)
@@ -113,6 +105,7 @@ def project_program(
                 // most_blocks,
             )
 
+            # partials[member, token] = [sum x^2, sum phi[r] * x], a warp `group` tokens
             for j in T.serial(iterations):
                 task = T.cast(j * most_blocks + block, "int64") * warps + tx // WARP
                 token = task // shares * group
@@ -154,16 +147,7 @@ def project_program(
 
 
 def project(x: Tensor, phi: Tensor, config: Config) -> Tensor:
-    """Launch `project_program`.
-
-    Args:
-        x: [T, n, C], bf16, fp16 or fp32, T at least 1, starting at 16 bytes.
-        phi: [n*n + 2n, n*C], fp32, starting at 16 bytes.
-        config: of the launch.
-
-    Returns:
-        partials [members, T, 1 + n*n + 2n], fp32.
-    """
+    """Launch `project_program` on T >= 1 tokens: partials [members, T, 1 + n*n + 2n], fp32."""
     tokens, n, C = x.shape
     rows = logits_per_token(n)
     assert phi.shape == (rows, n * C)

@@ -5,9 +5,8 @@
     radial      = -inv_rms^2 / (n*C) * sum_k alpha[gate of k] * grad_logits[k] * projection[k]
 
 `backward.py` defines grad_logits. About 3 (n*n + 2n) floats a token cross device memory. One thread
-owns one token: everything of it stays in registers, but the sums of Sinkhorn's steps, which the
-reverse pass reads from shared memory. For `pre` the states are incomplete: grad_h_pre, which
-decides the first n floats and a part of radial, comes from a later launch.
+owns one token. For `pre` the states are incomplete: grad_h_pre, which decides the first n floats
+and a part of radial, comes from a later launch.
 """
 
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..common.architectures import overlaps, shared_limit
+from ..common.constants import Sinkhorn
 from ..common.programs import (
     F32,
     PASS_CONFIGS,
@@ -26,7 +26,15 @@ from ..common.programs import (
     macro,
     program,
 )
-from ..common.sinkhorn_on_chip import sigmoid, sinkhorn_replay, sinkhorn_reverse, softmax_out_back
+from ..common.sinkhorn_on_chip import (
+    check_sums,
+    logits_again,
+    sigmoid,
+    sinkhorn_replay,
+    sinkhorn_reverse,
+    softmax_out_back,
+    sums_shape,
+)
 
 TOKENS_PER_BLOCK = 32
 # A word of a state that is still to come: a NaN that no arithmetic makes.
@@ -123,19 +131,17 @@ def _add_block(
 def token_state_program(
     C: int,
     n: int,
-    iters: int,
-    eps: float,
     pre_eps: float,
     post_scale: float,
+    manifold: Sinkhorn | None,
     complete: bool,
     clear_mailbox: bool,
     overlap: bool,
 ) -> Any:
     """From the cotangents of the maps to the states of tokens and the sums of blocks of tokens.
 
-    With iters = 0 grad_h_res is the cotangent of the logits already. Without `complete` grad_h_pre
-    is not read: see `_maps_back`. With `clear_mailbox` every word of the next launch's mailbox is
-    set to NO_MESSAGE.
+    Without `complete` grad_h_pre is not read: see `_maps_back`. With `clear_mailbox` every word of
+    the next launch's mailbox is set to NO_MESSAGE.
     """
     words = T.dynamic("words")
     tokens, blocks = T.dynamic("tokens"), T.dynamic("blocks")
@@ -173,7 +179,7 @@ def token_state_program(
             gate = T.alloc_local((3,), F32)
             gate_sums = T.alloc_local((3,), F32)
             state = T.alloc_local((size,), F32)
-            sums = T.alloc_shared((2 * max(iters, 1), n, lanes), F32)
+            sums = T.alloc_shared(sums_shape(manifold, n, lanes), F32)
             scale = T.alloc_var(F32)
             present = T.alloc_var(F32)
             value = T.alloc_var(F32)
@@ -193,13 +199,13 @@ def token_state_program(
             for g in T.unroll(3):
                 gate[g] = alpha[g]
             # h_res = sinkhorn(logits_res), then grad_h_res_logits by the reverse pass
-            if iters > 0:
+            if manifold:
                 _residual_logits(matrix, products, gate, bias, n)
-                sinkhorn_replay(matrix, sums, lane, n, iters, eps)
-                sinkhorn_reverse(matrix, grad_res, sums, lane, n, iters, eps)
+                sinkhorn_replay(matrix, sums, lane, n, manifold)
+                sinkhorn_reverse(matrix, grad_res, sums, lane, n, manifold)
                 for k in load(logits):  # again: as many registers less until here
                     products[k] = projection[token, k]
-                if eps > 0:
+                if logits_again(manifold):
                     _residual_logits(matrix, products, gate, bias, n)
                     softmax_out_back(matrix, grad_res, n)
             _maps_back(
@@ -234,47 +240,29 @@ def token_states(
     C: int,
     pre_eps: float,
     post_scale: float,
-    iters: int = 0,
-    sinkhorn_eps: float = 0.0,
+    manifold: Sinkhorn | None = None,
     extra_sums: int = 0,
     mailbox: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch `token_state_program`.
+    """Launch `token_state_program` on T >= 1 tokens.
 
-    Args:
-        grad_h_pre: [T, n], fp32. None: the states are incomplete, `pre_backward` completes them.
-        grad_h_post: [T, n], fp32, T at least 1.
-        grad_h_res: [T, n, n], fp32; the cotangent of the logits instead where iters is 0.
-        projection: [T, n*n + 2n], fp32.
-        inv_rms: [T], fp32.
-        alpha: [3], fp32.
-        bias: [n*n + 2n], fp32.
-        C: hidden size.
-        pre_eps: added to the sigmoids of h_pre.
-        post_scale: factor of the sigmoids of h_post.
-        iters: of Sinkhorn, or 0.
-        sinkhorn_eps: see `reference.sinkhorn`.
-        extra_sums: rows that a later launch adds to the blocks' sums.
-        mailbox: of the next launch, int32, of any shape; cleared.
+    Without grad_h_pre the states are incomplete: `pre_backward` completes them. Without a manifold
+    grad_h_res is the cotangent of the logits. `extra_sums` rows of the sums are left to a later
+    launch, whose `mailbox`, int32, is cleared. RuntimeError if the sums of so many iterations do
+    not fit this GPU's shared memory.
 
     Returns:
-        states [T, state_size(n)] and, for blocks of tokens, sums
-        [blocks + extra_sums, sums_width(n)], fp32.
-
-    Raises:
-        RuntimeError: The sums of so many iterations do not fit this GPU's shared memory.
+        states [T, state_size(n)], and sums of blocks of tokens [blocks + extra_sums,
+        sums_width(n)], fp32.
     """
     tokens, n = grad_h_post.shape
     arch = architecture(projection.device)
-    most = shared_limit(arch) // (4 * 2 * n * TOKENS_PER_BLOCK)
-    if iters > most:
-        raise RuntimeError(
-            f"pre_backward: iters must be at most {most} for {n} streams on this GPU, got {iters}"
-        )
+    if manifold:
+        check_sums("pre_backward", manifold, n, TOKENS_PER_BLOCK, shared_limit(arch))
     states = projection.new_empty(tokens, state_size(n))
     blocks = ceil_div(tokens, TOKENS_PER_BLOCK)
     block_sums = projection.new_empty(blocks + extra_sums, sums_width(n))
-    constants = (C, n, iters, float(sinkhorn_eps), float(pre_eps), float(post_scale))
+    constants = (C, n, float(pre_eps), float(post_scale), manifold)
     terms = (grad_h_pre is not None, mailbox is not None)
     kernel = token_state_program(arch, *constants, *terms, overlaps(arch))
     # what a program does not read still has its shape

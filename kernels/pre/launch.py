@@ -11,7 +11,7 @@ and a C that is no multiple of 8, take a launch for each stage.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +19,8 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
+from ..common.constants import Constants
+from ..common.knobs import knobs_of
 from ..common.problem import Problem, Target
 from ..common.programs import (
     F32,
@@ -29,25 +31,21 @@ from ..common.programs import (
     logits_per_token,
     program,
 )
-from ..common.projection import WARP, WARP_ROLE_CONFIGS, sigmoid, sinkhorn_registers
+from ..common.projection import WARP, WARP_ROLE_CONFIGS, sigmoid
+from ..common.sinkhorn_on_chip import sinkhorn_registers
 from ..mapping import launch as mapping
 from . import persistent, simt
 
 PIECE = WARP * 8  # channels that a warp reads at once
-# Iterations of the persistent loop from which on one launch is faster than two: 1 to 2 at widths
-# from 1280 to 7168 (H100, 2026-11-27).
+# Iterations of the persistent loop from which on one launch is faster than two.
 MANY_ITERATIONS = 1.5
 
 
 @dataclass(frozen=True)
 class Config(mapping.Config):
-    """Launch knobs of the two launches: those of the mapping, and of pre-apply.
+    """Launch knobs of the two launches."""
 
-    Args:
-        splits: warps that share a token's channels in `finish`.
-    """
-
-    splits: int = 1
+    splits: int = 1  # warps that share a token's channels in `finish`
 
     def __post_init__(self) -> None:
         """Reject what cannot launch on any GPU."""
@@ -62,13 +60,8 @@ def default_config(
 ) -> "Config | persistent.Config | simt.Config":
     """One persistent launch for many tokens where the GPU can run it, else two launches.
 
-    H200, 2026-11-24, us, one / two launches: 8192x1280 46 / 56, 8192x2560 77 / 104, 8192x4096
-    120 / 162, 4096x7168 118 / 149; 64x7168 13 / 10. The two differ in the last bits of the maps.
-
-    Args:
-        problem: the shape and the dtype of x.
-        target: the GPU.
-        batch_invariant: the same form for every number of tokens, that of many.
+    The two differ in the last bits of the maps. `batch_invariant` gives every number of tokens the
+    form of many.
     """
     if not problem.fits_tensor_cores:
         return simt.default_config(problem, target)
@@ -76,18 +69,15 @@ def default_config(
     if one and (batch_invariant or problem.tokens >= MANY_ITERATIONS * one.group * one.teams):
         return one
     # few tokens are split over warps until about 14 warps a multiprocessor run
-    base = mapping.default_config(problem, target)
     pieces = ceil_div(problem.channels, PIECE)
     wanted = 14 * target.multiprocessors // max(problem.tokens, 1)
     # a power of two or all: the number of tokens chooses among few programs
     splits = pieces if wanted >= pieces else 1 << max(0, wanted.bit_length() - 1)
-    return _with_splits(base, splits)
+    return _with_splits(mapping.default_config(problem, target), splits)
 
 
 def _with_splits(base: mapping.Config, splits: int) -> Config:
-    return Config(
-        **{field.name: getattr(base, field.name) for field in fields(base)}, splits=splits
-    )
+    return Config(*knobs_of(base), splits=splits)
 
 
 def candidates(
@@ -103,7 +93,7 @@ def candidates(
     splits = {1, 4, getattr(default, "splits", 1), ceil_div(problem.channels, PIECE)}
     for base in mapping.candidates(problem, target):
         if one_launch and base.ahead not in (1, ahead):
-            continue  # only few tokens take two launches: 64 change by 1% (H100, 2026-11-24)
+            continue  # only few tokens take two launches, and `ahead` hardly changes their time
         for split in sorted(splits):
             config = _with_splits(base, split)
             if config != default:
@@ -116,24 +106,19 @@ def candidates(
 @program(WARP_ROLE_CONFIGS)
 def finish_program(
     n: int,
-    channels: int,
+    C: int,
     dtype: str,
     members: int,
     warps: int,
     splits: int,
-    norm_eps: float,
-    pre_eps: float,
-    post_scale: float,
-    iters: int,
-    sinkhorn_eps: float,
+    constants: Constants,
 ) -> Any:
     """From the split-K partials to the maps, h_res and layer_input, `splits` warps a token."""
-    C = channels
     rows = logits_per_token(n)
     lanes = ceil_div(rows + 1, WARP)
     pieces = ceil_div(ceil_div(C, PIECE), splits)
     tokens = T.dynamic("tokens")
-    gather = mapping.gather_macro(n, C, members, norm_eps)
+    gather = mapping.gather_macro(n, C, members, constants.norm_eps)
     logit = mapping.logit
 
     @T.prim_func
@@ -168,6 +153,7 @@ def finish_program(
                 gather(totals, scale, parts, token, lane)
                 if (split == 0) and (lane == 0):
                     inv_rms[token] = scale
+                # logits = projection * [alpha_pre | alpha_post | alpha_res] + bias
                 for q in T.unroll(lanes):
                     r = q * WARP + lane - 1
                     if (r >= 0) and (r < rows):
@@ -177,12 +163,12 @@ def finish_program(
                         if (split == 0) and (r >= 2 * n):
                             residual[tx // WARP, r - 2 * n] = value
                         sigmoid(value)
-                        # h_pre = sigmoid(logits_pre) + pre_eps
+                        # h_pre = sigmoid(logits_pre) + constants.pre_eps
                         if r < n:
-                            totals[q] = value + pre_eps
+                            totals[q] = value + constants.pre_eps
                         # h_post = post_scale * sigmoid(logits_post)
                         if (split == 0) and (r >= n) and (r < 2 * n):
-                            h_post[token, r - n] = value * post_scale
+                            h_post[token, r - n] = value * constants.post_scale
                 for i in T.unroll(n):
                     weights[i] = T.shfl_sync(totals[0], 1 + i)
 
@@ -208,7 +194,7 @@ def finish_program(
                 if (owned % splits == 0) and (owned < T.cast(tokens, "int64") * splits):
                     for v in T.vectorized(n * n):
                         matrix[v] = residual[tx, v]
-                    sinkhorn_registers(matrix, n, iters, sinkhorn_eps)
+                    sinkhorn_registers(matrix, n, constants.manifold)
                     for v in T.vectorized(n * n):
                         h_res[tokens - 1 - owned // splits, v] = matrix[v]
 
@@ -221,12 +207,8 @@ def forward(
     alpha: Tensor,
     bias: Tensor,
     *,
-    norm_eps: float,
-    pre_eps: float,
-    post_scale: float,
-    iters: int,
-    sinkhorn_eps: float,
     config: "Config | persistent.Config | simt.Config",
+    **constants: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Everything before the layer (eqs. 8, 9 and 14-19).
 
@@ -235,46 +217,39 @@ def forward(
         phi: [n*n + 2n, n*C], fp32.
         alpha: [3], fp32.
         bias: [n*n + 2n], fp32.
-        norm_eps: added to the mean of squares, at least 0.
-        pre_eps: added to h_pre.
-        post_scale: factor of h_post.
-        iters: Sinkhorn iterations, at least 1.
-        sinkhorn_eps: as in `reference.sinkhorn`.
         config: launch knobs, whose type chooses the form.
+        **constants: those of `reference.pre`, all of them; see `Constants.of`.
 
     Returns:
         layer_input [T, C] in x's dtype; h_post [T, n], h_res [T, n, n], projection [T, n*n + 2n],
         inv_rms [T], fp32.
     """
     if isinstance(config, simt.Config):
-        return simt.forward(
-            x, phi, alpha, bias, norm_eps=norm_eps, pre_eps=pre_eps, post_scale=post_scale,
-            iters=iters, sinkhorn_eps=sinkhorn_eps, config=config,
-        )  # fmt: skip
-    tokens, n, channels = x.shape
+        return simt.forward(x, phi, alpha, bias, Constants.of(**constants), config)
+    tokens, n, C = x.shape
     rows = logits_per_token(n)
-    layer_input = x.new_empty(tokens, channels)
+    layer_input = x.new_empty(tokens, C)
     h_post, h_res, projection = (
         x.new_empty(tokens, columns, dtype=torch.float32) for columns in (n, n * n, rows)
     )
     inv_rms = x.new_empty(tokens, dtype=torch.float32)
     outputs = layer_input, h_post, h_res, projection, inv_rms
-    constants = float(norm_eps), float(pre_eps), float(post_scale), int(iters), float(sinkhorn_eps)
+    compiled = Constants.of(**constants)
     if tokens:
         arch = architecture(x.device)
         if isinstance(config, persistent.Config):
-            persistent.launch(config, x, phi, alpha, bias, outputs, constants)
+            persistent.launch(config, x, phi, alpha, bias, outputs, compiled)
         else:
             parts = mapping.project(x, phi, config)
             knobs = config.members, config.warps, config.splits
-            kernel = finish_program(arch, n, channels, dtype_name(x), *knobs, *constants)
+            kernel = finish_program(arch, n, C, dtype_name(x), *knobs, compiled)
             kernel(x, parts, alpha, bias, *outputs)
     return layer_input, h_post, h_res.view(tokens, n, n), projection, inv_rms
 
 
 def traffic(problem: Problem) -> int:
     """Bytes that must move forward: x once, phi once."""
-    n, channels = problem.n, problem.channels
+    n, C = problem.n, problem.channels
     rows = logits_per_token(n)
-    moved = (n + 1) * channels * ITEM_BYTES[problem.dtype] + 4 * (n * n + n + rows + 1)
-    return problem.tokens * moved + 4 * rows * n * channels
+    moved = (n + 1) * C * ITEM_BYTES[problem.dtype] + 4 * (n * n + n + rows + 1)
+    return problem.tokens * moved + 4 * rows * n * C

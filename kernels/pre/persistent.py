@@ -1,11 +1,8 @@
 """`pre` in one launch, by CTA groups: x is read once. Equations as in pre/launch.py.
 
-A token moves n * C elements in and C out; phi crosses the chip once a group. A rank of a group owns
-a segment of the channels: phi's columns for it stay in registers, x stays in a ring of tiles in
-shared memory from projection to pre-apply. docs/kernels/pre.md draws the pipeline.
-
-Ranks wait for each other, so the launch is cooperative (`T.sync_grid` makes it so). The reduction
-order follows from C alone; there are no atomics on data. A float in a mailbox loses its last bit.
+A token moves n * C elements in and C out; phi crosses the chip once a group. docs/kernels/pre.md
+draws the pipeline. Ranks wait for each other, so the launch is cooperative (`T.sync_grid` makes it
+so).
 """
 
 import math
@@ -19,12 +16,13 @@ import torch
 from torch import Tensor
 
 from ..common.architectures import overlaps, shared_limit
+from ..common.constants import Constants
 from ..common.knobs import knob
 from ..common.problem import Problem, Target
 from ..common.programs import F32, architecture, ceil_div, dtype_name, logits_per_token, program
 from ..common.programs import multiprocessors as count_multiprocessors
 from ..common.projection import WARP, WARP_ROLE_CONFIGS, Segment, segment_width
-from .plan import Constants, Cta, Plan, Reduced, message_columns
+from .plan import Cta, Plan, Reduced, message_columns
 from .roles import apply_warps, empty_mailboxes, project_warps, receive_and_reduce_warps
 
 WARPGROUP = 4  # warps that reallocate registers together
@@ -33,33 +31,21 @@ MINIMUM_RANKS = 4  # of fewer, each reduces so many tokens that two launches are
 
 @dataclass(frozen=True)
 class Config:
-    """Launch knobs of the persistent kernel; `Plan` has the field's names of those in tables.
+    """Launch knobs of the persistent kernel.
 
-    Args:
-        members: ranks (CTAs) of a group; each owns ceil(C / members) channels of every stream.
-        teams: CTA groups that share the tokens; members * teams CTAs must be resident together.
-        steps: pieces of 32 elements of nC that a projection warp holds.
-        group: tokens of a tile.
-        ahead: prefetch distance: tiles in flight from memory.
-        lag: pipeline distance: iterations from the projection of a tile to its pre-apply.
-        batches: 8-token pieces of a tile whose instructions interleave (2 measured 4% slower on
-            the H200, 2026-11-22: registers).
-        apply_warps: warps that load x and form layer_input.
-        owners: reducer warps of a rank.
-        registers: of a thread of all other roles, on GPUs with register reallocation (setmaxnreg);
-            the projection warps take what is left.
+    Tuned tables store these names. `Plan` and docs/kernels/pre.md have those of the field.
     """
 
-    members: int = knob(reduction_order=True)
-    teams: int
-    steps: int = knob(4, reduction_order=True)
-    group: int = knob(16, reduction_order=True)
-    ahead: int = 1
-    lag: int = 4
-    batches: int = knob(1, reduction_order=True)
+    members: int = knob(reduction_order=True)  # ranks of a group
+    teams: int  # CTA groups; members * teams CTAs must be resident together
+    steps: int = knob(4, reduction_order=True)  # pieces of 32 elements that a projection warp holds
+    group: int = knob(16, reduction_order=True)  # tokens of a tile
+    ahead: int = 1  # prefetch distance
+    lag: int = 4  # pipeline distance
+    batches: int = knob(1, reduction_order=True)  # 8-token pieces whose instructions interleave
     apply_warps: int = 4
-    owners: int = 3
-    registers: int = 80
+    owners: int = 3  # reducer warps
+    registers: int = 80  # of a thread of all roles but projection, which takes what is left
     spare: ClassVar[int] = 32  # registers of a projecting thread for all but phi and sums
 
     def __post_init__(self) -> None:
@@ -84,70 +70,60 @@ class Config:
 
     @property
     def mailbox_stages(self) -> int:
-        """Stages of the mailboxes, a power of two.
-
-        A rank overwrites the sums of tile j - stages only after it has received h_pre of tile
-        j - lag, hence stages >= lag. The one phase bit of a message tells tile j from tile
-        j - stages but not from j - 2 * stages, hence no reducer may skip more than `stages` tiles.
-        """
+        """Stages of the mailboxes, a power of two; docs/kernels/pre.md says why so many."""
         return 1 << (max(self.lag, self.longest_skip()) - 1).bit_length()
 
     def longest_skip(self) -> int:
         """Tiles between two tokens of a reducer, at most; the first token counts from -1."""
         return _longest_skip(self.group, self.members, self.owners)
 
-    def segment(self, n: int, channels: int) -> Segment:
+    def segment(self, n: int, C: int) -> Segment:
         """The channels of a rank."""
-        width, rows = segment_width(channels, self.members), logits_per_token(n)
-        return Segment(n, channels, rows, width, self.steps, self.group, self.batches)
+        width, rows = segment_width(C, self.members), logits_per_token(n)
+        return Segment(n, C, rows, width, self.steps, self.group, self.batches)
 
-    def first_threads(self, n: int, channels: int) -> tuple[int, int, int]:
-        """First thread of the apply warps and of the receiver warp, and one past the last.
-
-        Roles are whole warpgroups; the reducer warps follow the receiver warp.
-        """
-        project = ceil_div(self.segment(n, channels).warps, WARPGROUP)
+    def first_threads(self, n: int, C: int) -> tuple[int, int, int]:
+        """As in `Plan`: roles are whole warpgroups; the reducer warps follow the receiver warp."""
+        project = ceil_div(self.segment(n, C).warps, WARPGROUP)
         apply = project + ceil_div(self.apply_warps, WARPGROUP)
         receive = apply + ceil_div(1 + self.owners, WARPGROUP)
         size = WARP * WARPGROUP
         return project * size, apply * size, receive * size
 
-    def registers_of_roles(self, n: int, channels: int) -> tuple[int, int, int]:
+    def registers_of_roles(self, n: int, C: int) -> tuple[int, int, int]:
         """Registers of a projection, apply, and receiver or reducer thread after reallocation."""
-        project, _, threads = self.first_threads(n, channels)
+        project, _, threads = self.first_threads(n, C)
         granted = 65536 // threads // 8 * 8 * threads - self.registers * (threads - project)
         return min(240, granted // project // 8 * 8), self.registers, self.registers
 
     def mailbox_shapes(self, n: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of the mailboxes of partial sums and of h_pre."""
+        """As in `Plan`."""
         common = self.teams, self.mailbox_stages
         return (*common, self.members, self.group, message_columns(n)), (*common, self.group, n)
 
-    def shared_bytes(self, n: int, channels: int) -> int:
+    def shared_bytes(self, n: int, C: int) -> int:
         """Shared memory of a CTA."""
-        return self.segment(n, channels).shared_bytes(self.num_stages, 1) + 8 * n * self.group
+        return self.segment(n, C).shared_bytes(self.num_stages, 1) + 8 * n * self.group
 
-    def launches(self, n: int, channels: int, arch: str) -> bool:
+    def launches(self, n: int, C: int, arch: str) -> bool:
         """Whether shared memory, registers and threads allow the kernel."""
-        segment = self.segment(n, channels)
-        threads = self.first_threads(n, channels)[2]
+        segment = self.segment(n, C)
+        threads = self.first_threads(n, C)[2]
         needed = segment.fragment_registers + self.batches * 4 * (segment.phi_tiles + 1)
         granted = 65536 // max(threads, 1) // 8 * 8
         if overlaps(arch):
-            granted = self.registers_of_roles(n, channels)[0]
-        fits = self.shared_bytes(n, channels) <= shared_limit(arch)
+            granted = self.registers_of_roles(n, C)[0]
+        fits = self.shared_bytes(n, C) <= shared_limit(arch)
         fits = fits and segment.width <= 8 * WARP * self.apply_warps  # 8 channels a lane
         return fits and threads <= 1024 and needed + self.spare <= granted
 
-    def plan(
-        self, n: int, channels: int, dtype: str, constants: Constants, reallocate: bool
-    ) -> Plan:
+    def plan(self, n: int, C: int, dtype: str, constants: Constants, reallocate: bool) -> Plan:
         """The constants of a program."""
         return Plan(
-            n, channels, dtype, T.dynamic("tokens"), self.segment(n, channels), self.members,
+            n, C, dtype, T.dynamic("tokens"), self.segment(n, C), self.members,
             self.teams, self.ahead, self.lag, self.num_stages, self.mailbox_stages,
-            self.apply_warps, self.owners, self.mailbox_shapes(n), self.first_threads(n, channels),
-            self.registers_of_roles(n, channels) if reallocate else None, *constants,
+            self.apply_warps, self.owners, self.mailbox_shapes(n), self.first_threads(n, C),
+            self.registers_of_roles(n, C) if reallocate else None, constants,
         )  # fmt: skip
 
 
@@ -168,56 +144,52 @@ def _longest_skip(tokens: int, ranks: int, reducers: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _launches(config: Config, n: int, channels: int, arch: str) -> bool:
+def _launches(config: Config, n: int, C: int, arch: str) -> bool:
     """`config.launches`, which a launch asks every time."""
-    return config.launches(n, channels, arch)
+    return config.launches(n, C, arch)
 
 
 def default_config(problem: Problem, target: Target) -> Config | None:
-    """Ranks of about 1024 elements (n = 4); None where too few fit or the GPU cannot run it.
-
-    H200, 2026-11-24: lag 4 needs ahead 1 for the ring to fit and is 3 to 14% faster than lag 3 with
-    ahead 2. With fewer than 8 ranks each reduces several tokens of a tile: 7 reducers take 46 us at
-    8192 x 1280 where 3 take 51; at 8192 x 2560 they take 82 where 3 take 77.
-    """
+    """Ranks of about 1024 elements (n = 4); None where too few fit or the GPU cannot run it."""
     return _default(problem.n, problem.channels, target)
 
 
 @lru_cache(maxsize=1024)
-def _default(n: int, channels: int, target: Target) -> Config | None:
+def _default(n: int, C: int, target: Target) -> Config | None:
     width = max(32, 1024 // n // ceil_div(logits_per_token(n), 24))
-    ranks = ceil_div(channels, width)
+    ranks = ceil_div(C, width)
     messages = ranks * ceil_div(logits_per_token(n) + 1, WARP)  # that a lane adds: registers
     if ranks < MINIMUM_RANKS or ranks > target.multiprocessors or messages > 48:
         return None
+    # of fewer than 8 ranks each reduces several tokens of a tile
     reducers, registers = (7, 48) if ranks < 8 else (3, 80)
     steps = 4 if n <= 4 else 1
     groups = target.multiprocessors // ranks
     config = Config(ranks, groups, steps, owners=reducers, registers=registers)
-    return config if config.launches(n, channels, target.arch) else None
+    return config if config.launches(n, C, target.arch) else None
 
 
 def candidates(problem: Problem, target: Target) -> Iterator[Config]:
     """Every configuration worth timing that can launch."""
-    n, channels = problem.n, problem.channels
-    for ranks in sorted({ceil_div(channels, width) for width in (192, 224, 256)}):
+    n, C = problem.n, problem.channels
+    for ranks in sorted({ceil_div(C, width) for width in (192, 224, 256)}):
         if ranks <= target.multiprocessors:
             groups = target.multiprocessors // ranks
             for ahead, lag in ((1, 4), (2, 3), (2, 4)):
                 for applying, owners, registers in ((4, 3, 80), (8, 3, 64), (4, 7, 64)):
                     knobs = {"ahead": ahead, "lag": lag, "apply_warps": applying}
                     config = Config(ranks, groups, owners=owners, registers=registers, **knobs)
-                    if config.launches(n, channels, target.arch):
+                    if config.launches(n, C, target.arch):
                         yield config
 
 
 @program(WARP_ROLE_CONFIGS)
 def persistent_program(
-    n: int, channels: int, dtype: str, config: Config, constants: Constants, reallocate: bool
+    n: int, C: int, dtype: str, config: Config, constants: Constants, reallocate: bool
 ) -> Any:
     """All of `pre`: a CTA is a rank of a group, its warps have the roles of roles.py."""
-    plan = config.plan(n, channels, dtype, constants, reallocate)
-    tokens, segment, C, G = plan.tokens, plan.segment, channels, plan.tile
+    plan = config.plan(n, C, dtype, constants, reallocate)
+    tokens, segment, G = plan.tokens, plan.segment, plan.tile
     apply_first, receive_first, threads = plan.first_threads
 
     @T.prim_func
@@ -267,37 +239,30 @@ def launch(
     outputs: tuple[Tensor, ...],
     constants: Constants,
 ) -> None:
-    """Launch the persistent kernel on at least one token; x and phi 16-byte aligned.
+    """Launch the persistent kernel on T >= 1 tokens, bf16 or fp16.
 
-    Args:
-        config: of the launch.
-        x: [T, n, C], bf16 or fp16.
-        phi: [n*n + 2n, n*C], fp32.
-        alpha: [3], fp32.
-        bias: [n*n + 2n], fp32.
-        outputs: layer_input [T, C], h_post [T, n], h_res [T, n*n], projection [T, n*n + 2n],
-            inv_rms [T]; written.
-        constants: norm_eps, pre_eps, post_scale, iters, sinkhorn_eps.
+    `outputs`, which are written: layer_input [T, C], h_post [T, n], h_res [T, n*n], projection
+    [T, n*n + 2n], inv_rms [T].
     """
-    _, n, channels = x.shape
+    _, n, C = x.shape
     arch, available = architecture(x.device), count_multiprocessors(x.device)
-    check("pre", config, n, channels, arch, available)
-    kernel = persistent_program(arch, n, channels, dtype_name(x), config, constants, overlaps(arch))
-    phi = phi.view(logits_per_token(n), n, channels)
+    check("pre", config, n, C, arch, available)
+    kernel = persistent_program(arch, n, C, dtype_name(x), config, constants, overlaps(arch))
+    phi = phi.view(logits_per_token(n), n, C)
     kernel(x, phi, alpha, bias, *mailboxes(config, n, x.device), *outputs)
 
 
-def check(op: str, config: Config, n: int, channels: int, arch: str, available: int) -> None:
+def check(op: str, config: Config, n: int, C: int, arch: str, available: int) -> None:
     """Reject what does not launch on a GPU of so many multiprocessors."""
-    if config.members * config.teams > available or not _launches(config, n, channels, arch):
+    if config.members * config.teams > available or not _launches(config, n, C, arch):
         raise ValueError(
-            f"{op}: config must launch for n {n}, C {channels} on the {available} multiprocessors "
+            f"{op}: config must launch for n {n}, C {C} on the {available} multiprocessors "
             f"of this {arch} GPU, got {config}"
         )
 
 
 def mailboxes(config: Config, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Room for the messages between ranks: partial sums, and h_pre."""
+    """The gather and the apply mailbox."""
     shapes = config.mailbox_shapes(n)
     sums, h_pre = map(math.prod, shapes)
     workspace = torch.empty(sums + h_pre, dtype=torch.int32, device=device)

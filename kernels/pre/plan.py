@@ -5,10 +5,9 @@ from typing import Any, NamedTuple
 
 import tilelang.language as T
 
+from ..common.constants import Constants
 from ..common.programs import ceil_div, logits_per_token
 from ..common.projection import WARP, Segment
-
-Constants = tuple[float, float, float, int, float]  # norm_eps and the next four of `Plan`
 
 # Named barriers of a CTA.
 PROJECTED = 1  # among projection warps: the partial sums of a tile are in shared memory
@@ -18,55 +17,27 @@ LANDED = 3  # projection and apply warps: the tile of this iteration is in share
 
 @dataclass(frozen=True)
 class Plan:
-    """Constants of one program, the first argument of its macros.
-
-    Attributes:
-        n: streams.
-        C: channels of a stream.
-        dtype: of x.
-        tokens: the dynamic number of tokens.
-        segment: the channels of a rank.
-        ranks: CTAs of a group; each owns a segment of the channels.
-        groups: CTA groups that share the tokens.
-        prefetch: prefetch distance: tiles in flight from memory.
-        distance: pipeline distance: iterations from the projection of a tile to its pre-apply.
-        num_stages: tiles of the ring in shared memory.
-        mailbox_stages: stages of the mailboxes between ranks, a power of two.
-        apply_warps: warps that load x and form layer_input.
-        reducers: reducer warps of a rank.
-        mailbox_shapes: of partial sums [group, stage, rank, token of the tile, column], and of
-            h_pre [group, stage, token of the tile, stream].
-        first_threads: of the apply warps, of the receiver warp, and one past the last thread.
-        registers: of a thread of projection, apply, and receiver or reducer warps after register
-            reallocation (setmaxnreg); None on GPUs without it.
-        norm_eps: as in `pre.forward`, as are the next four.
-        pre_eps: see there.
-        post_scale: see there.
-        iters: see there.
-        sinkhorn_eps: see there.
-    """
+    """Constants of one program, the first argument of its macros."""
 
     n: int
     C: int
     dtype: str
-    tokens: Any
-    segment: Segment
-    ranks: int
-    groups: int
-    prefetch: int
-    distance: int
-    num_stages: int
+    tokens: Any  # the dynamic number of them
+    segment: Segment  # the channels of a rank
+    ranks: int  # CTAs of a group
+    groups: int  # CTA groups that share the tokens
+    prefetch: int  # tiles in flight from memory
+    distance: int  # iterations from the projection of a tile to its pre-apply
+    num_stages: int  # tiles of the ring in shared memory
     mailbox_stages: int
     apply_warps: int
-    reducers: int
+    reducers: int  # warps of a rank
+    # [group, stage, rank, token of the tile, column] and [group, stage, token of the tile, stream]
     mailbox_shapes: tuple[tuple[int, ...], tuple[int, ...]]
-    first_threads: tuple[int, int, int]
+    first_threads: tuple[int, int, int]  # of apply warps and receiver warp, one past the last
+    # of projection, apply, and other warps after setmaxnreg; None on GPUs without it
     registers: tuple[int, int, int] | None
-    norm_eps: float
-    pre_eps: float
-    post_scale: float
-    iters: int
-    sinkhorn_eps: float
+    constants: Constants
 
     @property
     def tile(self) -> int:

@@ -10,7 +10,8 @@ from ..common.mailbox import EMPTY, peek, send, stage_of, staleness, value_of
 from ..common.pairs import WORD, lower, upper
 from ..common.phi import load_macro, scale_macro
 from ..common.programs import F32, ceil_div, macro
-from ..common.projection import WARP, add, inverse_rms, sigmoid, sinkhorn_registers
+from ..common.projection import WARP, add, inverse_rms, sigmoid
+from ..common.sinkhorn_on_chip import sinkhorn_registers
 from .plan import ITERATION, LANDED, PROJECTED, Cta, Plan, Reduced, message_columns
 
 
@@ -52,11 +53,11 @@ def project_warps(plan: Plan, cta: Cta, phi, x_tile, sums, gather_mailbox, tx):
         load_phi(fragments, phi, cta.rank, tx)
         scale_phi(fragments, unscales)
     T.sync_grid()
+    # sums = [sum_k x[k]^2, sum_k phi[r, k] * x[k]] of tile j, k in the warp's share of the segment
     for j in T.serial(cta.iterations + plan.distance):
         T.sync_threads(ITERATION, plan.loop_threads)
         if (j < cta.iterations) and (tx < segment.threads):
             T.sync_threads(LANDED, segment.threads + plan.apply_threads)
-            # sums = [sum_k x[k]^2, sum_k phi[r, k] * x[k]], k in the warp's share of the segment
             project(sums, 0, fragments, unscales, x_tile, j % plan.num_stages, tx)
             T.sync_threads(PROJECTED, segment.threads)
             send_sums(plan, cta, sums, gather_mailbox, j, tx // WARP, tx % WARP)
@@ -94,6 +95,7 @@ def apply_warps(plan: Plan, cta: Cta, x, x_tile, weights, layer_input, thread):
                 fetch(x_tile, j, x, cta.first_token(plan, j), cta.rank, thread)
             T.ptx_commit_group()
     T.sync_grid()
+    # layer_input[c] = sum_i h_pre[i] * x[i, c] of tile j - distance
     for j in T.serial(cta.iterations + plan.distance):
         T.sync_threads(ITERATION, plan.loop_threads)
         if thread < plan.apply_threads:
@@ -111,7 +113,7 @@ def apply_warps(plan: Plan, cta: Cta, x, x_tile, weights, layer_input, thread):
 
 @macro
 def pre_apply(plan: Plan, cta: Cta, x_tile, weights, layer_input, tile, thread):
-    """layer_input[c] = sum_i h_pre[i] * x[i, c] for the rank's channels of a tile."""
+    """layer_input of a tile for the rank's channels."""
     width, first = plan.segment.width, cta.first_token(plan, tile)
     chunks = width // 8
     rows = max(1, plan.apply_threads // chunks)
@@ -123,6 +125,7 @@ def pre_apply(plan: Plan, cta: Cta, x_tile, weights, layer_input, tile, thread):
     inner = thread % chunks * 8
     channel = cta.rank * width + inner
     if (thread < rows * chunks) and (channel < plan.C):
+        # layer_input[c] = sum_i h_pre[i] * x[i, c]
         for row in T.unroll(ceil_div(plan.tile, rows)):
             place = row * rows + thread // chunks
             if (place < plan.tile) and (place < present):
@@ -160,10 +163,11 @@ def receive_and_reduce_warps(plan: Plan, cta: Cta, weights, reduced: Reduced, tx
 
 @macro
 def receiver_warp(plan: Plan, cta: Cta, weights, apply_mailbox, lane):
-    """Receiver warp: h_pre of the tile that the next iteration applies, into shared memory."""
+    """Receiver warp: h_pre of the tile that the next iteration applies, to shared memory."""
     messages = T.alloc_local((ceil_div(plan.tile * plan.n, WARP),), "int32")
     for p in T.unroll(ceil_div(plan.tile * plan.n, WARP)):
         messages[p] = 0
+    # weights[place, i] = h_pre[i] of tile j + 1 - distance
     for j in T.serial(cta.iterations + plan.distance):
         T.sync_threads(ITERATION, plan.loop_threads)
         tile = j + 1 - plan.distance
@@ -175,7 +179,7 @@ def receiver_warp(plan: Plan, cta: Cta, weights, apply_mailbox, lane):
 
 @macro
 def peek_h_pre(plan: Plan, cta: Cta, messages, apply_mailbox, tile, lane):
-    """Read the messages of a tile, whether they are there or not."""
+    """Read the messages of a tile, stale or not."""
     for p in T.unroll(ceil_div(plan.tile * plan.n, WARP)):
         entry = T.min(p * WARP + lane, plan.tile * plan.n - 1)
         messages[p] = peek(
@@ -211,6 +215,7 @@ def reducer_warp(plan: Plan, cta: Cta, reduced: Reduced, role, lane):
     """
     G, most = plan.tile, plan.tile_tokens_of_rank
     tasks = (cta.iterations * most + plan.reducers - role) // plan.reducers
+    # inv_rms, projection, h_pre, h_post of a token, in the order of the tiles
     for step in T.serial(tasks):
         task = step * plan.reducers + role - 1
         tile = task // most
@@ -219,7 +224,7 @@ def reducer_warp(plan: Plan, cta: Cta, reduced: Reduced, role, lane):
         token = cta.first_token(plan, tile) + place
         if place < G:
             reduce_token(plan, cta, reduced, tile, place, token, lane)
-    # while the last tiles are applied
+    # h_res = sinkhorn(logits_res), a lane a token, while the last tiles are applied
     T.sync_warp()
     task = T.alloc_var("int32", lane * plan.reducers + role - 1)
     while task < cta.iterations * most:
@@ -264,7 +269,7 @@ def reduce_token(plan: Plan, cta: Cta, reduced: Reduced, tile, place, token, lan
             totals[q] = add(totals[q], value_of(messages[q, m]))
     # inv_rms = 1 / sqrt(mean of x^2 + norm_eps)
     scale = T.shfl_sync(totals[0], 0)
-    inverse_rms(scale, n * plan.C, plan.norm_eps)
+    inverse_rms(scale, n * plan.C, plan.constants.norm_eps)
     for q in T.unroll(lanes):
         r = q * WARP + lane - 1
         # projection = (vec(x) @ phi^T) * inv_rms
@@ -279,11 +284,11 @@ def reduce_token(plan: Plan, cta: Cta, reduced: Reduced, tile, place, token, lan
             if r < n:
                 send(
                     reduced.apply_mailbox[cta.group, stage, place, r],
-                    value + plan.pre_eps, tile, stages,
+                    value + plan.constants.pre_eps, tile, stages,
                 )  # fmt: skip
             # h_post = post_scale * sigmoid(logits_post)
             if (r >= n) and (token < plan.tokens):
-                reduced.h_post[token, r - n] = value * plan.post_scale
+                reduced.h_post[token, r - n] = value * plan.constants.post_scale
         if (r >= 0) and (r < columns - 1) and (token < plan.tokens):
             reduced.projection[token, r] = totals[q]
     if (lane == 0) and (token < plan.tokens):
@@ -300,6 +305,6 @@ def residual_map(plan: Plan, reduced: Reduced, token):
     # logits_res = projection * alpha_res + bias
     for v in T.unroll(n * n):
         matrix[v] = matrix[v] * reduced.alpha[2] + reduced.bias[2 * n + v]
-    sinkhorn_registers(matrix, n, plan.iters, plan.sinkhorn_eps)
+    sinkhorn_registers(matrix, n, plan.constants.manifold)
     for v in T.vectorized(n * n):
         reduced.h_res[token, v] = matrix[v]

@@ -41,28 +41,15 @@ RING_BYTES = 51200  # of a multiprocessor: what two CTAs of the grad_x pass leav
 
 @dataclass(frozen=True)
 class Plan:
-    """Constants of the program, the first argument of its macros.
-
-    Attributes:
-        C: channels of a stream.
-        n: streams.
-        dtype: of x.
-        threads: that share a token, a CTA. A function of C and dtype alone, so that a token's sums
-            keep one order. H200, 2026-11-23, the whole backward: 2 x 64 threads take 104 us at
-            8192 x 1280 where 160 take 110; 160 take 298 us at 8192 x 4096 where 128 take 310 and
-            2 x 64 take 314.
-        num_stages: pieces of a token in the ring.
-        resident: CTAs a multiprocessor.
-        overlap: whether the launch overlaps those before and after it.
-    """
+    """Constants of the program, the first argument of its macros."""
 
     C: int
     n: int
     dtype: str
-    threads: int
-    num_stages: int
-    resident: int
-    overlap: bool
+    threads: int  # of a CTA; they follow from C and dtype, so that a token's sums keep one order
+    num_stages: int  # pieces of a token in the ring
+    resident: int  # CTAs a multiprocessor
+    overlap: bool  # with the launches before and after
 
     @property
     def vector(self) -> int:
@@ -80,14 +67,14 @@ class Plan:
         return is_aligned(self.C, self.dtype)
 
 
-def plan_of(channels: int, n: int, dtype: str, overlap: bool) -> Plan:
+def plan_of(C: int, n: int, dtype: str, overlap: bool) -> Plan:
     """The plan of a shape."""
     threads, resident, ring_bytes = 160, 1, RING_BYTES if overlap else RING_BYTES // 2
-    if channels // vector_width(channels, dtype) <= 192:
+    if C // vector_width(C, dtype) <= 192:
         threads, resident, ring_bytes = 64, 2, RING_BYTES // 2 - 1024
-    stages = ring_bytes // (threads * 16 * (n + 1)) if is_aligned(channels, dtype) else 1
+    stages = ring_bytes // (threads * 16 * (n + 1)) if is_aligned(C, dtype) else 1
     resident = resident if overlap else 3 * resident
-    return Plan(channels, n, dtype, threads, stages, resident, overlap)
+    return Plan(C, n, dtype, threads, stages, resident, overlap)
 
 
 @macro
@@ -134,7 +121,7 @@ def multiply(plan: Plan, dots, grad_layer_input, x, ring, token, piece, stage, t
 
 @macro
 def mark_not_ready(plan: Plan, state, value: T.Ref, token: T.Ref, block, blocks, thread, tokens):
-    """Write NOT_READY to all words of the CTA's tokens, then let the next launch begin."""
+    """Write NOT_READY to the states of the CTA's tokens, then let the next launch begin."""
     width = state_size(plan.n)
     value = T.reinterpret(T.int32(NOT_READY), F32)
     for step in T.serial(T.ceildiv(tokens - block, blocks)):
@@ -175,15 +162,15 @@ def complete(
 def dots_program(plan: Plan) -> Any:
     """One token a CTA at a time: its n sums, then the rest of its state."""
     tokens, blocks = T.dynamic("tokens"), T.dynamic("blocks")
-    channels, n, dtype, threads = plan.C, plan.n, plan.dtype, plan.threads
+    C, n, dtype, threads = plan.C, plan.n, plan.dtype, plan.threads
     pieces, stages = plan.pieces, plan.num_stages
     logits, width, sums_row = logits_per_token(n), state_size(n), sums_width(n)
     warps = threads // WARP
 
     @T.prim_func
     def mhc_pre_backward_dots(
-        grad_layer_input: T.Tensor((tokens, channels), dtype),
-        x: T.Tensor((tokens, n, channels), dtype),
+        grad_layer_input: T.Tensor((tokens, C), dtype),
+        x: T.Tensor((tokens, n, C), dtype),
         projection: T.Tensor((tokens, logits), F32),
         inv_rms: T.Tensor((tokens,), F32),
         alpha: T.Tensor((3,), F32),
@@ -218,6 +205,7 @@ def dots_program(plan: Plan) -> Any:
                 fetch(plan, grad_layer_input, x, ring, token, ahead % pieces, ahead, thread, tokens)
             if plan.overlap:
                 mark_not_ready(plan, state, value, token, block, blocks, thread, tokens)
+            # grad_h_pre[i] = sum_c grad_layer_input[c] * x[i, c], then what follows from it
             for step in T.serial(T.ceildiv(tokens - block, blocks)):
                 token = T.cast(step, "int64") * blocks + block
                 for i in T.unroll(n):
@@ -274,8 +262,8 @@ def dots_program(plan: Plan) -> Any:
 
 def resident_blocks(x: Tensor) -> int:
     """CTAs of the program that a multiprocessor runs at once beside the grad_x pass."""
-    _, n, channels = x.shape
-    return plan_of(channels, n, dtype_name(x), overlaps(architecture(x.device))).resident
+    _, n, C = x.shape
+    return plan_of(C, n, dtype_name(x), overlaps(architecture(x.device))).resident
 
 
 def complete_state(
@@ -287,23 +275,13 @@ def complete_state(
     unfinished_state: Tensor,
     block_sums: Tensor,
 ) -> Tensor:
-    """Launch `dots_program`.
+    """Launch `dots_program` on T >= 1 tokens: the per-token backward state [T, state_size(n)].
 
-    Args:
-        grad_layer_input: [T, C] in x's dtype.
-        x: [T, n, C], T at least 1.
-        projection: [T, n*n + 2n], fp32.
-        inv_rms: [T], fp32.
-        alpha: [3], fp32.
-        unfinished_state: [T, state_size(n)], fp32, of `token_states` without grad_h_pre.
-        block_sums: [blocks, sums_width(n)], fp32; written.
-
-    Returns:
-        The per-token backward state [T, state_size(n)], fp32.
+    `unfinished_state` is that of `token_states` without grad_h_pre; `block_sums` is written.
     """
-    _, n, channels = x.shape
+    _, n, C = x.shape
     arch = architecture(x.device)
-    kernel = dots_program(arch, plan_of(channels, n, dtype_name(x), overlaps(arch)))
+    kernel = dots_program(arch, plan_of(C, n, dtype_name(x), overlaps(arch)))
     state = torch.empty_like(unfinished_state)
     kernel(grad_layer_input, x, projection, inv_rms, alpha, unfinished_state, state, block_sums)
     return state

@@ -38,7 +38,7 @@ def grad_phi_warps(
     plan: Plan, cta: Cta, merge_grad, h_res, grad_phi_partials, shared: Shared, flush_every,
     reallocate, tx,
 ):  # fmt: skip
-    """Iteration j adds the products of tile j - distance and loads merge_grad of the next one."""
+    """Iteration j adds the products of tile j - distance and copies merge_grad of the next one."""
     distance, threads = plan.distance, plan.first_threads[2]
     sums_first, weights = plan.first_threads[0], shared.weights
     T.named_barrier_arrive(ITERATION, threads)
@@ -49,6 +49,7 @@ def grad_phi_warps(
     grad_phi = T.alloc_local((plan.width // 16 * ROW_TILES * 4,), F32)
     mixing = T.alloc_local((2,), WORD)
     T.clear(grad_phi)
+    # grad_phi[k, i*C + c] += sum_t grad_raw[t, k] * x[t, i, c] of tile j - distance
     for j in T.serial(1, cta.iterations + distance):
         thread = T.alloc_var("int32", opaque(weights, tx - sums_first))
         first = T.cast((j - distance) * plan.groups + cta.group, "int64") * TILE
@@ -151,7 +152,7 @@ def publish_mixing(high_low, mixing, tx):
 
 @macro
 def add_tile(plan: Plan, grad_phi, shared: Shared, mixing, stage, tx):
-    """grad_phi[k, e] += sum_t grad_raw[t, k] * x[t, e], high parts, then low ones."""
+    """Add the products of a tile; with h_res write its words for the grad_x warps first."""
     lane, stream = tx % WARP, tx // WARP
     row = lane % 8  # of what the lane names to ldmatrix
     flat = T.view(shared.tiles, (plan.num_stages * TILE * plan.token_size,), BF16)
@@ -166,6 +167,7 @@ def add_tile(plan: Plan, grad_phi, shared: Shared, mixing, stage, tx):
         T.named_barrier_arrive(MIXING, plan.grad_x_threads + GRAD_PHI_WARPS * WARP)
     at = (stage * TILE + lane // 16 * 8 + row % 2 * 4 + row // 2) * (STREAMS + 1) + stream
     at = at * plan.width + (lane // 8 % 2 ^ row ^ stream % 2) * CHUNK
+    # grad_phi[k, e] += sum_t grad_raw[t, k] * x[t, e], high parts, then low ones
     for block in T.unroll(plan.width // 64):
         for k in T.unroll(4):
             load_matrices(source, 0, flat, (at ^ (k * 2 * CHUNK)) + block * 64, True)

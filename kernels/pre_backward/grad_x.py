@@ -54,25 +54,20 @@ TILES = STREAMS * WARP_CHANNELS // 16  # of 16 channels of a stream
 
 
 class Lane(NamedTuple):
-    """A grad_x thread's registers during a tile.
+    """A grad_x thread's registers during a tile."""
 
-    rows: grad_raw. source: merge_grad. x_words, grad_words: x and grad_layer_input. h_pre: of two
-    tokens and streams. rest: radial and what undoes the scale, of two tokens. products: of phi.
-    mixed: all other terms. result: grad_x, and its words. at_part, at_word: addresses.
-    """
-
-    rows: Any
-    source: Any
+    rows: Any  # grad_raw
+    source: Any  # merge_grad
     x_words: Any
-    grad_words: Any
-    h_pre: Any
-    rest: Any
-    products: Any
-    mixed: Any
-    mixing_pairs: Any
+    grad_words: Any  # grad_layer_input
+    h_pre: Any  # of two tokens and streams
+    rest: Any  # radial and what undoes the scale, of two tokens
+    products: Any  # of phi
+    mixed: Any  # all other terms
+    mixing_pairs: Any  # weights of h_res
     result_words: Any
-    result: Any
-    at_part: Any
+    result: Any  # grad_x
+    at_part: Any  # addresses
     at_word: Any
 
 
@@ -103,6 +98,8 @@ def grad_x_warps(plan: Plan, cta: Cta, phi, grad_x, shared: Shared, reallocate, 
     for _ in T.serial(1, plan.distance):
         T.sync_threads(PUBLISHED, threads)
         T.named_barrier_arrive(ITERATION, threads)
+    # grad_x[i, c] = sum_k grad_raw[k] * phi[k, i*C + c] + radial * x[i, c]
+    #                + h_pre[i] * grad_layer_input[c] + merge_grad[i, c] of tile j
     for j in T.serial(cta.iterations):
         lane = T.alloc_var("int32", opaque(weights, tx))
         T.sync_threads(PUBLISHED, threads)
@@ -200,6 +197,7 @@ def form_grad_x(plan: Plan, cta: Cta, grad_x, phi_tile, shared: Shared, stage, p
         result_words, result, at_part, at_word,
     )  # fmt: skip
     load_rows(rows, shared.scaled, lane, 0)
+    # grad_x[i, c] of eight tokens u, 16 channels t, four tokens b, two streams p
     for u in T.unroll(2):
         load_matrices(source_grad, 0, flat, at_grad + u * (8 * token_size), True)  # of both tiles
         for t in T.unroll(2):

@@ -7,16 +7,18 @@
 
 grad_x_part is what merge's backward computed of grad_x. With h_res it is merge's own cotangent,
 grad_x_next, and sum_o h_res[o, i] * grad_x_part[o, c] is added. Many tokens take one persistent
-launch, persistent.py, which reads x once: 13 C elements a token move at n = 4. Few tokens, n other
-than 4, fp16, fp32 and GPUs before sm_90 take the dot products, dots.py, and then the grad_x /
-grad_phi pass of mapping: 18 C. docs/kernels/pre_backward.md has the order of the launches.
+launch, which reads x once: 13 C elements a token move at n = 4. Two passes take the dot products,
+dots.py, and then the grad_x / grad_phi pass of mapping: 18 C. docs/kernels/pre_backward.md says
+when, and in which order they are launched.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..common.constants import Constants
 from ..common.problem import Problem, Target
 from ..common.programs import ITEM_BYTES, logits_per_token, multiprocessors
 from ..mapping import grad_x_pass
@@ -27,7 +29,7 @@ from . import dots, persistent
 
 __all__ = ["Config", "backward", "candidates", "default_config", "traffic"]
 
-# Iterations of the persistent loop from which on one pass is faster than two (H200, 2026-11-24).
+# Iterations of the persistent loop from which on one pass is faster than two.
 MANY_ITERATIONS = 16
 
 
@@ -36,13 +38,8 @@ def default_config(
 ) -> Config | persistent.Config:
     """One persistent launch for many tokens where the GPU can run it, else two passes over x.
 
-    H200, 2026-11-24, us, one / two passes: 8192x1280 104 / 105, 8192x2560 182 / 201, 8192x4096
-    277 / 304, 4096x7168 270 / 299; 2048x2560 65 / 64. They add the dot products in another order.
-
-    Args:
-        problem: the shape and the dtype of x.
-        target: the GPU.
-        batch_invariant: the same form for every number of tokens, that of many.
+    They add the dot products in another order. `batch_invariant` gives every number of tokens the
+    form of many.
     """
     if problem.dtype == "bfloat16":
         one = persistent.default_config(problem.at(1), target)
@@ -71,11 +68,8 @@ def backward(
     grad_x_part: Tensor | None = None,
     h_res: Tensor | None = None,
     *,
-    pre_eps: float,
-    post_scale: float,
-    iters: int,
-    sinkhorn_eps: float,
     config: Config | persistent.Config,
+    **constants: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradient of `reference.pre`; see the module's docstring for the equations.
 
@@ -91,11 +85,8 @@ def backward(
         inv_rms: [T], fp32. As the forward saved it.
         grad_x_part: [T, n, C] in x's dtype, added to grad_x if given.
         h_res: [T, n, n], fp32, [out, in], with which grad_x_part is mixed first; only with it.
-        pre_eps: added to the sigmoids of h_pre.
-        post_scale: factor of the sigmoids of h_post.
-        iters: of Sinkhorn, at least 1.
-        sinkhorn_eps: see `reference.sinkhorn`.
         config: launch knobs of the grad_x pass or of the persistent launch.
+        **constants: those of `reference.pre`, all but norm_eps; see `Constants.of`.
 
     Returns:
         grad_x in x's dtype; grad_phi, grad_alpha, grad_bias, fp32.
@@ -105,6 +96,7 @@ def backward(
     """
     if x.shape[0] == 0:
         return torch.empty_like(x), *(torch.zeros_like(value) for value in (phi, alpha, bias))
+    compiled = Constants.of(**constants)
     one_launch = isinstance(config, persistent.Config)
     if one_launch:
         extra_sums, mailbox = config.sums, config.mailbox(x.device)
@@ -113,8 +105,8 @@ def backward(
         mailbox = None
     unfinished_state, block_sums = token_states(
         None, grad_h_post, grad_h_res, projection, inv_rms, alpha, bias,
-        C=x.shape[2], pre_eps=pre_eps, post_scale=post_scale,
-        iters=iters, sinkhorn_eps=sinkhorn_eps, extra_sums=extra_sums, mailbox=mailbox,
+        C=x.shape[2], pre_eps=compiled.pre_eps, post_scale=compiled.post_scale,
+        manifold=compiled.manifold, extra_sums=extra_sums, mailbox=mailbox,
     )  # fmt: skip
     saved = projection, inv_rms, alpha, unfinished_state
     own_sums = block_sums[-extra_sums:]
@@ -131,7 +123,7 @@ def backward(
 
 def traffic(problem: Problem) -> int:
     """Bytes that must move if x is read once, with merge's share of its gradient."""
-    n, channels = problem.n, problem.channels
+    n, C = problem.n, problem.channels
     logits = logits_per_token(n)
-    per_token = (3 * n + 1) * channels * ITEM_BYTES[problem.dtype] + (2 * logits - n + 1) * 4
-    return problem.tokens * per_token + 2 * logits * n * channels * 4
+    per_token = (3 * n + 1) * C * ITEM_BYTES[problem.dtype] + (2 * logits - n + 1) * 4
+    return problem.tokens * per_token + 2 * logits * n * C * 4

@@ -1,12 +1,7 @@
 """`pre`, backward, in one persistent launch: x is read once. Equations as in launch.py.
 
-A token moves (3n + 1) * C elements in and n * C out (13 C at n = 4 with merge's part of grad_x). A
-rank of a CTA group owns a segment of the channels: phi and the sums of grad_phi for it stay in
-registers, x in a ring of tiles in shared memory from the dot products to grad_x.
-docs/kernels/pre_backward.md draws the pipeline.
-
-All CTAs must be resident, so the launch is cooperative. The reduction order follows from C alone;
-there are no atomics on data. A float in the mailbox loses its last bit.
+A token moves (3n + 1) * C elements (13 C at n = 4) with merge's part of grad_x. All CTAs must be
+resident, so the launch is cooperative. docs/kernels/pre_backward.md draws the pipeline.
 """
 
 from collections.abc import Iterator
@@ -48,27 +43,21 @@ from .producer import producer_warps
 WARPGROUP = 4 * WARP
 WIDEST = 256  # channels of a rank: a producer lane has 8
 MOST_RANKS = 32  # half of them are registers of a producer
-LINE = 64  # channels of 128 bytes: 240 channels a rank take 264 us where 256 take 208
+LINE = 64  # channels of 128 bytes
 FLUSH = 512  # iterations after which the sums of grad_phi go to memory
 
 
 @dataclass(frozen=True)
 class Config:
-    """Launch knobs of the persistent kernel; `Plan` has the field's names of those in tables.
+    """Launch knobs of the persistent kernel.
 
-    Attributes:
-        members: ranks (CTAs) of a group; each owns ceil(C / members) channels of every stream.
-        teams: CTA groups that share the tokens; members * teams CTAs must be resident together.
-        lag: pipeline distance: iterations from the dot products of a tile to its grad_x. H200,
-            2026-11-24, 8192 x 2560: 2 take 188 us where 1, with another tile in flight, takes 199.
-        registers: of a producer thread after register reallocation (setmaxnreg); 16 fewer beside
-            warps that mix merge_grad by h_res, for at most 16 ranks.
+    Tuned tables store these names. `Plan` and docs/kernels/pre_backward.md have those of the field.
     """
 
-    members: int = knob(reduction_order=True)
-    teams: int
-    lag: int = 2
-    registers: int = 80
+    members: int = knob(reduction_order=True)  # ranks of a group
+    teams: int  # CTA groups; members * teams CTAs must be resident together
+    lag: int = 2  # pipeline distance
+    registers: int = 80  # of a producer thread; 16 fewer with h_res, for at most 16 ranks
 
     def __post_init__(self) -> None:
         """Reject what cannot launch on any GPU."""
@@ -97,24 +86,24 @@ class Config:
         return self.teams, stages, self.members, TILE * STREAMS
 
     def mailbox(self, device: torch.device) -> Tensor:
-        """Messages between ranks, which the launch ahead empties."""
+        """Room for the messages, which `token_states` empties."""
         return torch.empty(self.mailbox_shape, dtype=torch.int32, device=device)
 
-    def width(self, channels: int) -> int:
+    def width(self, C: int) -> int:
         """Channels of a rank."""
-        return ceil_div(ceil_div(channels, self.members), LINE) * LINE
+        return ceil_div(ceil_div(C, self.members), LINE) * LINE
 
-    def first_threads(self, channels: int) -> tuple[int, int, int]:
+    def first_threads(self, C: int) -> tuple[int, int, int]:
         """First thread of the grad_phi warps and of the producer warps, and one past the last."""
-        threads = self.width(channels) // WARP_CHANNELS * WARP
+        threads = self.width(C) // WARP_CHANNELS * WARP
         grad_x = ceil_div(threads, WARPGROUP) * WARPGROUP
         producers = grad_x + GRAD_PHI_WARPS * WARP
         return grad_x, producers, producers + PRODUCERS * WARP
 
-    def registers_of_roles(self, channels: int, merge_grad: str = ADDED) -> tuple[int, ...]:
+    def registers_of_roles(self, C: int, merge_grad: str = ADDED) -> tuple[int, ...]:
         """Registers of a thread at first, then of grad_x, grad_phi and producer warps."""
-        grad_x, _, threads = self.first_threads(channels)
-        width = self.width(channels)
+        grad_x, _, threads = self.first_threads(C)
+        width = self.width(C)
         before = 65536 // threads // 8 * 8
         others = max(24, min(32, 112 - self.registers)) if width > 192 else 48
         grad_phi = width // 16 * ROW_TILES * 4 + others
@@ -124,32 +113,32 @@ class Config:
         left = before * threads - (producing + grad_phi) * WARPGROUP
         return before, min(240, left // grad_x // 8 * 8), grad_phi, producing
 
-    def shared_bytes(self, channels: int) -> int:
+    def shared_bytes(self, C: int) -> int:
         """Shared memory of a CTA."""
         tiles = (self.lag + 2) * (STREAMS + 1) + 2 * STREAMS
         rest = WARP * 24 * 2 + 2 * WARP * 8 * 2 + TILE * 8 * 4
-        return TILE * tiles * self.width(channels) * 2 + rest
+        return TILE * tiles * self.width(C) * 2 + rest
 
-    def launches(self, channels: int, arch: str) -> bool:
+    def launches(self, C: int, arch: str) -> bool:
         """Whether shared memory and registers allow the kernel."""
-        fits = self.shared_bytes(channels) <= shared_limit(arch) and self.width(channels) <= WIDEST
+        fits = self.shared_bytes(C) <= shared_limit(arch) and self.width(C) <= WIDEST
         fits = fits and overlaps(arch)  # else no register reallocation
-        return fits and self.registers_of_roles(channels)[1] >= 96 and self.members <= MOST_RANKS
+        return fits and self.registers_of_roles(C)[1] >= 96 and self.members <= MOST_RANKS
 
-    def plan(self, channels: int, merge_grad: str) -> Plan:
+    def plan(self, C: int, merge_grad: str) -> Plan:
         """The constants of a program."""
-        before, *registers = self.registers_of_roles(channels, merge_grad)
+        before, *registers = self.registers_of_roles(C, merge_grad)
         return Plan(
-            channels, self.width(channels), self.members, self.teams, self.lag,
-            self.mailbox_shape[1], merge_grad, self.first_threads(channels), tuple(registers),
+            C, self.width(C), self.members, self.teams, self.lag,
+            self.mailbox_shape[1], merge_grad, self.first_threads(C), tuple(registers),
             before, T.dynamic("tokens"),
         )  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
-def _launches(config: Config, channels: int, arch: str) -> bool:
+def _launches(config: Config, C: int, arch: str) -> bool:
     """`config.launches`, which a launch asks every time."""
-    return config.launches(channels, arch)
+    return config.launches(C, arch)
 
 
 @lru_cache(maxsize=1024)
@@ -160,23 +149,23 @@ def default_config(problem: Problem, target: Target) -> Config | None:
 
 def candidates(problem: Problem, target: Target) -> Iterator[Config]:
     """Every configuration worth timing that can launch."""
-    channels = problem.channels
-    if problem.n != STREAMS or channels % CHUNK:
+    C = problem.channels
+    if problem.n != STREAMS or C % CHUNK:
         return
     # on sm_100a, where nothing is measured, more than 128 channels spill a word or some
     for width in (256, 192, 128) if target.arch == "sm_90a" else (128, 192, 256):
-        ranks = ceil_div(channels, width)
+        ranks = ceil_div(C, width)
         if 2 <= ranks <= target.multiprocessors:
             config = Config(ranks, target.multiprocessors // ranks)
-            if config.launches(channels, target.arch):
+            if config.launches(C, target.arch):
                 yield config
 
 
 @program(WARP_ROLE_CONFIGS)
-def persistent_program(channels: int, merge_grad_is: str, config: Config, reallocate: bool) -> Any:
+def persistent_program(C: int, merge_grad_is: str, config: Config, reallocate: bool) -> Any:
     """All of `pre`'s backward from the unfinished state on; the warps of a CTA have roles."""
-    plan = config.plan(channels, merge_grad_is)
-    C, n, width, tokens, groups = channels, STREAMS, plan.width, plan.tokens, plan.groups
+    plan = config.plan(C, merge_grad_is)
+    n, width, tokens, groups = STREAMS, plan.width, plan.tokens, plan.groups
     logits, sums_row, flush_every = logits_per_token(n), sums_width(n), FLUSH
     grad_phi_first, producers_first, threads = plan.first_threads
 
@@ -246,37 +235,26 @@ def launch(
     mailbox: Tensor,
     block_sums: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the persistent kernel on at least one token.
+    """Launch the persistent kernel on T >= 1 tokens, bf16.
 
-    Args:
-        config: of the launch.
-        grad_layer_input: [T, C], bf16.
-        x: [T, n, C], bf16.
-        phi: [n*n + 2n, n*C], fp32.
-        projection: [T, n*n + 2n], fp32.
-        inv_rms: [T], fp32.
-        alpha: [3], fp32.
-        unfinished_state: [T, state_size(n)], fp32, of `token_states` without grad_h_pre.
-        grad_x_part: [T, n, C], bf16, or None.
-        h_res: [T, n, n], fp32, with which grad_x_part is mixed, or None.
-        mailbox: config.mailbox_shape, int32, emptied by `token_states`.
-        block_sums: [config.sums, sums_width(n)], fp32; written.
+    `token_states` without grad_h_pre has made `unfinished_state` and emptied `mailbox`.
+    `block_sums` [config.sums, sums_width(n)] is written.
 
     Returns:
         grad_x [T, n, C], bf16, and split-K partials of grad_phi [groups, n*n + 2n, n, C], fp32.
     """
-    _, n, channels = x.shape
+    _, n, C = x.shape
     arch, available = architecture(x.device), count_multiprocessors(x.device)
-    fits = n == STREAMS and x.dtype == torch.bfloat16 and _launches(config, channels, arch)
+    fits = n == STREAMS and x.dtype == torch.bfloat16 and _launches(config, C, arch)
     if config.members * config.teams > available or not fits:
         raise ValueError(
-            f"pre_backward: config must launch for {x.dtype}, n {n}, C {channels} on the "
+            f"pre_backward: config must launch for {x.dtype}, n {n}, C {C} on the "
             f"{available} multiprocessors of this {arch} GPU, got {config}"
         )
     grad_x = torch.empty_like(x)
-    partials = phi.new_empty(config.teams, phi.shape[0], n, channels)
+    partials = phi.new_empty(config.teams, phi.shape[0], n, C)
     merge_grad_is = "" if grad_x_part is None else ADDED if h_res is None else MIXED
-    kernel = persistent_program(arch, channels, merge_grad_is, config, overlaps(arch))
+    kernel = persistent_program(arch, C, merge_grad_is, config, overlaps(arch))
     # what a program leaves unread still has its shape
     merge_grad = x if grad_x_part is None else grad_x_part
     mixing = projection.view(-1)[: len(x) * n * n] if h_res is None else h_res

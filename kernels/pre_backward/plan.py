@@ -34,33 +34,19 @@ MIXING = 5  # grad_phi and grad_x warps: h_res is there; before the loop, among 
 
 @dataclass(frozen=True)
 class Plan:
-    """Constants of one program, the first argument of its macros.
-
-    Attributes:
-        C: channels of a stream.
-        width: channels of a rank, 64 to 256: whole lines of 128 bytes, to swizzle and to copy.
-        ranks: CTAs of a group; each owns `width` channels of every stream.
-        groups: CTA groups that share the tokens.
-        distance: pipeline distance: iterations from the dot products of a tile to its grad_x.
-        mailbox_stages: stages of the mailbox between ranks, a power of two.
-        merge_grad: what merge adds to grad_x, as `grad_x_pass` has it.
-        first_threads: of the grad_phi warps, of the producer warps, and one past the last thread.
-        registers: of a thread of grad_x, grad_phi and producer warps after register reallocation.
-        initial_registers: of every thread before it.
-        tokens: the dynamic number of tokens.
-    """
+    """Constants of one program, the first argument of its macros."""
 
     C: int
-    width: int
-    ranks: int
-    groups: int
-    distance: int
-    mailbox_stages: int
-    merge_grad: str
-    first_threads: tuple[int, int, int]
-    registers: tuple[int, int, int]
+    width: int  # channels of a rank, 64 to 256: whole lines of 128 bytes, to swizzle and to copy
+    ranks: int  # CTAs of a group
+    groups: int  # CTA groups that share the tokens
+    distance: int  # iterations from the dot products of a tile to its grad_x
+    mailbox_stages: int  # a power of two
+    merge_grad: str  # what merge adds to grad_x: "", ADDED or MIXED of `grad_x_pass`
+    first_threads: tuple[int, int, int]  # of grad_phi and producer warps, one past the last
+    registers: tuple[int, int, int]  # of grad_x, grad_phi and producer warps after setmaxnreg
     initial_registers: int
-    tokens: Any
+    tokens: Any  # the dynamic number of them
 
     @property
     def num_stages(self) -> int:
@@ -106,18 +92,13 @@ class Cta(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """The buffers in shared memory.
+    """The buffers in shared memory."""
 
-    tiles: the ring of x and grad_layer_input. staged: merge's part of grad_x, then grad_x, of two
-    tiles. high_low: grad_raw as a pair of bf16, then h_res. scaled: grad_raw in fp16. weights: of a
-    token h_pre, the zero of `opaque`, a float without use, radial and what undoes scales.
-    """
-
-    tiles: Any
-    staged: Any
-    high_low: Any
-    scaled: Any
-    weights: Any
+    tiles: Any  # the ring of x and grad_layer_input
+    staged: Any  # merge's part of grad_x, then grad_x, of two tiles
+    high_low: Any  # grad_raw as a pair of bf16, then h_res
+    scaled: Any  # grad_raw in fp16
+    weights: Any  # of a token: h_pre, the zero of `opaque`, an unused float, radial, the unscale
 
 
 def swizzled(chunk: Any, token: Any, stream: Any) -> Any:

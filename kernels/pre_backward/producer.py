@@ -1,7 +1,7 @@
 """Producer warps of the persistent backward of `pre`.
 
-They load tiles of x and grad_layer_input, form the rank's dot products, exchange them with the
-other ranks, and complete the per-token backward state, which the other warps read in shared memory.
+They load tiles of x and grad_layer_input, form the rank's dot products, send them to all ranks, and
+complete the per-token backward state, which the other warps read in shared memory.
 """
 
 import tilelang.language as T
@@ -61,6 +61,8 @@ def producer_warps(
     shared.scaled[thread // 64, thread // 2 % WARP, 6 + thread % 2] = T.cast(0.0, F16)
     fetch(plan, cta, x, grad_layer_input, shared.tiles, 0, plan.first_token(cta, 0), thread)
     T.ptx_commit_group()
+    # grad_h_pre[i] = sum_c grad_layer_input[c] * x[i, c] of tile j, summed over ranks for tile
+    # j + 1 - distance: grad_raw[i] = alpha * grad_logits[i] * inv_rms, and radial
     for j in T.serial(cta.iterations + distance):
         thread = opaque(shared.weights, tx - plan.first_threads[1])
         T.sync_threads(ITERATION, threads)
@@ -138,7 +140,7 @@ def copy_rows(source, tiles, stage, origin, count, stream, chunk, places, presen
 
 @macro
 def send_dots(plan: Plan, cta: Cta, tiles, stage, mailbox, tile, tx):
-    """grad_h_pre[t, i] = sum_c grad_layer_input[t, c] * x[t, i, c], the rank's channels, sent.
+    """Send grad_h_pre of a tile over the rank's channels.
 
     A warp has the products of all its tokens and streams of x (rows g: token g // 2, stream g % 2;
     rows 8 + g: two streams on) with grad_layer_input of its tokens (columns, twice), and sends
@@ -160,6 +162,7 @@ def send_dots(plan: Plan, cta: Cta, tiles, stage, mailbox, tile, tx):
     at_grad = at_grad + row % 4 * (STREAMS + 1) + STREAMS
     at_x = at_x * plan.width + (lane // 16 ^ row ^ warp % 2) * CHUNK
     at_grad = at_grad * plan.width + (lane // 8 ^ row % 4 * 2 ^ warp % 2) * CHUNK
+    # grad_h_pre[t, i] = sum_c grad_layer_input[t, c] * x[t, i, c]
     for v in T.unroll(2 * 4):
         dots[v] = 0.0
     for block in T.unroll(plan.width // 64):  # a chunk's place differs within 64 channels

@@ -1,8 +1,4 @@
-"""The shape of a decoder (`ModelConfig`), which parts it has, and its named configurations.
-
-An architecture is a file with the configuration of a part and the sublayer that it describes. Here
-it has a field of `ModelConfig`, its place in `attention` or `feed_forward`, and named sizes.
-"""
+"""The shape of a decoder (`ModelConfig`), which parts it has, and its named configurations."""
 
 import dataclasses
 import difflib
@@ -75,19 +71,15 @@ class ModelConfig:
     def replace(self, **changes: Any) -> "ModelConfig":
         """A copy with some fields changed, validated again.
 
-        A dict for a part (`moe`, `mla`) changes some fields of that part.
-
-        Raises:
-            ValueError: The dict is for a part that is None.
+        A dict for a part (`moe`, `mla`) changes some fields of that part, which must not be None.
         """
         for name, value in changes.items():
             if name in _parts() and isinstance(value, dict):
-                part = getattr(self, name)
-                if part is None:
+                if getattr(self, name) is None:
                     raise ValueError(
                         f"ModelConfig: {name} must be set to change fields of it, got None"
                     )
-                changes[name] = dataclasses.replace(part, **value)
+                changes[name] = dataclasses.replace(getattr(self, name), **value)
         return dataclasses.replace(self, **changes)
 
     @classmethod
@@ -155,9 +147,6 @@ def model_config(name: str, **overrides: Any) -> ModelConfig:
     Args:
         name: a key of `CONFIGS`.
         overrides: fields of `ModelConfig` to change, as for `ModelConfig.replace`.
-
-    Returns:
-        The configuration.
 
     Raises:
         ValueError: No configuration has this name (the message suggests the nearest), or an

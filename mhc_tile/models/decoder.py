@@ -1,14 +1,12 @@
 """A decoder-only transformer whose sublayers are connected by residuals, HC or mHC.
 
 Pre-norm RMSNorm, rotary attention through SDPA, SwiGLU or a mixture of experts, an output head tied
-to the embedding. Attention and FFN are separate sublayers, and each has its own connection. With n
-streams the embedding is copied into the streams, and the streams are averaged after the last
-sublayer.
+to the embedding. Attention and FFN are sublayers of their own, each with its connection. With n
+streams the embedding is copied into the streams, and the streams are averaged at the end.
 
 Axes: B batch, S sequence, C hidden size, n streams.
 """
 
-from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -38,6 +36,9 @@ class Decoder(nn.Module):
     """Decoder-only transformer: token ids [B, S] -> logits [B, S, vocab_size].
 
     For one random seed the three kinds of residual start from the same embedding and sublayers.
+    A decoder whose state is loaded can start without memory: make it on the meta device, call
+    `to_empty` and then `reset_parameters` of every module that has it, which fills the buffers that
+    no state dict holds and draws some of the parameters, and load the state.
 
     Args:
         config: the decoder's shape.
@@ -56,20 +57,6 @@ class Decoder(nn.Module):
         >>> decoder = Decoder(model_config("1m"), residual="mhc")
         >>> decoder(torch.zeros(2, 16, dtype=torch.long)).shape
         torch.Size([2, 16, 256])
-
-        A decoder whose state is loaded can start without memory. `reset_parameters` fills the
-        buffers that no state dict holds, such as the tables of rotary positions. It also draws
-        some of the parameters, so call it before loading.
-
-        >>> state = decoder.state_dict()
-        >>> with torch.device("meta"):
-        ...     loaded = Decoder(model_config("1m"), residual="mhc")
-        >>> loaded = loaded.to_empty(device="cpu")
-        >>> for module in loaded.modules():
-        ...     if hasattr(module, "reset_parameters"):
-        ...         module.reset_parameters()
-        >>> loaded.load_state_dict(state)
-        <All keys matched successfully>
     """
 
     def __init__(
@@ -92,20 +79,20 @@ class Decoder(nn.Module):
             layer.initialise(INPUT_STD / len(layers) ** 0.5)
         one_stream = residual == "residual"
         self.expand = nn.Identity() if one_stream else Expand(connection.num_streams)
-        self.stack = HyperConnectedStack(_connect(layers, config.hidden_size, residual, connection))
+        self.stack = HyperConnectedStack(
+            _connect(index, layer, config.hidden_size, residual, connection)
+            for index, layer in enumerate(layers)
+        )
         self.collapse = nn.Identity() if one_stream else Collapse(mode="mean")
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of the next token at every position.
+        """Logits [B, S, vocab_size] of the next token at every position.
 
         Under autocast the residual streams have the autocast dtype from the embedding on.
 
         Args:
             tokens: [B, S], int64 or int32, S at most context_length.
-
-        Returns:
-            [B, S, vocab_size].
 
         Raises:
             ValueError: tokens is not [B, S], is not of integers, or is too long.
@@ -131,16 +118,13 @@ class Decoder(nn.Module):
 
 
 def _connect(
-    layers: Sequence[nn.Module], hidden_size: int, residual: str, connection: MHCConfig
-) -> list[nn.Module]:
+    index: int, layer: nn.Module, hidden_size: int, residual: str, connection: MHCConfig
+) -> nn.Module:
     if residual == "residual":
-        return [Residual(layer) for layer in layers]
+        return Residual(layer)
     if residual == "hc":
-        return [
-            HyperConnection(layer, hidden_size, connection, layer_index=index)
-            for index, layer in enumerate(layers)
-        ]
-    return [ManifoldHyperConnection(layer, hidden_size, connection) for layer in layers]
+        return HyperConnection(layer, hidden_size, connection, layer_index=index)
+    return ManifoldHyperConnection(layer, hidden_size, connection)
 
 
 def count_parameters(
@@ -148,8 +132,7 @@ def count_parameters(
 ) -> int:
     """Number of parameters of a decoder, which is not allocated; arguments as for `Decoder`.
 
-    Returns:
-        The count; the tied head counts once.
+    The tied head counts once.
 
     Example:
         >>> from mhc_tile.models import model_config
@@ -165,9 +148,6 @@ def count_active_parameters(
     """Number of parameters that a token uses: without those of the experts it is not routed to.
 
     Arguments as for `Decoder`.
-
-    Returns:
-        The count; that of `count_parameters` where there are no experts.
 
     Example:
         >>> from mhc_tile.models import model_config

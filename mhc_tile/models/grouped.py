@@ -7,10 +7,7 @@ CUDA graphs may capture it. Elsewhere it is a loop over the groups, which waits 
 are inside a torch op, so `torch.compile(fullgraph=True)` does not trace them. The gradients are the
 same ops, to any order.
 
-`spread` and `gather` are each other's gradient. Both only read by index, without atomics, so
-gradients have the same bits every time.
-
-Axes: R rows, G groups, K and N widths.
+Axes: R rows, G groups, K and N widths, T tokens of which each has M rows.
 """
 
 from typing import Any
@@ -25,7 +22,7 @@ from .._library import define, under_transforms
 def grouped_linear(
     rows_RK: Tensor, weights_GNK: Tensor, ends_G: Tensor, transposed: bool = False
 ) -> Tensor:
-    """`out[r] = weights[g(r)] @ rows[r]`, or with the transposed matrices.
+    """`out[r] = weights[g(r)] @ rows[r]` [R, N], or with the transposed matrices.
 
     Args:
         rows_RK: [R, K], sorted by group.
@@ -33,9 +30,6 @@ def grouped_linear(
         ends_G: [G], int32, ascending: group g is the rows ends[g - 1] (0 for the first) to
             ends[g]; the last is R.
         transposed: multiply by the transposes of weights.
-
-    Returns:
-        [R, N], dtype of rows.
 
     Example:
         >>> weights = torch.stack([torch.eye(2), 3 * torch.eye(2)])
@@ -48,27 +42,19 @@ def grouped_linear(
 
 
 def spread(values: Tensor, source_R: Tensor, slots_TM: Tensor) -> Tensor:
-    """`out[r] = values[source[r]]`.
+    """`out[r] = values[source[r]]`: [T, ...] to [R, ...].
 
-    Args:
-        values: [T, ...].
-        source_R: [R], int64.
-        slots_TM: [T, M], int64: the M places r in which source[r] is t, so that R = T * M.
-
-    Returns:
-        [R, ...].
+    Slot [t, m], int64, is the m-th r whose source is t. `spread` and `gather` are each other's
+    gradient. Both only read by index, without atomics: gradients have the same bits every time.
     """
-    function = _Spread.forward if under_transforms() else _Spread.apply
-    return function(values, source_R, slots_TM)
+    run = _Spread.forward if under_transforms() else _Spread.apply
+    return run(values, source_R, slots_TM)
 
 
 def gather(rows: Tensor, source_R: Tensor, slots_TM: Tensor) -> Tensor:
-    """`out[t] = sum_m rows[slots[t, m]]`, accumulated in at least fp32: the transpose of `spread`.
-
-    Arguments as for `spread`, but rows are [R, ...] and the result is [T, ...].
-    """
-    function = _Gather.forward if under_transforms() else _Gather.apply
-    return function(rows, source_R, slots_TM)
+    """`out[t] = sum_m rows[slots[t, m]]`, summed in at least fp32: the transpose of `spread`."""
+    run = _Gather.forward if under_transforms() else _Gather.apply
+    return run(rows, source_R, slots_TM)
 
 
 class _ByIndex(torch.autograd.Function):

@@ -47,10 +47,6 @@ class Rotary(MappingModule):
 
     The tables are computed in fp32 (fp64 where that is the default) and keep that dtype when a
     model is cast to bf16 or fp16: 16 bits do not resolve an angle of many turns.
-
-    Args:
-        size: channels of what is rotated; even.
-        config: gives the longest sequence and the base of the frequencies.
     """
 
     cos_SD: Tensor
@@ -59,9 +55,9 @@ class Rotary(MappingModule):
     def __init__(self, size: int, config: "ModelConfig"):
         super().__init__()
         self.size, self.rope_theta = size, config.rope_theta
-        for name in ("cos_SD", "sin_SD"):
-            table = torch.empty(config.context_length, size // 2, dtype=wide_dtype())
-            self.register_buffer(name, table, persistent=False)
+        table = torch.empty(config.context_length, size // 2, dtype=wide_dtype())
+        self.register_buffer("cos_SD", table, persistent=False)
+        self.register_buffer("sin_SD", table.clone(), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -63,10 +63,7 @@ class LatentAttention(Sublayer):
     Queries and keys have head_size + rope_size channels, values head_size. cuDNN's attention, which
     torch prefers on Hopper and on data centre Blackwell, accepts such heads. Flash attention does
     not: where torch would choose it (other GPUs, an older cuDNN), values are padded with zeros to
-    the width of the keys. The results are the same.
-
-    Raises:
-        ValueError: The configuration has no `mla`.
+    the width of the keys. The results are the same. A configuration without `mla` is a ValueError.
     """
 
     def __init__(self, config: "ModelConfig"):

@@ -6,8 +6,8 @@
 
 `update_bias` balances the experts' load without an auxiliary loss: it moves `expert_bias`, which
 has no gradient, by a fixed step against the load of the last optimizer step. The forward pass in
-training only counts, because it may run several times per step (several batches, recompute), and
-all passes of a step must choose by the same bias.
+training only counts: it may run several times per step (several batches, recompute), and all passes
+of a step must choose by the same bias.
 
 Axes: T tokens, C hidden size, E experts, K experts per token, F expert FFN size, R = T * K rows.
 """
@@ -78,10 +78,6 @@ class MoEConfig:
 class Router(MappingModule):
     """Chooses experts and their gates, in fp32 whatever the dtype of the model.
 
-    Args:
-        hidden_size: C.
-        config: of the experts.
-
     Attributes:
         weight: [E, C], fp32.
         expert_bias: [E], fp32 buffer: added to the affinities to choose, and for nothing else.
@@ -141,17 +137,14 @@ class MixtureOfExperts(nn.Module):
     The rows of the tokens are sorted by expert, so that each of the two products is one grouped
     matmul (`mhc_tile.models.grouped` says where that needs no host sync). Gates multiply the inner
     activation, which is narrower than the output. No token is dropped, and every pass, forward and
-    backward, has the same bits each time.
-
-    Raises:
-        ValueError: The configuration has no `moe`.
+    backward, has the same bits each time. A configuration without `moe` is a ValueError.
 
     Attributes:
         router: chooses the experts.
         experts_in: [E, 2F, C], gates then ups.
         experts_out: [E, C, F].
         shared: the shared experts as one SwiGLU; None without.
-        idle_parameters: parameters that a token does not use.
+        idle_parameters: number of parameters that a token does not use.
     """
 
     def __init__(self, config: "ModelConfig"):
@@ -184,7 +177,9 @@ class MixtureOfExperts(nn.Module):
         order_R, source_R, slots_TK, ends_E = sort_by_expert(chosen_TK, self.experts_in.shape[0])
         if self.training:
             self.router.count(ends_E)
-        dtype = _compute_dtype(hidden)
+        dtype = hidden.dtype
+        if dtype != torch.float64:  # as `F.linear`
+            dtype = autocast_dtype(hidden.device.type) or dtype
         rows_RC = spread(hidden_TC.to(dtype), source_R, slots_TK)
         inner = grouped_linear(rows_RC, self.experts_in.to(dtype), ends_E)
         gate_RF, up_RF = inner.chunk(2, dim=-1)
@@ -196,11 +191,7 @@ class MixtureOfExperts(nn.Module):
 
 
 def sort_by_expert(chosen_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sort the tokens' choices by expert, then by token; without a host sync.
-
-    Args:
-        chosen_TK: [T, K], int64.
-        num_experts: E.
+    """Sort the tokens' choices [T, K], int64, by expert, then by token; without a host sync.
 
     Returns:
         order [R]: the choice (of T * K) of each row; source [R]: its token; slots [T, K]: the row
@@ -219,10 +210,3 @@ def sort_by_expert(chosen_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor,
     ends_E = torch.searchsorted(experts_R, experts_E, right=True, out_int32=True)
     source_R = order_R // chosen_TK.shape[-1]
     return order_R, source_R, slots_R.view_as(chosen_TK), ends_E
-
-
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype in which `F.linear` would compute."""
-    if hidden.dtype == torch.float64:
-        return hidden.dtype
-    return autocast_dtype(hidden.device.type) or hidden.dtype

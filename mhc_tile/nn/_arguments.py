@@ -14,12 +14,9 @@ def check_module(kind: str, name: str, value: object) -> None:
     """Check that something is a module: no parameter of another callable would be found."""
     if isinstance(value, nn.Module):
         return
-    how = ""
-    if callable(value):
-        how = (
-            "; wrap it in a torch.nn.Module that calls it in forward and holds the modules it uses"
-        )
-    raise TypeError(f"{kind}: {name} must be a module, got {type(value).__name__}{how}")
+    how = "; wrap it in a torch.nn.Module that calls it in forward and holds the modules it uses"
+    said = type(value).__name__ + (how if callable(value) else "")
+    raise TypeError(f"{kind}: {name} must be a module, got {said}")
 
 
 def check_config(kind: str, config: MHCConfig | None, name: str = "config") -> MHCConfig:
@@ -34,19 +31,16 @@ def check_config(kind: str, config: MHCConfig | None, name: str = "config") -> M
 def check_output(kind: str, layer_input: Tensor, result: Any) -> Any:
     """Check what a layer returned: its output, or a tuple of its output and extras.
 
-    Returns:
-        The same, the output in the dtype of layer_input (autocast may change it).
+    Returns the same, the output in the dtype of layer_input: autocast may change it.
     """
     if isinstance(result, Tensor):  # at once, as every layer of a model passes here
         return result if result.dtype is layer_input.dtype else result.to(layer_input.dtype)
     output, extras = split_extras(result)
     if not isinstance(output, Tensor):
-        what = type(result).__name__ + (
-            f" of {type(output).__name__}" if extras is not None else ""
-        )
+        of = "" if extras is None else f" of {type(output).__name__}"
         raise TypeError(
             f"{kind}: layer must return a torch.Tensor of shape {list(layer_input.shape)}, alone "
-            f"or as the first of a tuple, got {what}"
+            f"or as the first of a tuple, got {type(result).__name__}{of}"
         )
     return join_extras(output.to(layer_input.dtype), extras)
 

@@ -66,10 +66,8 @@ def writable(module: nn.Module, *names: str) -> Iterator[tuple[Tensor, ...]]:
 
     Where FSDP2 leaves a process its shards, every process has to enter, and rank 0's values are
     kept: they are those that one process without shards would have. A parametrized one is set
-    through its parametrization.
-
-    Raises:
-        ValueError: One is computed in every call from others, as by `torch.nn.utils.prune`.
+    through its parametrization. One that a hook computes in every call, as of
+    `torch.nn.utils.prune`, is a ValueError.
     """
     with torch.no_grad():
         tensors = [getattr(module, name) for name in names]
@@ -89,7 +87,10 @@ def writable(module: nn.Module, *names: str) -> Iterator[tuple[Tensor, ...]]:
             if values is tensor or values.is_meta:
                 continue
             if _is_sharded(tensor):
-                values = _sharded_like(tensor, values)
+                from torch.distributed.tensor import distribute_tensor
+
+                mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+                values = distribute_tensor(values, mesh, placements)
             if name in getattr(module, "parametrizations", ()):
                 setattr(module, name, values)
             else:
@@ -106,13 +107,6 @@ def _is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "placements") and hasattr(tensor, "full_tensor")
 
 
-def _sharded_like(tensor: Tensor, values: Tensor) -> Tensor:
-    from torch.distributed.tensor import distribute_tensor
-
-    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-    return distribute_tensor(values, mesh, placements)
-
-
 def logit(probability: float) -> float:
     """Inverse of the sigmoid, saturated where the sigmoid of a float64 is 0 or 1."""
     if not 0 < probability < 1:
@@ -125,15 +119,17 @@ def identity(n: int, like: Tensor) -> Tensor:
     return torch.eye(n, dtype=like.dtype, device=like.device).flatten()
 
 
-def start_mapping(phi: Tensor, alpha: Tensor, bias: Tensor, config: MHCConfig) -> None:
-    """Initialise a sublayer's mapping in place, as `ManifoldHyperConnection` documents.
-
-    Raises:
-        ValueError: init is "residual" and post_scale is too small for h_post = 1.
-    """
-    n = config.num_streams
-    _start_projection(phi, alpha, config)
+def start_projection(phi: Tensor, alpha: Tensor, bias: Tensor, config: MHCConfig) -> None:
+    """Initialise a projection and its gates in place, with a bias of zeros."""
+    nn.init.normal_(phi, std=phi.shape[-1] ** -0.5)
+    nn.init.constant_(alpha, 0.01 if config.init == "paper" else 0.0)
     nn.init.zeros_(bias)
+
+
+def start_mapping(phi: Tensor, alpha: Tensor, bias: Tensor, config: MHCConfig) -> None:
+    """Initialise a sublayer's mapping in place, as `ManifoldHyperConnection` documents."""
+    n = config.num_streams
+    start_projection(phi, alpha, bias, config)
     if config.init == "residual":
         if config.post_scale <= 1:
             raise ValueError(
@@ -143,19 +139,6 @@ def start_mapping(phi: Tensor, alpha: Tensor, bias: Tensor, config: MHCConfig) -
         bias[:n] = logit(1 / n - config.pre_eps)
         bias[n : 2 * n] = logit(1 / config.post_scale)
         bias[2 * n :] = _DIAGONAL * identity(n, bias)
-
-
-def start_head(phi: Tensor, alpha: Tensor, bias: Tensor, config: MHCConfig) -> None:
-    """Initialise a learned exit in place: the mean of the streams where init is "residual"."""
-    _start_projection(phi, alpha, config)
-    nn.init.zeros_(bias)
-    if config.init == "residual":
-        nn.init.constant_(bias, logit(1 / config.num_streams - config.pre_eps))
-
-
-def _start_projection(phi: Tensor, alpha: Tensor, config: MHCConfig) -> None:
-    nn.init.normal_(phi, std=phi.shape[-1] ** -0.5)
-    nn.init.constant_(alpha, 0.01 if config.init == "paper" else 0.0)
 
 
 @while_tracing
@@ -172,8 +155,8 @@ class MappingModule(nn.Module):
     """A module whose own parameters and buffers stay float32 when a model is cast to bf16 or fp16.
 
     `model.to(torch.bfloat16)` and `model.half()` cast what the module wraps, and move its own
-    parameters without rounding them, parametrized ones too: maps are computed in float32 whatever
-    the model's dtype. Parameters that were rounded in another way are read in float32.
+    parameters without rounding them, parametrized ones too. Parameters that were rounded in another
+    way are read in float32.
     """
 
     _warned = False

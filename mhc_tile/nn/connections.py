@@ -1,8 +1,4 @@
-"""The three ways to connect a layer: mHC, Hyper-Connections, plain residual.
-
-A connection that is not fused with its neighbours is a class here, a name in `nn/__init__.py` and,
-for decoders, a line of `_connect` in `models/decoder.py`.
-"""
+"""The three ways to connect a layer: mHC, Hyper-Connections, plain residual."""
 
 from typing import Any
 
@@ -11,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import _checks, ops, reference
 from .._autocast import without_autocast
-from ..config import MHCConfig
+from ..config import CONSTANTS, MHCConfig
 from ..ops import OpenSublayer
 from ._arguments import check_module, check_output, join_extras, split_extras
 from ._parameters import StreamsModule, identity, parameter, start_mapping, writable
@@ -125,12 +121,7 @@ class ManifoldHyperConnection(Connection):
         return ops.next_sublayer(state, layer_output, *parameters, **self._constants())
 
     def pre(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`mhc_tile.pre` with this sublayer's parameters, for callers who merge themselves.
-
-        `forward` does not call it.
-
-        Args:
-            x: [..., n, C]. The residual streams.
+        """`mhc_tile.pre` of x [..., n, C], for callers who merge by themselves.
 
         Returns:
             layer_input, h_post, h_res, and x itself for `merge` to read.
@@ -143,14 +134,7 @@ class ManifoldHyperConnection(Connection):
         return self.read(x, self.phi, self.alpha, self.bias)
 
     def _constants(self) -> dict[str, Any]:
-        config = self.config
-        return {
-            "norm_eps": config.norm_eps,
-            "pre_eps": config.pre_eps,
-            "post_scale": config.post_scale,
-            "iters": config.iters,
-            "sinkhorn_eps": config.sinkhorn_eps,
-        }
+        return {name: getattr(self.config, name) for name in CONSTANTS}
 
 
 class HyperConnection(Connection):

@@ -1,8 +1,8 @@
 """DeepSeek-V4's parameters, in and out.
 
-V4 stores a mapping as fn [n*n + 2n, n*C], base [n*n + 2n] and scale [3]: the same numbers as phi,
-bias and alpha, but that it packs the mixing [in, out] where h_res is [out, in]. So the last n*n
-rows are permuted and nothing else. The exit (fn [n, n*C], base [n], scale [1]) is stored alike.
+V4 stores a mapping as fn [n*n + 2n, n*C], base [n*n + 2n] and scale [3]: the numbers of phi, bias
+and alpha, but the mixing is packed [in, out] where h_res is [out, in]. So the last n*n rows are
+permuted and nothing else. The exit (fn [n, n*C], base [n], scale [1]) is stored alike.
 """
 
 import torch
@@ -13,12 +13,7 @@ from ._parameters import gathered, writable
 from .connections import ManifoldHyperConnection
 from .streams import Head
 
-
-def _swap_in_out(packed: Tensor, num_streams: int) -> Tensor:
-    """Swap in and out of the last n*n rows; its own inverse."""
-    rows = torch.arange(packed.shape[0], device=packed.device)
-    mixing = rows[2 * num_streams :].reshape(num_streams, num_streams)
-    return packed[torch.cat([rows[: 2 * num_streams], mixing.t().flatten()])]
+_NAMES = {"fn": "phi", "base": "bias", "scale": "alpha"}
 
 
 def load_deepseek_v4(
@@ -44,24 +39,23 @@ def load_deepseek_v4(
         >>> head = Head(8)
         >>> load_deepseek_v4(head, torch.randn(4, 32), torch.zeros(4), torch.ones(1))
     """
-    pairs = {"fn": (fn, "phi"), "base": (base, "bias"), "scale": (scale, "alpha")}
-    _check_kind("load_deepseek_v4", module)
-    for name, (value, parameter) in pairs.items():
+    given = {"fn": fn, "base": base, "scale": scale}
+    own = _parameters("load_deepseek_v4", module)
+    for name, value in given.items():
         _checks.is_tensor("load_deepseek_v4", name, value)
-        shape = getattr(module, parameter).shape
-        if value.shape != shape:
+        if value.shape != own[name].shape:
             raise ValueError(
-                f"load_deepseek_v4: {name} must have shape {list(shape)} to match "
-                f"{parameter}, got {list(value.shape)}"
+                f"load_deepseek_v4: {name} must have shape {list(own[name].shape)} to match "
+                f"{_NAMES[name]}, got {list(value.shape)}"
             )
-    if any(getattr(module, parameter).is_meta for _, parameter in pairs.values()):
+    if any(parameter.is_meta for parameter in own.values()):
         raise ValueError(
             "load_deepseek_v4: module must have memory, got one on the meta device; call "
             "module.to_empty(device=...) first"
         )
-    for value, parameter in pairs.values():
-        with writable(module, parameter) as (own,):
-            own.copy_(_permuted(module, parameter, gathered(value)))
+    for name, value in given.items():
+        with writable(module, _NAMES[name]) as (plain,):
+            plain.copy_(_permuted(module, name, gathered(value)))
 
 
 def export_deepseek_v4(module: ManifoldHyperConnection | Head) -> dict[str, Tensor]:
@@ -79,22 +73,25 @@ def export_deepseek_v4(module: ManifoldHyperConnection | Head) -> dict[str, Tens
         >>> sorted(export_deepseek_v4(Head(8)))
         ['base', 'fn', 'scale']
     """
-    _check_kind("export_deepseek_v4", module)
-    names = {"fn": "phi", "base": "bias", "scale": "alpha"}
     return {
-        name: _permuted(module, parameter, gathered(getattr(module, parameter).detach())).clone()
-        for name, parameter in names.items()
+        name: _permuted(module, name, gathered(parameter.detach())).clone()
+        for name, parameter in _parameters("export_deepseek_v4", module).items()
     }
 
 
-def _permuted(module: ManifoldHyperConnection | Head, parameter: str, value: Tensor) -> Tensor:
-    if parameter == "alpha" or isinstance(module, Head):
+def _permuted(module: ManifoldHyperConnection | Head, name: str, value: Tensor) -> Tensor:
+    """Swap in and out of the last n*n rows of a mapping; its own inverse."""
+    if name == "scale" or isinstance(module, Head):
         return value
-    return _swap_in_out(value, module.config.num_streams)
+    n = module.config.num_streams
+    rows = torch.arange(value.shape[0], device=value.device)
+    return value[torch.cat([rows[: 2 * n], rows[2 * n :].reshape(n, n).t().flatten()])]
 
 
-def _check_kind(op: str, module: object) -> None:
+def _parameters(op: str, module: ManifoldHyperConnection | Head) -> dict[str, Tensor]:
+    """The module's parameters by V4's names."""
     if not isinstance(module, ManifoldHyperConnection | Head):
         raise TypeError(
             f"{op}: module must be a ManifoldHyperConnection or a Head, got {type(module).__name__}"
         )
+    return {name: getattr(module, own) for name, own in _NAMES.items()}

@@ -71,8 +71,7 @@ class HyperConnectedStack(nn.Module):
         found = list(connections)
         for index, connection in enumerate(found):
             check_module("HyperConnectedStack", f"connections[{index}]", connection)
-        self.connections = nn.ModuleList(found)
-        self.fused = fused
+        self.connections, self.fused = nn.ModuleList(found), fused
         for index, (before, after) in enumerate(pairwise(self.connections), start=1):
             if not (isinstance(before, Connection) and isinstance(after, Connection)):
                 continue

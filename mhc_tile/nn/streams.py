@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from .. import _checks, ops
 from ..config import MHCConfig
-from ._parameters import StreamsModule, parameter, start_head, writable
+from ._parameters import StreamsModule, logit, parameter, start_projection, writable
 
 
 class Expand(nn.Module):
@@ -92,11 +92,13 @@ class Head(StreamsModule):
     def reset_parameters(self) -> None:
         """Start phi, alpha and bias again, as `config.init` says; in every process of FSDP2."""
         with writable(self, "phi", "alpha", "bias") as (phi, alpha, bias):
-            start_head(phi, alpha, bias, self.config)
+            start_projection(phi, alpha, bias, self.config)
+            if self.config.init == "residual":
+                nn.init.constant_(bias, logit(1 / self.config.num_streams - self.config.pre_eps))
 
     def forward(self, x: Tensor) -> Tensor:
         """`mhc_tile.head` of x [..., n, C]."""
         self.check_input(x)
-        constants = {"norm_eps": self.config.norm_eps, "pre_eps": self.config.pre_eps}
-        phi, alpha, bias = self.read(x, self.phi, self.alpha, self.bias)
-        return ops.head(x, phi, alpha, bias, **constants)
+        norm_eps, pre_eps = self.config.norm_eps, self.config.pre_eps
+        parameters = self.read(x, self.phi, self.alpha, self.bias)
+        return ops.head(x, *parameters, norm_eps=norm_eps, pre_eps=pre_eps)

@@ -1,9 +1,8 @@
 """The public ops, one file each: checks, schema, CPU and CUDA implementations, gradient.
 
-Each function here calls the torch op of the same name, `torch.ops.mhc_tile.<name>`; `sublayer`
-and its steps call those of `pre`, `merge` and `boundary`. The torch ops of mapping, pre, boundary
-and head return, after the public results, the `projection` and `inv_rms` that their backward keeps;
-`torch.ops.mhc_tile.<name>_backward` is the gradient.
+Each function calls the torch op of its name, `torch.ops.mhc_tile.<name>`; `sublayer` and its steps
+call those of `pre`, `merge` and `boundary`. `torch.ops.mhc_tile.<name>_backward` is the gradient.
+The torch ops of mapping, pre, boundary and head also return what their backward keeps.
 """
 
 from .boundary import boundary

@@ -2,7 +2,7 @@
 
 From an `Op` follow two torch ops, `<name>` and `<name>_backward`: their schemas, fakes, CPU and
 CUDA implementations and autograd formulas. The axes and dtypes of the names are those of
-`kernels.quantities`; a gradient has the shape and the dtype of what it is the gradient of.
+`kernels.common.quantities`; a gradient has those of what it is the gradient of.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,56 +29,37 @@ DEFINITIONS: dict[str, "Op"] = {}
 class Op:
     """One torch op, and the op of its gradient.
 
-    Attributes:
-        name: of the torch op; with an underscore in front it is no public one.
-        tensors: names of its tensors, in order.
-        results: names of its results.
-        reference: the CPU implementation: from tensors, arguments and constants the results, and
-            after them what is `kept`. They are rounded to their dtypes.
-        gradient: from what the backward reads, its arguments and the constants, the gradients of
-            `tensors`. None for an op that is differentiated as it is.
-        kernel: a key of `autotune.registry.KERNELS`, or a CUDA implementation; None: `reference`.
-        gradient_kernel: the same for the backward.
-        kept: names of further results, which only the backward reads.
-        reads: what the backward reads: by default the cotangents of `results`, `tensors`, `kept`.
-        optional: names of tensors that the op may be given in addition.
-        gradient_optional: the same for the backward.
-        arguments: schema of each positional argument that is no tensor, by name.
-        gradient_arguments: the same for the backward, which gets them from the forward.
-        constants: schema of the keyword arguments, of forward and backward.
-        forward: the op that this one is the backward of.
-        call: the torch op.
+    `reference` returns, from tensors, arguments and constants, the results and after them what is
+    `kept`. `gradient` returns, from what the backward reads, its arguments and the constants, the
+    gradients of `tensors`. A kernel is a key of `autotune.registry.KERNELS` or a CUDA
+    implementation; without one the CPU implementation runs on CUDA tensors, too.
     """
 
-    name: str
+    name: str  # with an underscore in front it is no public op
     tensors: tuple[str, ...]
     results: tuple[str, ...]
     reference: Function
-    gradient: Function | None = None
+    gradient: Function | None = None  # None: the op is differentiated as it is
     kernel: str | Function | None = None
     gradient_kernel: str | Function | None = None
-    kept: tuple[str, ...] = ()
-    reads: tuple[str, ...] = ()
-    optional: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()  # further results, which only the backward reads
+    reads: tuple[str, ...] = ()  # of the backward; default: cotangents of `results`, tensors, kept
+    optional: tuple[str, ...] = ()  # tensors that the op may be given in addition
     gradient_optional: tuple[str, ...] = ()
-    arguments: dict[str, str] = field(default_factory=dict)
-    gradient_arguments: dict[str, str] = field(default_factory=dict)
-    constants: str = ""
-    forward: "Op | None" = None
-    call: Any = field(default=None, init=False)
+    arguments: dict[str, str] = field(default_factory=dict)  # schemas of what is no tensor, by name
+    gradient_arguments: dict[str, str] = field(default_factory=dict)  # from the forward
+    constants: str = ""  # schema of the keyword arguments, of forward and backward
+    forward: "Op | None" = None  # the op that this one is the backward of
+    call: Any = field(default=None, init=False)  # the torch op
 
     def __post_init__(self) -> None:
         """Register the torch op, its backward first."""
         formula = self._formula() if self.gradient else _library.derive(self._differentiable)
         cuda = None
         if self.kernel is not None:
-            cuda = on_cuda(
-                self.name.lstrip("_"),
-                self.by_kernel,
-                self.on_cpu,
-                streams=self._streams,
-                dims=self._axes,
-            )
+            functions = (self.by_kernel, self.on_cpu)
+            name = self.name.lstrip("_")
+            cuda = on_cuda(name, *functions, streams=self._streams, dims=self._axes)
         call = _library.define(self.schema, cpu=self.on_cpu, cuda=cuda, fake=self._fake, **formula)
         object.__setattr__(self, "call", call)
         DEFINITIONS[self.name] = self
@@ -121,10 +102,8 @@ class Op:
     ) -> tuple[list[Any], dict[str, Any]]:
         """Positional and keyword arguments of a call.
 
-        Args:
-            tensor: from a name, a tensor; such as `kernels.quantities.Samples.get`.
-            others: the other arguments by name, and any more.
-            optional: which of the optional tensors are given.
+        `tensor` gives a tensor for a name, such as `quantities.Samples.get`; `others` has the other
+        arguments and maybe more; `optional` names the optional tensors that are given.
         """
         given = [*map(tensor, self.tensors), *(others[name] for name in self.arguments)]
         given += [tensor(name) if name in optional else None for name in self.optional]

@@ -15,13 +15,10 @@ import torch
 from torch import Tensor
 
 from mhc_tile.autotune import lookup
-from mhc_tile.autotune._switches import switch
 from mhc_tile.kernels.common import toolchain as _toolchain
 
 from .. import _checks
-
-REFERENCE_ONLY = switch("MHC_TILE_REFERENCE")
-BATCH_INVARIANT = switch("MHC_TILE_BATCH_INVARIANT")
+from .._environment import BATCH_INVARIANT, REFERENCE_ONLY
 
 # The kernels of each op by its name, for those who count their launches.
 LAUNCHERS: dict[str, Callable[..., Any]] = {}
@@ -30,11 +27,11 @@ LAUNCHERS: dict[str, Callable[..., Any]] = {}
 def set_batch_invariant(enabled: bool) -> None:
     """Choose whether a token's bits are the same in a batch of any size, in every direction.
 
-    A token's bits never depend on its neighbours. But few tokens take other kernels than many in
-    three places, with another reduction order: `pre`, its backward, and the backward of `merge` and
-    `pre_apply`. With this switch the kernels and the tuned configurations of many tokens serve
-    every number of them: few tokens take longer, many do not. Gradients of parameters sum over the
-    tokens and still depend on their number. The reference is not affected.
+    A token's bits never depend on its neighbours. But in `pre`, its backward, and the backward of
+    `merge` and `pre_apply` few tokens take other kernels than many, with another reduction order.
+    With this switch the kernels and the tuned configurations of many tokens serve every number of
+    them: few tokens take longer, many do not. Gradients of parameters sum over the tokens and still
+    depend on their number. The reference is not affected.
 
     The switch holds for every thread of the process and is read when an op runs, by compiled
     functions too; a CUDA graph keeps the value of its capture. The environment variable
@@ -64,7 +61,7 @@ def tuned(kernel: str, x: Tensor, sizes: Sequence[int], launch: Callable[[Any], 
         kernel: a name of `autotune.registry.KERNELS`.
         x: a tensor of the device and the dtype that decide.
         sizes: T, n and C; C is 0 for kernels that see none.
-        launch: from a configuration the results.
+        launch: returns the results of a configuration.
     """
     asked = question(kernel, x, sizes)
     if not x.is_cuda:  # a dry run
@@ -111,9 +108,11 @@ def on_cuda(
         x, n = streams(*args)
         if REFERENCE_ONLY or x.dtype == torch.float64:
             return fallback(*args, **kwargs)
-        why = _unfit(x.device.index, n)
-        if x.numel() > _toolchain.MOST_TOKENS:  # rare, and cheaper to ask than the tokens
-            why = why or _too_many(x.shape[:-dims].numel())
+        why, most = _unfit(x.device.index, n), _toolchain.MOST_TOKENS
+        if x.numel() > most:  # rare, and cheaper to ask than the tokens
+            tokens = x.shape[:-dims].numel()
+            if tokens > most:
+                why = why or f"kernels take at most {most} tokens, got {tokens}"
         if why:
             _warn_once(f"{op}: the PyTorch reference runs instead of a kernel: {why}")
             return fallback(*args, **kwargs)
@@ -135,12 +134,6 @@ def _unfit(device: int, n: int) -> str | None:
     if n not in _toolchain.STREAMS:
         return f"kernels take n in {_toolchain.STREAMS}, got {n}"
     return None
-
-
-def _too_many(tokens: int) -> str | None:
-    """Why no kernel takes so many tokens; None if one does."""
-    most = _toolchain.MOST_TOKENS
-    return f"kernels take at most {most} tokens, got {tokens}" if tokens > most else None
 
 
 @functools.cache

@@ -16,20 +16,11 @@ from .pre import CONSTANTS, PRE, check_pre, with_projection
 
 
 def boundary(
-    x: Tensor,
-    layer_output: Tensor,
-    h_post: Tensor,
-    h_res: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    *,
-    norm_eps: float,
-    pre_eps: float = 0.0,
-    post_scale: float = 2.0,
-    iters: int = 20,
+    x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor,
+    phi: Tensor, alpha: Tensor, bias: Tensor,
+    *, norm_eps: float, pre_eps: float = 0.0, post_scale: float = 2.0, iters: int = 20,
     sinkhorn_eps: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`merge` of a sublayer, then `pre` of the next one on the result (eqs. 7 and 14-19).
 
     On GPUs of sm_90a many tokens of n = 4 streams in bf16 or fp16 take one launch, which moves 10C

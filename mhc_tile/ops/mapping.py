@@ -53,7 +53,7 @@ def mapping(
     """
     _checks.parameters("mapping", x, phi, alpha, bias)
     _checks.at_least("mapping", 0, norm_eps=norm_eps, pre_eps=pre_eps)
-    _checks.positive("mapping", post_scale=post_scale)
+    _checks.number("mapping", "post_scale", post_scale, above=True)
     constants = {"norm_eps": norm_eps, "pre_eps": pre_eps, "post_scale": post_scale}
     return MAPPING.call(x, phi, alpha, bias, **constants)[:3]
 

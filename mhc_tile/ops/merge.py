@@ -38,7 +38,7 @@ def check_merge(op: str, x: Tensor, layer_output: Tensor, h_post: Tensor, h_res:
     """The checks that `merge` shares with `boundary`."""
     num_streams, hidden_size = _checks.streams(op, x)
     tokens = x.shape[:-2]
-    _checks.like(op, "layer_output", layer_output, (*tokens, hidden_size), x)
+    _checks.map_of(op, "layer_output", layer_output, (*tokens, hidden_size), x, x.dtype)
     _checks.map_of(op, "h_post", h_post, (*tokens, num_streams), x)
     _checks.map_of(op, "h_res", h_res, (*tokens, num_streams, num_streams), x)
 

@@ -14,20 +14,11 @@ from .sinkhorn import SINKHORN
 
 
 def pre(
-    x: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    *,
-    norm_eps: float,
-    pre_eps: float = 0.0,
-    post_scale: float = 2.0,
-    iters: int = 20,
-    sinkhorn_eps: float = 0.0,
-    h_pre: Tensor | None = None,
-    return_h_pre: bool = False,
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor,
+    *, norm_eps: float, pre_eps: float = 0.0, post_scale: float = 2.0, iters: int = 20,
+    sinkhorn_eps: float = 0.0, h_pre: Tensor | None = None, return_h_pre: bool = False,
     return_x: bool = False,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Read the layer's input from the streams, and the maps that `merge` will need (eqs. 14-19).
 
     `h_pre, h_post, h_res_logits = mapping(x, phi, alpha, bias)`,
@@ -78,20 +69,17 @@ def pre(
     if h_pre is None and not return_h_pre:
         results = PRE.call(x, phi, alpha, bias, **constants)[:3]
     else:
-        results = _with_h_pre(x, phi, alpha, bias, h_pre, **constants)[: 3 + return_h_pre]
-    if not return_x:
-        return results
-    _warn_of_return_x()
-    return (*results, x)
+        results = _with_h_pre(h_pre, x, phi, alpha, bias, **constants)[: 3 + return_h_pre]
+    if return_x:
+        _warn_of_return_x()
+        return (*results, x)
+    return results
 
 
 def _with_h_pre(
-    x: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
     given: Tensor | None,
-    *,
+    x: Tensor,
+    *parameters: Tensor,
     iters: int,
     sinkhorn_eps: float,
     **constants: Any,
@@ -100,7 +88,7 @@ def _with_h_pre(
     if given is not None:
         _checks.map_of("pre", "h_pre", given, x.shape[:-1], x)
     x = x.contiguous()  # once, not in each op that reads it
-    h_pre, h_post, h_res_logits = MAPPING.call(x, phi, alpha, bias, **constants)[:3]
+    h_pre, h_post, h_res_logits = MAPPING.call(x, *parameters, **constants)[:3]
     h_res = SINKHORN.call(h_res_logits, iters=iters, eps=sinkhorn_eps)
     return PRE_APPLY.call(x, h_pre if given is None else given), h_post, h_res, h_pre
 
@@ -116,21 +104,13 @@ def _warn_of_return_x() -> None:
 
 
 def check_pre(
-    op: str,
-    x: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    norm_eps: float,
-    pre_eps: float,
-    post_scale: float,
-    iters: int,
-    sinkhorn_eps: float,
-) -> dict[str, Any]:
-    """The checks that `pre` shares with `boundary`; returns the constants by name."""
+    op: str, x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, norm_eps: float, pre_eps: float,
+    post_scale: float, iters: int, sinkhorn_eps: float,
+) -> dict[str, Any]:  # fmt: skip
+    """Check what `pre`, `boundary` and the sublayers share; return the constants by name."""
     _checks.parameters(op, x, phi, alpha, bias)
     _checks.at_least(op, 0, norm_eps=norm_eps, pre_eps=pre_eps, sinkhorn_eps=sinkhorn_eps)
-    _checks.positive(op, post_scale=post_scale)
+    _checks.number(op, "post_scale", post_scale, above=True)
     _checks.count(op, iters=iters)
     return {
         "norm_eps": norm_eps,
@@ -141,8 +121,7 @@ def check_pre(
     }
 
 
-CONSTANTS = "float norm_eps, float pre_eps=0.0, float post_scale=2.0, int iters=20, "
-CONSTANTS += "float sinkhorn_eps=0.0"
+CONSTANTS = f"{MAPPING.constants}, int iters=20, float sinkhorn_eps=0.0"
 
 
 def with_projection(

@@ -1,24 +1,12 @@
 """A whole sublayer around a layer, or its steps, with one gradient of x for `pre` and `merge`.
 
 `pre` and `merge` of a sublayer read the same x. Called apart, each has a gradient of x that its
-backward writes, and autograd adds the two. Here the backward of `merge` passes its cotangent on as
-it is, and the backward of `pre` multiplies it by h_res where it writes the one grad_x:
-
-    open_sublayer                                     close_sublayer
-    x --> pre --> layer_input --> layer --> layer_output --> merge --> x_next
-           |---------------- h_post, h_res -------------------^
-           `---------------- x_for_merge ---------------------'
-
-    edge            forward   what comes back for it          who adds it to grad_x
-    x_for_merge     x         grad_x_next, no gradient of x   backward of pre, times h_res^T
-    layer_input     values    its gradient                    backward of pre
-    h_post, h_res   values    their gradients                 backward of pre
-    state.x         x         a gradient of x                 autograd
-
-`next_sublayer` is a `close_sublayer` and an `open_sublayer` in one kernel. Only these functions see
-x_for_merge. They all multiply by the h_res of the state, so that a state may be closed several
-times: the cotangents add up. Without grad mode, under forward-mode AD and under `torch.func` a
-state has no x_for_merge, and the steps are the plain ops.
+backward writes, and autograd adds the two. Here the backward of `merge` passes its cotangent to
+`pre` through `x_for_merge`, and the backward of `pre` multiplies it by h_res where it writes the
+one grad_x. docs/concepts/gradient_of_x.md draws the edges. Only these functions see x_for_merge:
+the gradient that it carries is grad_x_next, none of x. They all multiply by the h_res of the state,
+so that a state may be closed several times: the cotangents add up. Without grad mode, under
+forward-mode AD and under `torch.func` a state has no x_for_merge, and the steps are the plain ops.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,18 +24,10 @@ from .pre import PRE, check_pre
 
 
 def sublayer(
-    x: Tensor,
-    layer: Callable[[Tensor], Tensor],
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    *,
-    norm_eps: float,
-    pre_eps: float = 0.0,
-    post_scale: float = 2.0,
-    iters: int = 20,
+    x: Tensor, layer: Callable[[Tensor], Tensor], phi: Tensor, alpha: Tensor, bias: Tensor,
+    *, norm_eps: float, pre_eps: float = 0.0, post_scale: float = 2.0, iters: int = 20,
     sinkhorn_eps: float = 0.0,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The streams after a sublayer: `pre`, a layer and `merge` (eqs. 7 and 14-19).
 
     `x_next[o, c] = sum_i h_res[o, i] * x[i, c] + h_post[o] * layer(sum_i h_pre[i] * x[i])[c]`
@@ -98,7 +78,7 @@ class OpenSublayer:
     gradients of the readers of `state.x` alone: the ops that merge and read x_next are inside.
 
     Attributes:
-        layer_input: [..., C], dtype of x.
+        layer_input: [..., C], dtype of x. What the layer reads.
         h_post: [..., n], fp32 (fp64 where x is).
         h_res: [..., n, n], [out, in], dtype of h_post.
         x: [..., n, C], the streams that enter the sublayer.
@@ -112,9 +92,7 @@ class OpenSublayer:
         previous: "tuple[OpenSublayer, Tensor] | None" = None,
     ) -> None:
         self._layer_input, self._h_post, self._h_res = maps
-        self._x = x
-        self._x_for_merge = x_for_merge
-        self._previous = previous
+        self._x, self._x_for_merge, self._previous = x, x_for_merge, previous
 
     @property
     def layer_input(self) -> Tensor:
@@ -138,17 +116,10 @@ class OpenSublayer:
 
 
 def open_sublayer(
-    x: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    *,
-    norm_eps: float,
-    pre_eps: float = 0.0,
-    post_scale: float = 2.0,
-    iters: int = 20,
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor,
+    *, norm_eps: float, pre_eps: float = 0.0, post_scale: float = 2.0, iters: int = 20,
     sinkhorn_eps: float = 0.0,
-) -> OpenSublayer:
+) -> OpenSublayer:  # fmt: skip
     """`pre` of a sublayer that `next_sublayer` or `close_sublayer` will merge.
 
     `layer_input, h_post, h_res = pre(x, phi, alpha, bias)`
@@ -184,18 +155,10 @@ def open_sublayer(
 
 
 def next_sublayer(
-    state: OpenSublayer,
-    layer_output: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    *,
-    norm_eps: float,
-    pre_eps: float = 0.0,
-    post_scale: float = 2.0,
-    iters: int = 20,
+    state: OpenSublayer, layer_output: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor,
+    *, norm_eps: float, pre_eps: float = 0.0, post_scale: float = 2.0, iters: int = 20,
     sinkhorn_eps: float = 0.0,
-) -> OpenSublayer:
+) -> OpenSublayer:  # fmt: skip
     """`merge` of an open sublayer and `pre` of the next, in the one op `boundary`.
 
     `x_next[o, c] = sum_i h_res[o, i] * x[i, c] + h_post[o] * layer_output[c]`
@@ -274,11 +237,10 @@ def _open(
     x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, constants: dict[str, Any]
 ) -> OpenSublayer:
     x = x.contiguous()  # once, not in each op that reads it
-    parameters = (phi, alpha, bias)
     if not _fuses():
-        return OpenSublayer(PRE.call(x, *parameters, **constants)[:3], x)
+        return OpenSublayer(PRE.call(x, phi, alpha, bias, **constants)[:3], x)
     merged = (None, None, None, None)
-    *maps, x_for_merge = _FusedMerge.apply(x, *merged, *parameters, constants)
+    *maps, x_for_merge = _FusedMerge.apply(x, *merged, phi, alpha, bias, constants)
     return OpenSublayer(maps, x, x_for_merge)
 
 
@@ -318,16 +280,11 @@ class _FusedMerge(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x_for_merge: Tensor,
-        x: tuple[Tensor] | None,
-        layer_output: Tensor | None,
-        h_post: Tensor | None,
-        h_res: Tensor | None,
-        phi: Tensor | None,
-        alpha: Tensor | None,
-        bias: Tensor | None,
+        x_for_merge: Tensor, x: tuple[Tensor] | None,
+        layer_output: Tensor | None, h_post: Tensor | None, h_res: Tensor | None,
+        phi: Tensor | None, alpha: Tensor | None, bias: Tensor | None,
         constants: dict[str, Any] | None,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """x_next alone; or the maps, x_for_merge of the next merge and x_next for other readers."""
         streams, parameters = (x_for_merge, layer_output, h_post, h_res), (phi, alpha, bias)
         merged: tuple[Any, ...] = (x_for_merge if x is None else x[0], layer_output, h_post)

@@ -43,14 +43,11 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 class Checkpoints:
     """The checkpoints of one run: the newest and the one before.
 
-    Args:
-        run_dir: of the run.
-        resumed: the checkpoint that the run continues from, if any.
+    `resumed` is the checkpoint that the run continues from, if any.
     """
 
     def __init__(self, run_dir: Path, resumed: Path | None = None):
-        self.run_dir = run_dir
-        self.last = resumed
+        self.run_dir, self.last = run_dir, resumed
 
     def drop_newer(self, step: int) -> None:
         """Delete the checkpoints of later steps than the one that the run continues from."""

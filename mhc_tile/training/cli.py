@@ -55,10 +55,7 @@ _DEMO: Options = {
 
 
 def run_train(argv: Sequence[str]) -> int:
-    """Run `mhc-tile train`.
-
-    Args:
-        argv: the words after the command.
+    """Run `mhc-tile train` with the words after the command.
 
     Returns:
         The exit code: 0, 1 (the loss is not finite) or 128 and the number of the signal that ended
@@ -154,7 +151,10 @@ def _check_given(command: str, given: dict[str, Any], beside_resume: tuple[str, 
         if isinstance(value, int) and value >= _TOO_MANY and name != "seed":
             raise ValueError(f"{command}: {option} must be below {_TOO_MANY}, got {value}")
         if "resume" in given and name not in ("resume", *beside_resume):
-            raise ValueError(f"{command}: {option} must be left out with --resume, got {value!r}")
+            raise ValueError(
+                f"{command}: {option} must be left out with --resume, got {value!r}; --resume may "
+                f"be given with {' and '.join(map(flag, beside_resume))}, and keeps the rest"
+            )
 
 
 def _guarded(command: str, start: Callable[[list[Path]], int]) -> int:

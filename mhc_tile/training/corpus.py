@@ -81,11 +81,7 @@ class Corpus:
     def validation_batches(self, batch_size: int, length: int, batches: int) -> list[Tensor]:
         """Windows at even distances in the validation tokens, always the same ones.
 
-        Returns:
-            `batches` tensors [batch_size, length], uint8.
-
-        Raises:
-            ValueError: As `require`.
+        They are `batches` tensors [batch_size, length], uint8. Errors as of `require`.
         """
         self.require(length)
         last = len(self.validation) - length
@@ -121,8 +117,7 @@ def load_corpus(path: str | Path | None = None) -> Corpus:
         files = [file for file in found if not _SKIPPED & set(file.relative_to(root).parts)]
         if not files:
             raise ValueError(
-                f"corpus: path must be given where the standard library has no sources, "
-                f"got none in {root}"
+                f"corpus: path must be given where Python has no sources, got none in {root}"
             )
         return _from_folder(root, files, "the Python standard library")
     root = full_path(path, "corpus: path")
@@ -145,7 +140,7 @@ def _files_below(root: Path) -> list[Path]:
         ) from error
 
     walked = os.walk(root, onerror=refuse)
-    found = [Path(folder) / name for folder, _, names in walked for name in names]
+    found = (Path(folder) / name for folder, _, names in walked for name in names)
     return [file for file in found if file.is_file()]
 
 

@@ -125,17 +125,11 @@ def stored_settings(out: Path) -> DemoSettings:
 
 
 def run_legs(
-    out: Path,
-    listener: Callable[[str, TrainConfig], OnRows],
-    *,
-    corpus: str | Path | None = None,
+    out: Path, listener: Callable[[str, TrainConfig], OnRows], *, corpus: str | Path | None = None
 ) -> DemoResult:
     """Run, or continue, every leg of a started demo in a folder; then draw and report.
 
-    Args:
-        out: the folder; the process owns it until the demo ends.
-        listener: returns the `on_rows` of a leg for its name and configuration.
-        corpus: where the corpus is now, if it has moved.
+    `listener` returns the `on_rows` of a leg; `corpus` is where the corpus is, if it has moved.
     """
     stored_settings(out)  # refuses a folder of somebody else before a lock is left there
     with owned(out, "demo: resume"):
@@ -185,8 +179,7 @@ def _run_leg(run_dir: Path, config: TrainConfig, on_rows: OnRows) -> TrainResult
 
 def _summarise(name: str, config: TrainConfig, result: TrainResult, rows: list[Row]) -> Leg:
     parameters = sum(parameter.numel() for parameter in result.model.parameters())
-    monitor = GainMonitor(result.model)
-    mean_h_res = None
+    monitor, mean_h_res = GainMonitor(result.model), None
     if monitor.num_sublayers:
         windows = result.corpus.validation_batches(config.batch_size, config.sequence_length, 1)
         with torch.no_grad(), monitor.listen():

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import _checks
 from ..models import Decoder
@@ -75,9 +75,7 @@ class TrainResult:
 def train(
     config: TrainConfig, run_dir: str | Path, *, on_rows: OnRows | None = None
 ) -> TrainResult:
-    """Train from the first step.
-
-    The process owns the run directory until the run has ended.
+    """Train from the first step. The process owns the run directory until the run has ended.
 
     Args:
         config: of the run.
@@ -266,12 +264,8 @@ class _Run:
     def _train_step(self) -> None:
         config = self.config
         self.step += 1
-        rate = learning_rate(
-            self.step,
-            peak=config.learning_rate,
-            warmup_steps=config.warmup_steps,
-            steps=config.steps,
-        )
+        schedule = {"warmup_steps": config.warmup_steps, "steps": config.steps}
+        rate = learning_rate(self.step, peak=config.learning_rate, **schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         tokens = self.corpus.batch(
@@ -282,8 +276,7 @@ class _Run:
             loss = self._loss(tokens)
         gains = measure_gains(self.monitor.samples()) if due else None
         loss.backward()
-        limit = config.clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
         self.optimizer.step()
         self.model.balance_experts()
         self.optimizer.zero_grad(set_to_none=True)
@@ -294,9 +287,9 @@ class _Run:
         if self.device.type == "cuda":
             tokens = tokens.pin_memory().to(self.device, non_blocking=True)
         tokens = tokens.long()
-        automatic = self.config.precision == "auto" and self.device.type == "cuda"
-        bf16 = self.config.precision == "bf16" or automatic
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+        bf16 = ("auto", "bf16") if self.device.type == "cuda" else ("bf16",)
+        enabled = self.config.precision in bf16
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
             logits = self.model(tokens[:, :-1])
         return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 
@@ -317,9 +310,8 @@ class _Run:
     def _open(self) -> None:
         """Open the records, and write a row of kind "run" if the last one differs."""
         self.checkpoints.drop_newer(self.step)  # before their rows, which are none without them
-        self.log = MetricsLog(
-            self.run_dir, resumed_step=self.step, tensorboard=self.config.tensorboard
-        )
+        tensorboard = self.config.tensorboard
+        self.log = MetricsLog(self.run_dir, resumed_step=self.step, tensorboard=tensorboard)
         run: Row = {"kind": "run", "step": self.step, "config": self.config.to_dict()}
         run["corpus"] = self.corpus.describe()
         rows, self.unwritten = self.unwritten, []
@@ -336,8 +328,7 @@ class _Run:
         norms = torch.stack(norms_on_device).tolist()
         elapsed = round((time.perf_counter() - self.clock) * 1000 / len(steps), 3)
         rows: list[Row] = []
-        measured = zip(steps, rates, losses, norms, records, strict=True)
-        for step, rate, loss, norm, gains in measured:
+        for step, rate, loss, norm, gains in zip(steps, rates, losses, norms, records, strict=True):
             row = {"kind": "step", "step": step, "loss": loss, "grad_norm": norm}
             rows.append({**row, "learning_rate": rate, "ms_per_step": elapsed})
             if gains is not None:
@@ -361,10 +352,9 @@ class _Run:
     def _show(self) -> None:
         """Give the listener the rows since the last call; its exceptions become warnings."""
         batches, self.unshown = self.unshown, []
-        listener = self.on_rows or (lambda rows: None)
-        for rows in batches:
+        for rows in batches if self.on_rows else ():
             try:
-                listener(rows)
+                self.on_rows(rows)
             except Exception as error:
                 warnings.warn(
                     f"train: on_rows must not raise, got {_checks.reason(error)}; the run goes on",
@@ -375,16 +365,14 @@ class _Run:
     # checkpoints
 
     def _save(self) -> None:
-        self.checkpoints.save(
-            self.step,
-            {
-                "config": self.config.to_dict(),
-                "corpus": self.corpus.fingerprint,
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "rows": [json.loads(to_json_line(row)) for row in self.unwritten],
-            },
-        )
+        state = {
+            "config": self.config.to_dict(),
+            "corpus": self.corpus.fingerprint,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rows": [json.loads(to_json_line(row)) for row in self.unwritten],
+        }
+        self.checkpoints.save(self.step, state)
         self.saved = self.step
         self._start_clock()
 

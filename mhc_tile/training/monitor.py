@@ -4,9 +4,8 @@ The forward gain of a matrix is its largest absolute row sum, the backward gain 
 column sum. The gain of a sublayer is the mean over tokens. The composite is the product of a
 token's h_res over all sublayers, later ones on the left: what the residual path alone does to a
 signal in the forward pass, and to a gradient in the backward pass (arXiv 2512.24880, section 3.1).
-
 Doubly stochastic matrices keep every gain at 1. Unconstrained ones grow long before the loss shows
-it, often in the first sublayer first: its gain is the canary.
+it, often in the first sublayer first: its gain is called the canary.
 
 Only a recorded step costs time: the hooks then keep a view of the maps of at most MAX_TOKENS
 tokens. `python -m mhc_tile.perf.monitor_cost` measures it.
@@ -88,8 +87,7 @@ class GainMonitor:
         connections = [module for module in model.modules() if isinstance(module, kinds)]
         self.num_sublayers = len(connections)
         self._max_tokens = _checks.whole("GainMonitor", "max_tokens", max_tokens)
-        self._listening = False
-        self._starting = False
+        self._listening = self._starting = False
         self._samples: list[tuple[int, Tensor]] = []  # of which connection, in the order of calls
         self._hooks = [model.register_forward_pre_hook(self._start)]
         for index, connection in enumerate(connections):
@@ -148,14 +146,12 @@ def _in_backward() -> bool:
 
 
 def gain_row(step: int, gains: dict[str, Tensor]) -> dict[str, Any]:
-    """The metrics row of `measure_gains`, to six digits; waits for the device.
-
-    "canary" is the larger gain of the first sublayer.
-    """
+    """The metrics row of `measure_gains`, to six digits; waits for the device."""
     row: dict[str, Any] = {"kind": "gain", "step": step}
     for name, value in gains.items():
         values = [float(f"{item:.6g}") for item in value.reshape(-1).tolist()]
         row[name] = values if value.dim() else values[0]
+    # the larger gain of the first sublayer
     row["canary"] = max(row["forward"][0], row["backward"][0])
     return row
 
@@ -209,9 +205,10 @@ class GainRule:
     """
 
     def __init__(self, composite: float = 3.0, canary: float = 2.0, window: int = 5):
-        _checks.positive("GainRule", composite=composite, canary=canary)
         _checks.count("GainRule", window=window)
         self._thresholds = {"composite": composite, "canary": canary}
+        for signal, threshold in self._thresholds.items():
+            _checks.number("GainRule", signal, threshold, above=True)
         self._logs = {signal: deque[float](maxlen=window) for signal in self._thresholds}
         self._losses = deque[float](maxlen=2 * window)
 
@@ -232,11 +229,9 @@ class GainRule:
             if len(logs) < 3:
                 continue
             slope, start = linear_regression(range(len(logs)), logs)
-            trend = start + slope * (len(logs) - 1)
-            threshold = self._thresholds[signal]
+            trend, threshold = start + slope * (len(logs) - 1), self._thresholds[signal]
             if trend > math.log(threshold):
-                gain = math.exp(min(trend, 700.0))
-                normal = self._loss_looks_normal()
+                gain, normal = math.exp(min(trend, 700.0)), self._loss_looks_normal()
                 warnings.append(GainWarning(row["step"], signal, gain, threshold, normal))
             while trend > math.log(self._thresholds[signal]):
                 self._thresholds[signal] *= 10.0

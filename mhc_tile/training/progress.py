@@ -49,10 +49,7 @@ def settle(stream: TextIO) -> None:
 class Progress:
     """Shows the metrics rows of a run: a bar on a terminal, elsewhere a line now and then.
 
-    Args:
-        name: of the run.
-        steps: its length; None to read it from the run's rows.
-        corpus: whether to say what was read.
+    The number of `steps` is read from the rows if None; `corpus` has it say what was read.
     """
 
     def __init__(self, name: str, steps: int | None, *, corpus: bool = True):
