@@ -229,7 +229,7 @@ def _by_key(record: Record) -> dict[tuple[str, str], Row]:
 def _judge(
     key: tuple[str, str], base: Row | None, new: Row | None, threshold: float, pace: float
 ) -> Pair:
-    def pair(verdict: str, *notes: str, **times: float) -> Pair:
+    def pair(verdict: str, *notes: str, **times: Any) -> Pair:
         return Pair(*key, verdict, base, new, notes=notes, **times)
 
     if new is None:
@@ -261,7 +261,7 @@ def _judge(
 
 def _grown_overhead(base: Row, new: Row) -> str:
     """A note if what a step adds to the plain one has grown beyond noise; else nothing."""
-    told = [
+    told: list[Any] = [
         row.details.get(f"overhead_{key}") for row in (base, new) for key in ("percent", "error")
     ]
     if not all(isinstance(value, (int, float)) for value in told):

@@ -35,7 +35,7 @@ def environment(copy_bytes_per_s: float | None, device: str = "cuda") -> dict[st
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # of a class of its own
         "cuda": torch.version.cuda,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "tables": [f"{file.name} {_digest(file.read_bytes())}" for file in files],

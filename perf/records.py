@@ -16,6 +16,7 @@ from mhc_tile.kernels.common import files
 
 SCHEMA = 1
 OURS = "mhc_tile"
+Kind = Literal["run", "overhead"]
 
 
 class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -66,7 +67,7 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Record(msgspec.Struct, frozen=True):
     """A result file; its rows are in the order of measuring."""
 
-    kind: Literal["run", "overhead"]
+    kind: Kind
     environment: dict[str, Any]  # of `environment.environment()`
     rows: list[Row]
 
