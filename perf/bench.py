@@ -18,13 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhc_tile.autotune.bench import (
-    capture,
-    copy_bandwidth,
-    is_healthy,
-    repeated,
-    rotated_sets,
-)
+from mhc_tile.autotune.bench import capture, copy_bandwidth, is_healthy, repeated, rotated_sets
 from mhc_tile.autotune.timing import Timer, impression
 
 FEWEST_SETS = 8  # a large set's place in memory makes up to 2% of its time: several places' mean

@@ -88,15 +88,10 @@ def compare(
 ) -> Comparison:
     """Match rows by case and contender, and judge each.
 
-    Args:
-        base: the older result.
-        new: the newer result.
-        threshold: slowdown that is allowed where noise is smaller; at least 0.
-        force: whether to compare results of different GPUs or kinds.
+    A slowdown up to the `threshold` is allowed where noise is smaller.
 
     Raises:
-        ValueError: The results are of another GPU or kind, or the copy bandwidths are too far
-            apart, and `force` is not set.
+        ValueError: The threshold is below 0, or as `check_comparable`.
 
     Example:
         >>> row = Row("merge", OURS, "merge", "forward", 8192, 2560, 4, "bfloat16",
@@ -119,6 +114,8 @@ def compare(
 
 def check_comparable(base: Record, new: Record, *, force: bool = False) -> list[str]:
     """Why times of two results cannot be compared, "<key>: <base's> -> <new's>".
+
+    They are of another GPU or kind, or the copy bandwidths are too far apart.
 
     Raises:
         ValueError: They cannot, and `force` is not set.
@@ -145,16 +142,8 @@ def gate(
     """Measure the cases of a base and compare; what looks slower is measured again.
 
     A case is slower if it is so each time. Of several measurements the fastest counts: a
-    disturbance makes a GPU slower, never faster.
-
-    Args:
-        base: the recorded result; rows of others than mhc_tile are left out.
-        measure: from a result, a new one of the same cases.
-        threshold: as in `compare`.
-        force: as in `compare`.
-
-    Raises:
-        ValueError: As `compare`.
+    disturbance makes a GPU slower, never faster. Rows of others than mhc_tile are left out.
+    `measure` makes from a result a new one of the same cases; ValueError is raised as by `compare`.
     """
     replace = msgspec.structs.replace
     base = replace(base, rows=[row for row in base.rows if row.contender == OURS])
@@ -279,12 +268,13 @@ def _timed(row: Row) -> float:
 
 def _notes(base: Row, new: Row) -> list[str]:
     """Differences beside the time, of what was counted in both."""
-    notes = []
-    for name in ("launches", "bytes", "peak_bytes", "saved_bytes"):
-        old, now = getattr(base, name), getattr(new, name)
-        if old is not None and now is not None and old != now:
-            notes.append(f"{name.replace('_', ' ')} {old} -> {now}")
-    return notes
+    names = ("launches", "bytes", "peak_bytes", "saved_bytes")
+    counts = [(name, getattr(base, name), getattr(new, name)) for name in names]
+    return [
+        f"{name.replace('_', ' ')} {old} -> {now}"
+        for name, old, now in counts
+        if None not in (old, now) and old != now
+    ]
 
 
 def _fastest(first: Record, again: Record) -> Record:

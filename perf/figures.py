@@ -159,8 +159,8 @@ def scaling(record: Record, along: str) -> Figure | None:
         axis.tick_params(axis="x", labelbottom=True)
     one = rows[0]
     by_tokens = ("tokens T", f"C = {one.hidden_size}")
-    name, fixed = by_tokens if along == "tokens" else ("width C", f"T = {one.tokens}")
-    figure.supxlabel(f"{name}   ({fixed}, n = {one.streams}, {one.dtype})")
+    label, fixed = by_tokens if along == "tokens" else ("width C", f"T = {one.tokens}")
+    figure.supxlabel(f"{label}   ({fixed}, n = {one.streams}, {one.dtype})")
     figure.supylabel("microseconds a call")
     present = {row.contender for row in rows}
     _legend(figure, {name: style for name, style in styles.items() if name in present}, copy)
