@@ -18,8 +18,7 @@ from mhc_tile.models import CONFIGS, Decoder, ModelConfig, model_config
 
 from .bench import tf32_products
 from .connections import PeerConnection, ReferenceConnection
-from .environment import version
-from .peers import lacks
+from .peers import lacks, version
 from .records import OURS
 
 PLAIN = "residual (compiled)"

@@ -24,9 +24,9 @@ from . import output, session, tables, warm
 from .accuracy import TOLERANCE, as_tuple, check, leaves_of
 from .bench import Bench, bench_of
 from .compare import check_comparable
-from .environment import environment, version
+from .environment import environment
 from .operations import MODES, OPERATIONS, Case, Inputs, Operation, Results, chosen_cases
-from .peers import ADAPTERS, Contender, is_asked, left_out, named
+from .peers import ADAPTERS, Contender, is_asked, left_out, named, version
 from .records import OURS, Record, Row
 
 EAGER, COMPILED = "reference (eager)", "reference (compiled)"
