@@ -21,8 +21,12 @@ from .common.architectures import LEAST_SHARED_BYTES, shared_limit
 from .common.knobs import check
 from .common.problem import Problem, Target
 from .common.programs import F32, UNGUARDED, architecture, program
-from .common.projection import sinkhorn_registers
-from .common.sinkhorn_on_chip import sinkhorn_replay, sinkhorn_reverse, softmax_out_back
+from .common.sinkhorn_on_chip import (
+    sinkhorn_registers,
+    sinkhorn_replay,
+    sinkhorn_reverse,
+    softmax_out_back,
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Sinkhorn in one thread's registers: forward with its sums kept, then backward along them.
+"""Sinkhorn in one thread's registers: forward, and again with its sums kept, then backward.
 
 A token's iteration, for the residual map's logits as [out, in] (`reference.sinkhorn`):
 
@@ -31,6 +31,70 @@ def reciprocal(value: Any) -> Any:
 def sigmoid(value: Any) -> Any:
     """1 / (1 + exp(-value)); saturates to 0 and 1 without NaN."""
     return reciprocal(1.0 + T.exp(-value))
+
+
+@macro
+def sinkhorn_registers(matrix, n, iters, eps):
+    """`iters` x (columns, rows) on `matrix[out * n + in]`, logits on entry; a thread, a token."""
+    scale = T.alloc_var(F32, 0.0)
+    total = T.alloc_var(F32, 0.0)
+    if eps == 0:
+        # M[o, i] = logits[o, i] - log sum_o exp(logits[o, i])
+        for i in T.unroll(n):
+            column_maximum(matrix, scale, n, i)
+            total = 0.0
+            for o in T.unroll(n):
+                matrix[o * n + i] = matrix[o * n + i] - scale
+                total = total + T.exp(matrix[o * n + i])
+            total = T.log(total)
+            for o in T.unroll(n):
+                matrix[o * n + i] = matrix[o * n + i] - total
+        # M[o, i] = exp(M[o, i] - max_i M[o, i]) ; M[o, i] /= sum_i M[o, i]
+        for o in T.unroll(n):
+            scale = matrix[o * n]
+            for i in T.unroll(1, n):
+                scale = T.max(scale, matrix[o * n + i])
+            for i in T.unroll(n):
+                matrix[o * n + i] = T.exp(matrix[o * n + i] - scale)
+    else:
+        # M = exp(logits - column maximum) ; M[o, i] = M[o, i] / sum_o M[o, i] + eps
+        for i in T.unroll(n):
+            column_maximum(matrix, scale, n, i)
+            total = 0.0
+            for o in T.unroll(n):
+                matrix[o * n + i] = T.exp(matrix[o * n + i] - scale)
+                total = total + matrix[o * n + i]
+            total = reciprocal(total)
+            for o in T.unroll(n):
+                matrix[o * n + i] = matrix[o * n + i] * total + eps
+    # M[o, i] /= sum_i M[o, i] + eps
+    normalise(matrix, scale, n, n, 1, eps)
+    for _ in T.serial(iters - 1):
+        # M[o, i] /= sum_o M[o, i] + eps
+        normalise(matrix, scale, n, 1, n, eps)
+        # M[o, i] /= sum_i M[o, i] + eps
+        normalise(matrix, scale, n, n, 1, eps)
+
+
+@macro
+def column_maximum(matrix, scale: T.Ref, n, i):
+    """Scale = max_o M[o, i]."""
+    scale = matrix[i]
+    for o in T.unroll(1, n):
+        scale = T.max(scale, matrix[o * n + i])
+
+
+@macro
+def normalise(matrix, scale: T.Ref, n, line_stride, item_stride, eps):
+    """Divide every line (a row: strides n, 1; a column: strides 1, n) by its sum + eps."""
+    for line in T.unroll(n):
+        scale = matrix[line * line_stride] + eps
+        for item in T.unroll(1, n):
+            scale = scale + matrix[line * line_stride + item * item_stride]
+        scale = reciprocal(scale)
+        for item in T.unroll(n):
+            index = line * line_stride + item * item_stride
+            matrix[index] = matrix[index] * scale
 
 
 @macro

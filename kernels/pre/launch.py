@@ -30,9 +30,11 @@ from ..common.programs import (
     logits_per_token,
     program,
 )
-from ..common.projection import WARP, WARP_ROLE_CONFIGS, sigmoid, sinkhorn_registers
+from ..common.projection import WARP, WARP_ROLE_CONFIGS
+from ..common.sinkhorn_on_chip import sigmoid, sinkhorn_registers
 from ..mapping import launch as mapping
 from . import persistent, simt
+from .plan import Constants
 
 PIECE = WARP * 8  # channels that a warp reads at once
 # Iterations of the persistent loop from which on one launch is faster than two.
@@ -63,7 +65,7 @@ def default_config(
     """
     if not problem.fits_tensor_cores:
         return simt.default_config(problem, target)
-    one = persistent.default_config(problem, target)
+    one = persistent.default_config(problem.at(1), target)
     if one and (batch_invariant or problem.tokens >= MANY_ITERATIONS * one.group * one.teams):
         return one
     # few tokens are split over warps until about 14 warps a multiprocessor run
@@ -87,7 +89,7 @@ def candidates(
     if isinstance(default, simt.Config):
         return
     ahead = mapping.default_config(problem, target).ahead
-    one_launch = persistent.default_config(problem, target) is not None
+    one_launch = persistent.default_config(problem.at(1), target) is not None
     splits = {1, 4, getattr(default, "splits", 1), ceil_div(problem.channels, PIECE)}
     for base in mapping.candidates(problem, target):
         if one_launch and base.ahead not in (1, ahead):
@@ -103,25 +105,14 @@ def candidates(
 
 @program(WARP_ROLE_CONFIGS)
 def finish_program(
-    n: int,
-    C: int,
-    dtype: str,
-    members: int,
-    warps: int,
-    splits: int,
-    norm_eps: float,
-    pre_eps: float,
-    post_scale: float,
-    iters: int,
-    sinkhorn_eps: float,
+    n: int, C: int, dtype: str, members: int, warps: int, splits: int, constants: Constants
 ) -> Any:
     """From the split-K partials to the maps, h_res and layer_input, `splits` warps a token."""
+    norm_eps, pre_eps, post_scale, iters, sinkhorn_eps = constants
     rows = logits_per_token(n)
     lanes = ceil_div(rows + 1, WARP)
     pieces = ceil_div(ceil_div(C, PIECE), splits)
     tokens = T.dynamic("tokens")
-    gather = mapping.gather_macro(n, C, members, norm_eps)
-    logit = mapping.logit
 
     @T.prim_func
     def mhc_pre_finish(
@@ -152,7 +143,7 @@ def finish_program(
             value = T.alloc_var(F32, 0.0)
 
             if token >= 0:
-                gather(totals, scale, parts, token, lane)
+                mapping.gather(totals, scale, parts, token, lane, n * C, norm_eps)
                 if (split == 0) and (lane == 0):
                     inv_rms[token] = scale
                 # logits = projection * [alpha_pre | alpha_post | alpha_res] + bias
@@ -161,10 +152,10 @@ def finish_program(
                     if (r >= 0) and (r < rows):
                         if split == 0:
                             projection[token, r] = totals[q]
-                        logit(value, totals[q], alpha, bias, r, n)
+                        mapping.logit(value, totals[q], alpha, bias, r, n)
                         if (split == 0) and (r >= 2 * n):
                             residual[tx // WARP, r - 2 * n] = value
-                        sigmoid(value)
+                        value = sigmoid(value)
                         # h_pre = sigmoid(logits_pre) + pre_eps
                         if r < n:
                             totals[q] = value + pre_eps
@@ -249,14 +240,14 @@ def forward(
     outputs = layer_input, h_post, h_res, projection, inv_rms
     constants = float(norm_eps), float(pre_eps), float(post_scale), int(iters), float(sinkhorn_eps)
     if tokens:
-        arch = architecture(x.device)
         if isinstance(config, persistent.Config):
             persistent.launch(config, x, phi, alpha, bias, outputs, constants)
         else:
-            parts = mapping.project(x, phi, config)
+            arch = architecture(x.device)
+            partials = mapping.project(x, phi, config)
             knobs = config.members, config.warps, config.splits
-            kernel = finish_program(arch, n, C, dtype_name(x), *knobs, *constants)
-            kernel(x, parts, alpha, bias, *outputs)
+            kernel = finish_program(arch, n, C, dtype_name(x), *knobs, constants)
+            kernel(x, partials, alpha, bias, *outputs)
     return layer_input, h_post, h_res.view(tokens, n, n), projection, inv_rms
 
 

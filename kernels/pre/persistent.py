@@ -148,13 +148,10 @@ def _launches(config: Config, n: int, C: int, arch: str) -> bool:
     return config.launches(n, C, arch)
 
 
+@lru_cache(maxsize=1024)
 def default_config(problem: Problem, target: Target) -> Config | None:
     """Ranks of about 1024 elements (n = 4); None where too few fit or the GPU cannot run it."""
-    return _default(problem.n, problem.channels, target)
-
-
-@lru_cache(maxsize=1024)
-def _default(n: int, C: int, target: Target) -> Config | None:
+    n, C = problem.n, problem.channels
     width = max(32, 1024 // n // ceil_div(logits_per_token(n), 24))
     ranks = ceil_div(C, width)
     messages = ranks * ceil_div(logits_per_token(n) + 1, WARP)  # that a lane adds: registers
