@@ -188,7 +188,7 @@ def forward(
         config = beside(config, n, C, arch)
         if config is None:
             return None
-    persistent.check("boundary", config, n, C, arch, available)
+    persistent.check_launch("boundary", config, n, C, arch, available)
     rows = logits_per_token(n)
     h_post_next, h_res_next, projection = (
         x.new_empty(tokens, columns, dtype=torch.float32) for columns in (n, n * n, rows)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..common.architectures import shared_limit
-from ..common.knobs import knob
+from ..common.knobs import check, knob
 from ..common.phi import load_phi, scale_phi
 from ..common.problem import Problem, Target
 from ..common.programs import (
@@ -63,9 +63,9 @@ class Config:
 
     def __post_init__(self) -> None:
         """Reject what cannot launch on any GPU."""
-        smallest = min(self.members, self.blocks, self.steps, self.group, self.ahead)
-        if self.group % 8 or smallest < 1 or not 1 <= self.warps <= 32:
-            raise ValueError(f"mapping: config must be one that can launch, got {self}")
+        group, warps = self.group > 0 and self.group % 8 == 0, 1 <= self.warps <= 32
+        rules = {"group": (group, "a multiple of 8"), "warps": (warps, "1 to 32")}
+        check("mapping", self, "members", "blocks", "steps", "ahead", **rules)
 
     def segment(self, n: int, C: int) -> Segment:
         """The share of a member."""

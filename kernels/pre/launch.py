@@ -19,7 +19,7 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
-from ..common.knobs import knobs_of
+from ..common.knobs import check, knobs_of
 from ..common.problem import Problem, Target
 from ..common.programs import (
     F32,
@@ -50,8 +50,7 @@ class Config(mapping.Config):
     def __post_init__(self) -> None:
         """Reject what cannot launch on any GPU."""
         super().__post_init__()
-        if self.splits < 1:
-            raise ValueError(f"pre: config must be one that can launch, got {self}")
+        check("pre", self, "splits")
 
 
 @lru_cache(maxsize=1024)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..common.architectures import overlaps, shared_limit
-from ..common.knobs import knob
+from ..common.knobs import check, knob
 from ..common.problem import Problem, Target
 from ..common.programs import F32, architecture, ceil_div, logits_per_token, program
 from ..common.programs import multiprocessors as count_multiprocessors
@@ -61,10 +61,10 @@ class Config:
 
     def __post_init__(self) -> None:
         """Reject what cannot launch on any GPU."""
-        if self.members < 2 or self.teams < 1 or self.lag < 2:
-            raise ValueError(f"pre_backward: config must be one that can launch, got {self}")
-        if self.registers % 8 or not 40 <= self.registers <= 168:
-            raise ValueError(f"pre_backward: config.registers must be 40 to 168, got {self}")
+        registers = self.registers % 8 == 0 and 40 <= self.registers <= 168
+        rules = {name: (getattr(self, name) >= 2, "at least 2") for name in ("members", "lag")}
+        rules["registers"] = registers, "a multiple of 8 from 40 to 168"
+        check("pre_backward", self, "teams", **rules)
 
     @property
     def group(self) -> int:
