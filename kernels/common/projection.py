@@ -1,7 +1,7 @@
 """What kernels that map tokens share: projecting a tile of tokens.
 
-The projection keeps phi in registers and lets tokens stream past. In one warp's `mma.m16n8k16`
-(lane = 4 * g + t) phi is the A operand and eight tokens are the B operand:
+The projection keeps phi in registers; tiles of tokens pass through shared memory. In one warp's
+`mma.m16n8k16` (lane = 4 * g + t) phi is the A operand and eight tokens are the B operand:
 
 * A holds eight rows of phi twice: rows 0-7 are their high parts, rows 8-15 what rounding left over
   (phi = high + low, see `phi.py`), so a thread adds the two products with one instruction.

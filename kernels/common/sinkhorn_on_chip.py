@@ -24,7 +24,7 @@ from .programs import F32, macro
 
 
 def reciprocal(value: Any) -> Any:
-    """1 / value to 1 ulp in one instruction; 0 for infinity. A rounded one is a slow subroutine."""
+    """1 / value to 1 ulp in one instruction, 0 for infinity; `1 / value` would be a subroutine."""
     return T.call_extern(F32, "__fdividef", T.float32(1.0), value)
 
 
