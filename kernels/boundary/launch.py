@@ -60,6 +60,7 @@ class Config(persistent.Config):
         rest = self.ahead * self.segment(n, C).width * 2 + (self.ahead + 1) * MAPS * 4
         return super().shared_bytes(n, C) + self.group * rest
 
+    @lru_cache(maxsize=1024)  # noqa: B019 - few configurations, asked for at every launch
     def launches(self, n: int, C: int, arch: str) -> bool:
         """Whether shared memory, registers and threads allow the kernel."""
         whole = self.group % self.apply_warps == 0

@@ -101,6 +101,7 @@ class Config:
         """Shared memory of a CTA."""
         return self.segment(n, C).shared_bytes(self.num_stages, 1) + 8 * n * self.group
 
+    @lru_cache(maxsize=1024)  # noqa: B019 - few configurations, asked for at every launch
     def launches(self, n: int, C: int, arch: str) -> bool:
         """Whether shared memory, registers and threads allow the kernel."""
         segment = self.segment(n, C)
@@ -137,12 +138,6 @@ def _longest_skip(tokens: int, ranks: int, reducers: int) -> int:
                 if place < tokens:
                     longest, last = max(longest, tile - last), tile
     return longest
-
-
-@lru_cache(maxsize=1024)
-def _launches(config: Config, n: int, C: int, arch: str) -> bool:
-    """`config.launches`, which a launch asks every time."""
-    return config.launches(n, C, arch)
 
 
 @lru_cache(maxsize=1024)
@@ -247,7 +242,7 @@ def launch(
 
 def check_launch(op: str, config: Config, n: int, C: int, arch: str, available: int) -> None:
     """Reject what does not launch on a GPU of so many multiprocessors."""
-    if config.members * config.teams > available or not _launches(config, n, C, arch):
+    if config.members * config.teams > available or not config.launches(n, C, arch):
         raise ValueError(
             f"{op}: config must launch for n {n}, C {C} on the {available} multiprocessors "
             f"of this {arch} GPU, got {config}"
