@@ -173,7 +173,7 @@ def test_describe_without_a_gpu():
 
 
 def test_the_table_in_use_is_named(monkeypatch, tmp_path):
-    from test_table import DEVICE, family
+    from tables import DEVICE, family
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

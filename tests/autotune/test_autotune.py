@@ -24,7 +24,7 @@ from mhc_tile.kernels import sinkhorn, streams
 from mhc_tile.kernels.common import static as _static
 from mhc_tile.kernels.common import toolchain as _toolchain
 from mhc_tile.kernels.common.static import Resources
-from test_table import DEVICE
+from tables import DEVICE
 
 needs_compiler = pytest.mark.skipif(
     _static.available() is not None, reason=str(_static.available() or "")
@@ -90,7 +90,7 @@ def test_a_cubin_tells_what_the_assembler_printed(places):
 
 @needs_compiler
 def test_the_system_s_shared_memory_is_no_kernel_s(places):
-    constants = (4, 3, 0.0, 32)
+    constants = (4, sinkhorn.Sinkhorn(3, 0.0), 32)
     job = compiling.Job(sinkhorn.__name__, "backward_program", constants, "sm_90a")
     program = sinkhorn.backward_program
     printed = _static.resources(program.factory(*constants), job.arch, program.pass_configs)
@@ -103,7 +103,8 @@ def test_a_kernel_from_the_cache_tells_the_same_as_one_just_compiled(places):
     """In another process, where TileLang finds the kernel and keeps no module of it."""
     code = (
         "from mhc_tile.autotune.compiling import Job, build\n"
-        "constants = (4, 3, 0.0, 32)\n"
+        "from mhc_tile.kernels.common.constants import Sinkhorn\n"
+        "constants = (4, Sinkhorn(3, 0.0), 32)\n"
         "job = Job('mhc_tile.kernels.sinkhorn', 'backward_program', constants, 'sm_80')\n"
         "print(build(job)); job.path.unlink()"
     )

@@ -14,7 +14,7 @@ from mhc_tile.kernels.common.architectures import (
     shared_limit,
 )
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from mhc_tile.training.demo import DemoSettings, run_legs, start_demo
 from mhc_tile.training.progress import Progress, say, settle
 from tiny_models import TINY
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,7 @@ def test_what_breaks_when_it_is_measured_again_is_a_fault():
 
 # Recorded on an H100: one code in two processes, and a merge that does a tenth more.
 
-RECORDED = Path(__file__).parent / "recorded"
+RECORDED = Path(__file__).parents[1] / "recorded"
 
 
 @pytest.fixture(scope="module")

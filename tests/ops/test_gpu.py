@@ -233,7 +233,7 @@ def test_the_demo_trains_alike_with_kernels_and_with_the_reference(monkeypatch):
     """Rounding alone moves the last 50 losses by 0.02 on average, wherever it happens.
 
     A gradient that is lost on its way through the streams moves them by 1.2, through the layers'
-    inputs by 0.4; that of one map does not show here, but in test_ops.py.
+    inputs by 0.4; that of one map does not show here, but in ops/test_ops.py.
     """
     corpus = load_corpus()
     with_kernels = losses(corpus)

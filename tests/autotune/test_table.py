@@ -17,19 +17,9 @@ from mhc_tile.autotune import lookup, registry, table
 from mhc_tile.autotune.configs import decode
 from mhc_tile.autotune.device import Device
 from mhc_tile.autotune.problems import Problem, bucket
-from mhc_tile.autotune.table import Entry, Family, Key, Table
+from mhc_tile.autotune.table import Table
 from mhc_tile.autotune.timing import MARGIN
-from test_lookup import TARGET, ask, tables_of
-
-DEVICE = Device("NVIDIA Test 1", (9, 0), 132, 80 * 2**30, 50 * 10**6, "13.0")
-
-
-def family(
-    kernel: str = "merge", width: int = 2560, order: str = "()", us: float = 9.0, at: int = 64
-) -> Family:
-    entry = Entry({"type": "merge.ForwardConfig", "threads": 160, "vectors": 2}, False, us, 10.0)
-    key = Key(kernel, 4, width, "bfloat16", "many")
-    return Family(key, order, "0.1.15", "580.1", "2026-11-24", {at: entry})
+from tables import DEVICE, TARGET, ask, family, tables_of
 
 
 def entries(read: Table) -> dict[tuple[str, int, int], float]:
@@ -238,7 +228,7 @@ import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from mhc_tile.autotune import table
-from test_table import DEVICE, family
+from tables import DEVICE, family
 print("ready", flush=True)
 for width in range({first}, {last}):
     table.update(Path({path!r}), DEVICE, [family(width=width, us=width)])
@@ -247,7 +237,7 @@ for width in range({first}, {last}):
 
 
 def writer(path: Path, first: int, last: int) -> subprocess.Popen:
-    tests = str(Path(__file__).parent)
+    tests = str(Path(__file__).parents[1])
     code = WRITER.format(tests=tests, path=str(path), first=first, last=last)
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 
@@ -307,15 +297,15 @@ def test_a_shipped_table_runs_what_it_says(path):
     device = Device(shipped.gpu, (9, 0), shipped.multiprocessors, 0, 0, "13.0")
     tables = lookup.Tables(device, shipped.families)
     target = registry.Target("sm_90a", shipped.multiprocessors)
-    for known, family in shipped.families.items():
-        for tokens, measured in family.entries.items():
+    for known, own in shipped.families.items():
+        for tokens, measured in own.entries.items():
             asked = Problem(known.kernel, known.n, known.channels, known.dtype, tokens)
             decision = lookup.decide(tables, asked, arch="sm_90a")
             own = registry.default(asked, target)
-            assert (decision.why, decision.family) == ("exact", known), asked
+            assert (decision.why, decision.own) == ("exact", known), asked
             assert (decision.config or own) == decode(measured.config), asked
             assert not measured.default or own == decode(measured.config), asked
-            same_order = family.order == repr(registry.KERNELS[known.kernel].order(own))
+            same_order = own.order == repr(registry.KERNELS[known.kernel].order(own))
             if not measured.default and same_order:
                 assert measured.us < measured.default_us * (1 - MARGIN), asked
     assert not tables.faults

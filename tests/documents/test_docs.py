@@ -13,7 +13,7 @@ import mhc_tile
 from mhc_tile import nn, ops
 from test_layout import modules
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 
 

@@ -265,7 +265,7 @@ TIMES = {"160,2": 10.0, "320,1": 9.0, "160,1": 9.05, "96,1": 9.9, "96,2": "is wr
 
 def run(journal_path: Path, table_path: Path, **options) -> tuner.Report:
     """Measure merge at three numbers of tokens on the fake GPU and write its table."""
-    from test_table import DEVICE
+    from tables import DEVICE
 
     plans = [tuner.plan(problem, TARGET) for problem in problems(SHAPES, ["merge"])]
     journal = Journal(journal_path, "code")
@@ -344,10 +344,11 @@ def test_a_problem_that_fails_is_named_and_the_others_are_measured(fake, monkeyp
 
 def test_killed_at_three_points_and_resumed_it_is_the_same_table(fake):
     run(fake / "whole", fake / "whole.json")
-    once, tests = len(runs(fake)), str(Path(__file__).parent)
+    once, own = len(runs(fake)), Path(__file__).parent
+    folders = [str(own.parent), str(own)]
     (fake / "runs.log").unlink()
     code = (
-        f"import sys; sys.path.insert(0, {tests!r})\nfrom pathlib import Path\n"
+        f"import sys; sys.path[:0] = {folders!r}\nfrom pathlib import Path\n"
         f"from test_tuner import run\nif __name__ == '__main__':\n"
         f"    run(Path({str(fake / 'j')!r}), Path({str(fake / 't.json')!r}))\n"
     )

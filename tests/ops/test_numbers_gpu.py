@@ -1,4 +1,4 @@
-"""What test_numbers.py shows in the emulator, through the public ops on a GPU."""
+"""What kernels/test_numbers.py shows in the emulator, through the public ops on a GPU."""
 
 import pytest
 import torch

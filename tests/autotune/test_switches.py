@@ -14,7 +14,7 @@ from mhc_tile.autotune._switches import NO, YES, switch
 from test_layout import modules
 
 NAME = "MHC_TILE_REFERENCE"
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("word", [*YES, "TRUE", "Yes", " on "])
@@ -100,7 +100,7 @@ def test_tables_are_switched_off_by_any_word_for_no(monkeypatch, word):
 
 @pytest.mark.parametrize("word", ["", " "])
 def test_an_empty_name_of_tables_is_none(monkeypatch, word):
-    from test_table import DEVICE
+    from tables import DEVICE
 
     monkeypatch.setenv(table.VARIABLE, word)
     assert not table.is_off()
@@ -109,7 +109,7 @@ def test_an_empty_name_of_tables_is_none(monkeypatch, word):
 
 
 def test_names_of_tables_that_cannot_be_read_raise_nothing(monkeypatch, tmp_path):
-    from test_table import DEVICE
+    from tables import DEVICE
 
     folder = tmp_path / "tables.json"  # a folder all the same
     folder.mkdir()

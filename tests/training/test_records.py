@@ -22,7 +22,7 @@ from mhc_tile.training.checkpoint import (
 from mhc_tile.training.extras import require
 from mhc_tile.training.metrics import MetricsLog, replace_metrics, to_json_line
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_newest_and_the_previous_checkpoint_are_kept(tmp_path):

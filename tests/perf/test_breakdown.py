@@ -19,7 +19,7 @@ from mhc_tile.perf.breakdown import (
     steps_under_load,
 )
 
-RECORD = Path(__file__).parents[1] / "perf" / "static" / "sm_90a.json"
+RECORD = Path(__file__).parents[2] / "perf" / "static" / "sm_90a.json"
 
 
 def test_every_kernel_of_ours_has_a_part():

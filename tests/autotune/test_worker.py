@@ -65,7 +65,7 @@ def test_a_pool_has_no_more_processes_than_tasks():
 def test_a_hung_worker_does_not_outlive_a_killed_tuner(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
         "from mhc_tile.autotune.worker import Worker\n"
         "if __name__ == '__main__':\n"
         f"    worker = Worker({ECHO!r})\n"

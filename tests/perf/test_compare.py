@@ -277,7 +277,7 @@ def test_results_that_do_not_fit_are_errors(files, capsys, tmp_path):
 
 # The workflow to copy.
 
-WORKFLOW = Path(__file__).parents[1] / "perf" / "workflow.yml"
+WORKFLOW = Path(__file__).parents[2] / "perf" / "workflow.yml"
 COMMANDS = re.findall(r"(?<!`)\bmhc-tile [^\n`#]+", WORKFLOW.read_text())
 
 

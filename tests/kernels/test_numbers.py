@@ -12,8 +12,8 @@ from torch import Tensor
 import emulator
 from cases import Shape, call, cotangents
 from compare import relative_rms
+from emulated import CONSTANTS, default, emulated_kernels, kernel, wide  # noqa: F401 - a fixture
 from mhc_tile import gradients, reference
-from test_kernels import CONSTANTS, _emulated, default, kernel, wide  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.skipif(
     emulator.available() is not None, reason=str(emulator.available() or "")

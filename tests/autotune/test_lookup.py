@@ -10,45 +10,18 @@ import torch
 
 from mhc_tile.autotune import lookup, registry, table
 from mhc_tile.autotune.configs import decode, encode
-from mhc_tile.autotune.device import Device
 from mhc_tile.autotune.lookup import Tables, decide
 from mhc_tile.autotune.problems import Problem
-from mhc_tile.autotune.registry import KERNELS, Target
+from mhc_tile.autotune.registry import KERNELS
 from mhc_tile.kernels.common.programs import dry_run
 from mhc_tile.kernels.common.quantities import Samples, quantity
 from mhc_tile.ops import _definition, _dispatch
 from mhc_tile.ops._definition import DEFINITIONS
+from tables import DEVICE, TARGET, ask, entry, key, problem, tables_of
 
 pytest.importorskip("tilelang")
 
-DEVICE = Device("NVIDIA Test 1", (9, 0), 132, 80 * 2**30, 50 * 10**6, "13.0")
-TARGET = Target("sm_90a", 132)
 COUNTS = (1, 16, 100, 311, 312, 1023, 1024, 3000, 8192, 65536)
-
-
-def problem(kernel: str, tokens: int = 8192, width: int = 2560) -> Problem:
-    return Problem(kernel, 4, width, "bfloat16", tokens)
-
-
-def entry(config, default: bool = False) -> table.Entry:
-    return table.Entry(encode(config), default, 9.0, 10.0)
-
-
-def key(kernel: str, width: int = 2560, regime: str = "many") -> table.Key:
-    return table.Key(kernel, 4, width, "bfloat16", regime)
-
-
-def tables_of(**families) -> Tables:
-    """Tables of families given as kernel={tokens: entry}, or (key, entries) under any name."""
-    found = {}
-    for name, value in families.items():
-        own, entries = value if isinstance(value, tuple) else (key(name), value)
-        found[own] = table.Family(own, "", "0.1.15", "", "", dict(entries), f"{name}.json")
-    return Tables(DEVICE, found)
-
-
-def ask(tables: Tables, *asked, batch_invariant: bool = False) -> lookup.Decision:
-    return decide(tables, problem(*asked), arch="sm_90a", batch_invariant=batch_invariant)
 
 
 def merge_config(threads: int = 96, vectors: int = 2):

@@ -20,7 +20,7 @@ from mhc_tile.training.metrics import MetricsLog
 from mhc_tile.training.optimizer import build_optimizer
 from mhc_tile.training.schedule import learning_rate
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TINY = ModelConfig(
     vocab_size=256,
     hidden_size=16,
