@@ -1,10 +1,10 @@
 """A comparison as a table for a terminal, as Markdown for a pull request, and as JSON."""
 
-import dataclasses
 import html
-import json
 from collections.abc import Sequence
 from typing import Any
+
+import msgspec
 
 from mhc_tile.autotune._extras import require
 
@@ -91,9 +91,9 @@ def as_json(found: Comparison, *, complete: bool = False) -> str:
         "differences": found.differences,
         "base": found.base.environment,
         "new": found.new.environment,
-        "pairs": [dataclasses.asdict(pair) for pair in found.pairs],
+        "pairs": found.pairs,
     }
-    return json.dumps(values, indent=1) + "\n"
+    return msgspec.json.format(msgspec.json.encode(values), indent=1).decode() + "\n"
 
 
 def escape(text: str) -> str:

@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+from mhc_tile.autotune.bench import MOST_SETS, ROTATED_BYTES
 from mhc_tile.autotune.timing import rounds
 from mhc_tile.perf import bench
 from mhc_tile.perf.bench import CpuBench, bench_of
@@ -68,11 +69,11 @@ def test_the_cpu():
 @pytest.mark.parametrize("memory", [2**34, 140 * 2**30])
 def test_sets_exceed_every_cache_and_leave_memory(size, memory):
     count = bench.sets_of(size, memory, bench.FEWEST_SETS)
-    assert 2 <= count <= bench.MOST_SETS
-    assert count == bench.MOST_SETS or count * size > bench.ROTATED_BYTES
-    assert count <= max(2, memory / 16 / size, bench.ROTATED_BYTES / size + 1)
+    assert 2 <= count <= MOST_SETS
+    assert count == MOST_SETS or count * size > ROTATED_BYTES
+    assert count <= max(2, memory / 16 / size, ROTATED_BYTES / size + 1)
     assert count >= min(bench.FEWEST_SETS, int(memory / 16 / size))
-    assert bench.sets_of(size, memory, 2) == max(2, min(32, int(bench.ROTATED_BYTES / size) + 1))
+    assert bench.sets_of(size, memory, 2) == max(2, min(32, int(ROTATED_BYTES / size) + 1))
 
 
 def test_other_devices_are_refused(monkeypatch):
@@ -100,7 +101,7 @@ def test_tritons_cache_stays_where_it_is(monkeypatch, tmp_path):
 def test_a_gpu():
     device = bench_of("cuda")
     sets = [[torch.ones(2**20, device="cuda")] for _ in range(device.sets(2**22))]
-    assert len(sets) == bench.MOST_SETS
+    assert len(sets) == MOST_SETS
     timed = device.timed(torch.neg, sets)
     assert timed.captured
     assert timed.launches in (1, 2)  # the tests fill its result with NaN before

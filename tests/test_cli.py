@@ -5,6 +5,7 @@ import random
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 
 pytest.importorskip("tabulate")
@@ -118,7 +119,7 @@ def test_a_slowdown_of_an_op_is_caught_in_what_was_measured(h100, op, factor):
         return r.replace(us=r.us * factor, p20=r.p20 * factor, p80=r.p80 * factor)
 
     rows = [slowed(r) if r.op == op else r for r in new.rows]
-    found = faults(base, dataclasses.replace(new, rows=rows))
+    found = faults(base, msgspec.structs.replace(new, rows=rows))
     assert {case.split("/")[0] for case in found} <= {op}
     large = {r.case for r in base.rows if r.op == op and r.us > 20}
     assert found >= large if factor > 1.05 else not found & large
@@ -343,7 +344,7 @@ def test_a_result_of_a_cpu_needs_a_baseline_by_name(files, baselines, capsys):
 
 def test_rows_are_not_changed():
     base = record(row())
-    kept = dataclasses.replace(base)
+    kept = msgspec.structs.replace(base)
     compare.gate(base, lambda wanted: record(row(99)))
     assert base == kept
 

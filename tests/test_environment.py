@@ -10,7 +10,7 @@ import pytest
 from mhc_tile import set_batch_invariant
 from mhc_tile.autotune import lookup
 from mhc_tile.perf import environment
-from mhc_tile.perf.peers import ADAPTERS
+from mhc_tile.perf.peers import ADAPTERS, version
 
 
 def test_where_a_result_is_made_is_said():
@@ -23,7 +23,7 @@ def test_where_a_result_is_made_is_said():
     assert found["float32_matmul_precision"] == "highest"
     assert found["tables"] == []
     assert json.loads(json.dumps(found)) == found
-    assert environment.version("no-such-package") is None
+    assert version("no-such-package") is None
 
 
 def test_the_table_in_use_is_named_by_what_it_says(monkeypatch, tmp_path):

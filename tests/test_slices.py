@@ -7,7 +7,7 @@ import torch
 
 from mhc_tile import reference
 from mhc_tile.perf import connections, overhead, slices
-from mhc_tile.perf.environment import version
+from mhc_tile.perf.peers import version
 from mhc_tile.perf.records import OURS
 from mhc_tile.perf.slices import NAMES, PEERS, TF32, Slice, Step, Sublayers
 
