@@ -120,6 +120,12 @@ class Worker:
             return f"the process died of {signal.Signals(-code).name}"
         return f"the process ended with code {code}"
 
+    def end(self) -> None:
+        """Let it end by itself, which frees what it shares; it must be idle."""
+        self._connection.close()
+        self._process.join(5)
+        self.kill()
+
     def kill(self) -> None:
         """End it at once."""
         self._process.kill()
@@ -181,7 +187,7 @@ def pooled(
         ended = True
         threads.shutdown(wait=False, cancel_futures=True)
         for worker in started:
-            worker.kill()
+            (worker.end if worker in idle else worker.kill)()
 
 
 def _serve(

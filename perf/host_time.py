@@ -3,9 +3,8 @@
     python -m mhc_tile.perf.host_time [--calls 50] [--repeats 5]
 
 The calls are queued after a kernel that sleeps, so that the host never waits for the GPU. The
-kernel must still sleep when the last call returns. `forward` runs without a graph of
-gradients, `training` is a forward and a backward pass. A multiplication by PyTorch is the cost of
-one launch.
+kernel must still sleep when the last call returns. `forward` runs without a graph of gradients,
+`training` is a forward and a backward pass. A multiplication by PyTorch is the cost of one launch.
 """
 
 import argparse
@@ -38,11 +37,7 @@ def calls() -> dict[str, tuple[Call, list[Tensor]]]:
 
 
 def host_time(call: Callable[[], Any], count: int, repeats: int) -> float:
-    """Median microseconds of one call.
-
-    Raises:
-        RuntimeError: The GPU woke before the last call returned.
-    """
+    """Median microseconds of one call; ValueError if the GPU woke before the last one returned."""
     for _ in range(3):
         call()
     times = []
@@ -56,7 +51,7 @@ def host_time(call: Callable[[], Any], count: int, repeats: int) -> float:
             call()
         times.append((time.perf_counter() - start) / count * 1e6)
         if awake.query():
-            raise RuntimeError("host_time: calls must be few enough for the GPU to sleep meanwhile")
+            raise ValueError(f"--calls must be so few that the GPU sleeps meanwhile, got {count}")
     torch.cuda.synchronize()
     return statistics.median(times)
 
@@ -93,7 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     say(f"{device}; torch {torch.__version__}; {TOKENS} x {WIDTH}, n = {STREAMS}, bf16\n")
     say("host us       forward   training\n")
     for name, (function, tensors) in calls().items():
-        forward, training = measure(function, tensors, args.calls, args.repeats)
+        try:
+            forward, training = measure(function, tensors, args.calls, args.repeats)
+        except ValueError as error:
+            parser.error(str(error))
         say(f"{name:<12}{forward:9.1f}{training:11.1f}\n")
     return 0
 

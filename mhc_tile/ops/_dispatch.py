@@ -20,9 +20,6 @@ from mhc_tile.kernels.common import toolchain as _toolchain
 from .. import _checks
 from .._environment import BATCH_INVARIANT, REFERENCE_ONLY
 
-# The kernels of each op by its name, for those who count their launches.
-LAUNCHERS: dict[str, Callable[..., Any]] = {}
-
 
 def set_batch_invariant(enabled: bool) -> None:
     """Choose whether a token's bits are the same in a batch of any size, in every direction.
@@ -93,7 +90,6 @@ def on_cuda(
     `streams` returns, from the op's arguments, the tensor whose device, dtype and tokens decide,
     and n. The last `dims` dims of that tensor are no tokens.
     """
-    LAUNCHERS[op] = kernel
 
     @functools.wraps(fallback)
     def implementation(*args: Any, **kwargs: Any) -> Any:

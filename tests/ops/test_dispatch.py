@@ -276,8 +276,9 @@ class Launched(TorchDispatchMode):
         kwargs = kwargs or {}
         results = func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
-        if func.namespace == "mhc_tile" and name in _dispatch.LAUNCHERS:
-            launch = _library._with_defaults(func, _dispatch.LAUNCHERS[name])
+        op = _definition.DEFINITIONS.get(name) if func.namespace == "mhc_tile" else None
+        if op is not None and op.kernel:
+            launch = _library._with_defaults(func, op.by_kernel)
             with self.dry_run("sm_90a", 132):
                 found = launch(
                     *map(self.bare, args), **{k: self.bare(v) for k, v in kwargs.items()}

@@ -12,6 +12,7 @@ from mhc_tile import Collapse, Expand, HyperConnectedStack, ManifoldHyperConnect
 from mhc_tile.autotune import lookup
 from mhc_tile.autotune.registry import KERNELS
 from mhc_tile.ops import _dispatch, _warmup
+from mhc_tile.ops._definition import DEFINITIONS
 
 
 @pytest.mark.parametrize("n", [1, 4])
@@ -36,9 +37,7 @@ class Launching(TorchDispatchMode):
             left_out = {a.name: a.default_value for a in rest if a.has_default_value()}
             keywords = {**left_out, **(kwargs or {})}
             positional = [value for a, value in given if not a.kwarg_only]
-            _dispatch.LAUNCHERS[func._schema.name.split("::")[1].lstrip("_")](
-                *positional, **keywords
-            )
+            DEFINITIONS[func._schema.name.split("::")[1]].by_kernel(*positional, **keywords)
         return func(*args, **(kwargs or {}))
 
 
