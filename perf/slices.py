@@ -35,12 +35,7 @@ NAMES = (
 
 
 def names_here(device: str) -> list[str]:
-    """The contenders that can be measured on "cuda" or "cpu".
-
-    Example:
-        >>> any("tf32" in name for name in names_here("cpu"))
-        False
-    """
+    """The contenders that can be measured on "cuda" or "cpu"."""
     installed = [name for name in NAMES if name not in PEERS or _joins(name)]
     return [name for name in installed if device == "cuda" or not name.endswith(TF32)]
 
@@ -68,12 +63,7 @@ class Slice:
 
     @property
     def key(self) -> str:
-        """The name in a result file.
-
-        Example:
-            >>> Slice("paper-27b").key
-            'paper-27b/step/B2xS4096/L4'
-        """
+        """The name in a result file."""
         step = "step+adamw" if self.optimizer else "step"
         return f"{self.model}/{step}/B{self.batch}xS{self.sequence}/L{self.layers}"
 

@@ -101,6 +101,7 @@ def test_parts_are_of_one_step():
 def test_steps_without_a_kernel_are_nothing():
     assert split([], 1) == {LAYERS: 0.0, GAPS: 0.0}
     assert lasting([]) == 0.0
+    assert lasting([("a", 1, 2), ("b", 5, 8)]) == 7
 
 
 def test_steps_load_the_gpu():

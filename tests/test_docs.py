@@ -17,13 +17,13 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", sorted(n for n in modules() if not n.endswith("__main__")))
+@pytest.mark.parametrize("name", sorted(n for n, p in modules().items() if ">>> " in p.read_text()))
 def test_docstring_examples(name):
     module = importlib.import_module(name)
     torch.manual_seed(0)
     names = {key: getattr(mhc_tile, key) for key in mhc_tile.__all__}
     results = doctest.testmod(module, extraglobs={**names, "torch": torch, **vars(module)})
-    assert results.failed == 0
+    assert results.attempted > results.failed == 0
 
 
 @pytest.mark.parametrize(

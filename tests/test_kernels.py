@@ -77,7 +77,9 @@ def kernel(name: str) -> Any:
 def default(name: str, x: Tensor) -> Any:
     """The configuration that an op of streams x launches a kernel with where no table has one."""
     programs = kernel("common.programs")
-    return registry.default(programs.problem_of(name, x), programs.target_of(x.device))
+    tokens, n, channels = x.shape
+    problem = registry.Problem(name, n, channels, programs.dtype_name(x), tokens)
+    return registry.default(problem, programs.target_of(x.device))
 
 
 def check(op: str, actual: Any, truth: Any, scale: float, k: float) -> None:
@@ -293,7 +295,7 @@ def test_pre_in_one_launch(tokens, n, width, ranks, groups, reducers, steps):
 )
 def test_boundary_in_one_launch(tokens, width, ranks, groups, steps, dtype, monkeypatch):
     boundary, persistent = kernel("boundary.launch"), kernel("pre.persistent")
-    monkeypatch.setattr(persistent, "_launches", lambda *_: True)  # sm_80 cannot
+    monkeypatch.setattr(persistent, "check_launch", lambda *_: None)  # sm_80 cannot
     shape = Shape("groups", tokens=(tokens,), width=width)
     inputs = call("boundary", shape, dtype).inputs
     config = boundary.Config(ranks, groups, steps=steps, group=8, owners=2)

@@ -105,14 +105,26 @@ def test_without_tilelang_nothing_is_said_of_bytes(monkeypatch):
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_inputs_have_the_shapes_that_ops_want(op):
     case, operation = Case(op, "training", 6, 16), OPERATIONS[op]
-    tensors = [Inputs(case, "cpu", 0).make(name) for name in operation.names]
+    tensors = [Inputs(case, "cpu", 0).get(name) for name in operation.names]
     ours, theirs = operation.ours(*tensors), operation.reference(*tensors)
     if isinstance(ours, torch.Tensor):
         ours, theirs = (ours,), (theirs,)
     assert [(v.shape, v.dtype) for v in ours] == [(v.shape, v.dtype) for v in theirs]
     own = len(tensors) - operation.parameters
     assert all(value.shape[0] == case.tokens for value in (*tensors[:own], *ours))
-    again = [Inputs(case, "cpu", 0).make(name) for name in operation.names]
-    other = [Inputs(case, "cpu", 1).make(name) for name in operation.names]
+    again = [Inputs(case, "cpu", 0).get(name) for name in operation.names]
+    other = [Inputs(case, "cpu", 1).get(name) for name in operation.names]
     assert tensors[0].equal(again[0])
     assert not tensors[0].equal(other[0])
+
+
+def test_maps_are_in_the_ranges_that_models_have():
+    make = Inputs(Case("merge", "training", 64, 16), "cpu", 0)
+    h_pre, h_post, h_res = map(make.get, ("h_pre", "h_post", "h_res"))
+    for values, top in ((h_pre, 1), (h_post, 2)):
+        assert 0 < values.min() < 0.2 * top < 0.8 * top < values.max() < top
+    for dim in (-1, -2):
+        assert h_res.sum(dim).sub(1).abs().max() < 1e-3
+    assert h_res.std() > 0.1
+    assert make.get("x").std().item() == pytest.approx(1, rel=0.1)
+    assert make.get("phi").std().item() == pytest.approx((4 * 16) ** -0.5, rel=0.1)

@@ -22,7 +22,7 @@ COMPARED = ("tile-kernels", "liger-kernel")
 def drawn(case):
     """Tensors of a case, and cotangents of its results."""
     make, operation = Inputs(case, "cpu", 0), OPERATIONS[case.op]
-    tensors = [make.make(name) for name in operation.names]
+    tensors = [make.get(name) for name in operation.names]
     results = operation.reference(*tensors)
     return tensors, make.like([results] if hasattr(results, "shape") else results)
 

@@ -32,11 +32,11 @@ def now():
 def test_no_op_launches_or_moves_more_than_recorded(now):
     more, other = static_gate.differences(static_gate.read(), now)
     assert more == []
-    assert other == [], static_gate.WRITE
+    assert other == [], _gate.WRITE
 
 
 def test_every_op_with_kernels_is_counted(now):
-    names = set(static_gate.names())
+    names = static_gate.ops().keys()
     backward = {name for name in OPS if name.endswith("_backward")}
     without = {"head", "head_backward"}  # the reference serves them
     assert {name for name in names if name in OPS} == OPS.keys() - without
@@ -51,11 +51,13 @@ def test_an_op_of_parts_launches_what_its_parts_do(now, arch, tokens):
     def of(name):
         return now[arch][f"{name} at {tokens}"]
 
-    for op in ("boundary_backward", "expand_backward", "collapse_backward"):
-        parts = static_gate.PARTS[op]
-        others = [f"{part} with grad_x_part" if part == "pre_backward" else part for part in parts]
+    for op, *parts in (
+        ("boundary_backward", "pre_backward with grad_x_part", "merge_backward"),
+        ("expand_backward", "collapse"),
+        ("collapse_backward", "expand"),
+    ):
         for key in ("launches", "bytes", "passed"):
-            assert of(op)[key] == sum(of(part)[key] for part in others), (op, key)
+            assert of(op)[key] == sum(of(part)[key] for part in parts), (op, key)
 
 
 def test_boundary_moves_x_next_once_and_launches_once_where_pre_does(now):
@@ -152,10 +154,9 @@ def test_growth_is_wrong_and_less_is_to_be_recorded(now):
 @pytest.fixture
 def place(tmp_path, monkeypatch, now):
     """A record of its own, no compiler, and kernels that take what is recorded."""
-    monkeypatch.setattr(static_gate, "RECORD", tmp_path / "ops.json")
     monkeypatch.setattr(_static, "available", lambda: None)
     monkeypatch.setattr(_toolchain, "nvcc", lambda: None)
-    monkeypatch.setattr(resources, "RECORDS", tmp_path)
+    monkeypatch.setattr(_gate, "RECORDS", tmp_path)
     monkeypatch.setattr(static_gate, "measure", lambda archs: {a: now[a] for a in archs})
     taken = {"registers": 64, "spill_stores": 0, "spill_loads": 0, "stack": 0, "static_smem": 0}
     taken |= {"dynamic_smem": 0, "threads": 128, "program": "p", "source": "s"}
@@ -164,7 +165,7 @@ def place(tmp_path, monkeypatch, now):
     def measure(architectures, *, fresh):
         return {arch: _gate.Record("13.0", copy.deepcopy(kernels)) for arch in architectures}
 
-    monkeypatch.setattr(resources, "measure", measure)
+    monkeypatch.setattr(_gate, "measure", measure)
     return taken, tmp_path / "ops.json"
 
 
@@ -203,6 +204,12 @@ def test_arguments_that_do_not_fit(capsys, monkeypatch):
     assert "a compiler must be here, got none: no nvcc" in capsys.readouterr().err
 
 
+def test_the_old_name_of_the_command_warns(capsys):
+    with pytest.warns(DeprecationWarning, match="use `mhc-tile perf gate --static`"):
+        assert resources.main(["--arch", "sm_70"]) == 1
+    assert "--arch must be one of sm_80, " in capsys.readouterr().err
+
+
 def test_an_nvcc_that_does_not_run_is_named(capsys, monkeypatch):
     monkeypatch.setattr(_static, "available", lambda: None)
     monkeypatch.setattr(_toolchain, "nvcc", lambda: Path("/broken/nvcc"))
@@ -218,19 +225,19 @@ def test_a_cache_that_cannot_be_written_is_named(place, capsys, monkeypatch, tmp
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"sm_80": {"merge": {"launches": "1"}}}', "1"])
-def test_a_record_that_is_none(tmp_path, text):
-    path = tmp_path / "ops.json"
-    path.write_text(text)
+def test_a_record_that_is_none(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(_gate, "RECORDS", tmp_path)
+    (tmp_path / "ops.json").write_text(text)
     with pytest.raises(ValueError, match="must hold counts of ops, got"):
-        static_gate.read(path)
+        static_gate.read()
 
 
 @pytest.mark.parametrize("tokens", static_gate.TOKENS)
-@pytest.mark.parametrize("op", static_gate.names())
+@pytest.mark.parametrize("op", static_gate.ops())
 def test_a_call_decides_little_anew(op, tokens):
     """Python calls of our own files, and from them, in a call like the one before."""
-    name = op.removesuffix(static_gate.PARTED)
-    positional, keywords = static_gate.arguments(op, tokens)
+    known, optional = static_gate.ops()[op]
+    launch = _gate.call(known, tokens, optional)
     own = tuple(str(Path(module.__file__).parent) for module in (merge_kernel, _library))
     seen = collections.Counter()
 
@@ -240,11 +247,11 @@ def test_a_call_decides_little_anew(op, tokens):
 
     with dry_run("sm_90a", 132):
         for _ in range(2):
-            _dispatch.LAUNCHERS[name](*positional, **keywords)
+            launch()
         before = sys.getprofile()
         sys.setprofile(note)
         try:
-            _dispatch.LAUNCHERS[name](*positional, **keywords)
+            launch()
         finally:
             sys.setprofile(before)
     assert 5 < seen.total() < 200, seen.most_common(5)

@@ -196,7 +196,7 @@ def test_inputs_that_do_not_fit_are_a_row(monkeypatch):
 
 def test_a_package_may_be_asked_for_with_its_version(monkeypatch):
     stand_ins.install(monkeypatch, "liger-kernel")
-    assert PEER in suite.names_here("cpu")
+    assert suite.names_here("cpu") == [OURS, EAGER, COMPILED, PEER]
     assert list(measured(PEER)) == [PEER]
 
 
@@ -285,12 +285,20 @@ def test_what_is_killed_loses_the_case_in_flight_alone(monkeypatch, tmp_path):
     assert kept == [[], ["inference"], ["inference", "forward"]]
 
 
-def test_sigterm_keeps_what_was_measured(monkeypatch, tmp_path, capsys):
-    before, real = signal.getsignal(signal.SIGTERM), CpuBench.timed
+@pytest.fixture(params=[signal.SIGTERM, signal.SIGHUP])
+def number(request):
+    """A signal, not ignored as under nohup."""
+    before = signal.signal(request.param, signal.SIG_DFL)
+    yield request.param
+    assert signal.signal(request.param, before) == signal.SIG_DFL
+
+
+def test_a_signal_that_ends_a_run_keeps_what_was_measured(monkeypatch, tmp_path, capsys, number):
+    real = CpuBench.timed
 
     def timed(self, function, sets):
         if any(value.requires_grad for value in sets[0]):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return real(self, function, sets)
 
     monkeypatch.setattr(CpuBench, "timed", timed)
@@ -299,7 +307,6 @@ def test_sigterm_keeps_what_was_measured(monkeypatch, tmp_path, capsys):
     assert main([*QUICK, *few]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert [row.mode for row in records.read(out).rows if row.us] == ["inference"]
-    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_gpu_that_answers_no_more_ends_the_run(monkeypatch, tmp_path, capsys):

@@ -325,7 +325,7 @@ def test_a_configuration_that_would_divide_by_zero_is_refused():
     values = {"columns": 256, "tile": 16, "threads": 16, "stages": 3, "groups": 2, "min_blocks": 2}
     with pytest.raises(ValueError, match=r"config\.threads must be a multiple of 32 and at least"):
         decode({"type": "_mapping_columns.Config", **values})
-    with pytest.raises(ValueError, match=r"config\.min_blocks must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"config\.min_blocks must be at least 1, got 0"):
         decode({"type": "_mapping_columns.Config", **values, "threads": 128, "min_blocks": 0})
 
 

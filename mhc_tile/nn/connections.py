@@ -72,13 +72,9 @@ class ManifoldHyperConnection(Connection):
     """
 
     def __init__(
-        self,
-        layer: nn.Module,
-        hidden_size: int,
-        config: MHCConfig | None = None,
-        *,
-        device: torch.device | str | None = None,
-    ) -> None:
+        self, layer: nn.Module, hidden_size: int, config: MHCConfig | None = None,
+        *, device: torch.device | str | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(layer, hidden_size, config)
         n = self.config.num_streams
         logits = n * (n + 2)
@@ -163,14 +159,10 @@ class HyperConnection(Connection):
     """
 
     def __init__(
-        self,
-        layer: nn.Module,
-        hidden_size: int,
-        config: MHCConfig | None = None,
+        self, layer: nn.Module, hidden_size: int, config: MHCConfig | None = None,
         layer_index: int = 0,
-        *,
-        device: torch.device | str | None = None,
-    ) -> None:
+        *, device: torch.device | str | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(layer, hidden_size, config)
         n = self.config.num_streams
         self.layer_index = _checks.whole(type(self).__name__, "layer_index", layer_index, 0)
