@@ -17,6 +17,7 @@ from mhc_tile.autotune.device import describe, driver_version
 from mhc_tile.ops import _dispatch
 
 from .peers import ADAPTERS, version
+from .records import escaped
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,7 +51,7 @@ def settings() -> dict[str, str | None]:
     return {
         "MHC_TILE_REFERENCE": "1" if _dispatch.REFERENCE_ONLY else None,
         "MHC_TILE_BATCH_INVARIANT": "1" if _dispatch.BATCH_INVARIANT else None,
-        table.VARIABLE: os.environ.get(table.VARIABLE) or None,
+        table.VARIABLE: escaped(os.environ.get(table.VARIABLE, "")) or None,
     }
 
 
@@ -77,7 +78,7 @@ def command() -> list[str]:
     """The words that started this process, as those of `mhc-tile`."""
     program, *words = sys.argv
     module = Path(program).parts[-2:] == (Path(__file__).parent.name, "__main__.py")
-    return ["mhc-tile", *["perf"] * module, *words]
+    return ["mhc-tile", *["perf"] * module, *map(escaped, words)]
 
 
 def _digest(content: bytes) -> str:

@@ -15,7 +15,7 @@ from mhc_tile.autotune._arguments import check_folder
 from mhc_tile.autotune._extras import require
 
 from .bench import Bench
-from .records import Kind, Record, Row, read, slug, write
+from .records import Kind, Record, Row, escaped, read, slug, write
 
 
 @contextlib.contextmanager
@@ -192,7 +192,8 @@ def one_line(error: BaseException) -> str:
         >>> one_line(RuntimeError("it  broke\nin many ways")), one_line(AssertionError())
         ('RuntimeError: it broke', 'AssertionError')
     """
-    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    text = escaped(str(error))
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 

@@ -147,6 +147,16 @@ def slug(gpu: str | None) -> str:
     return Device(gpu, (0, 0), 0, 0, 0, "").slug if gpu else "cpu"
 
 
+def escaped(text: str) -> str:
+    r"""Text that a result can have: bytes of a file name that are not UTF-8 become escapes.
+
+    Example:
+        >>> print(escaped("caf\udce9.json"))
+        caf\udce9.json
+    """
+    return text.encode(errors="backslashreplace").decode()
+
+
 def write(record: Record, path: Path) -> None:
     """Write a result file, whole or not at all; its folder is made.
 

@@ -9,7 +9,7 @@ import pytest
 
 from mhc_tile import set_batch_invariant
 from mhc_tile.autotune import lookup
-from mhc_tile.perf import environment
+from mhc_tile.perf import environment, output, records
 from mhc_tile.perf.peers import ADAPTERS, version
 
 
@@ -63,6 +63,21 @@ def test_switches_are_said(monkeypatch):
 def test_the_command_is_one_that_can_be_run_again(monkeypatch, program, said):
     monkeypatch.setattr(sys, "argv", [program, "run", "--quick"])
     assert environment.command() == ["mhc-tile", *said, "run", "--quick"]
+
+
+def test_a_result_can_have_names_that_are_not_utf8(monkeypatch, tmp_path):
+    name = "caf\udce9"  # as Python decodes the byte E9 of a file name
+    monkeypatch.setattr(sys, "argv", ["/x/bin/mhc-tile", "--out", name])
+    monkeypatch.setenv("MHC_TILE_TABLES", name)
+    found = environment.environment(None, device="cpu")
+    fault = output.one_line(OSError(f"no file {name}"))
+    row = records.Row("c", "o", "merge", "forward", 1, 8, 4, "bfloat16", fault=fault)
+    path = tmp_path / "run.json"
+    records.write(records.Record("run", found, [row]), path)
+    kept = records.read(path)
+    assert kept.environment["command"] == ["mhc-tile", "--out", "caf\\udce9"]
+    assert kept.environment["settings"]["MHC_TILE_TABLES"] == "caf\\udce9"
+    assert kept.rows[0].fault == "OSError: no file caf\\udce9"
 
 
 @pytest.fixture

@@ -118,6 +118,13 @@ def test_values_that_may_be_there_are_read(tmp_path, values):
     assert records.read(path).rows == [row().replace(**values)]
 
 
+def test_what_is_not_a_number_is_written_as_not_measured(tmp_path):
+    path = tmp_path / "run.json"
+    records.write(record(row(float("nan"), details={"x": float("inf")})), path)
+    (kept,) = records.read(path).rows
+    assert (kept.us, kept.details) == (None, {"x": None})
+
+
 WRITER = """
 import json, os, sys, time
 from pathlib import Path
