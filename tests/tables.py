@@ -39,10 +39,7 @@ def ask(tables: Tables, *asked, batch_invariant: bool = False) -> lookup.Decisio
 def family(
     kernel: str = "merge", width: int = 2560, order: str = "()", us: float = 9.0, at: int = 64
 ) -> table.Family:
-    entry = table.Entry(
-        {"type": "merge.ForwardConfig", "threads": 160, "vectors": 2}, False, us, 10.0
-    )
+    config = {"type": "merge.ForwardConfig", "threads": 160, "vectors": 2}
+    entry = table.Entry(config, False, us, 10.0)
     found = table.Key(kernel, 4, width, "bfloat16", "many")
-    return table.Family(
-        found, order, "0.1.15", "580.1", "2026-11-24", {at: table.Entry(config, False, us, 10.0)}
-    )
+    return table.Family(found, order, "0.1.15", "580.1", "2026-11-24", {at: entry})

@@ -297,15 +297,15 @@ def test_a_shipped_table_runs_what_it_says(path):
     device = Device(shipped.gpu, (9, 0), shipped.multiprocessors, 0, 0, "13.0")
     tables = lookup.Tables(device, shipped.families)
     target = registry.Target("sm_90a", shipped.multiprocessors)
-    for known, own in shipped.families.items():
-        for tokens, measured in own.entries.items():
+    for known, member in shipped.families.items():
+        for tokens, measured in member.entries.items():
             asked = Problem(known.kernel, known.n, known.channels, known.dtype, tokens)
             decision = lookup.decide(tables, asked, arch="sm_90a")
             own = registry.default(asked, target)
-            assert (decision.why, decision.own) == ("exact", known), asked
+            assert (decision.why, decision.family) == ("exact", known), asked
             assert (decision.config or own) == decode(measured.config), asked
             assert not measured.default or own == decode(measured.config), asked
-            same_order = own.order == repr(registry.KERNELS[known.kernel].order(own))
+            same_order = member.order == repr(registry.KERNELS[known.kernel].order(own))
             if not measured.default and same_order:
                 assert measured.us < measured.default_us * (1 - MARGIN), asked
     assert not tables.faults
