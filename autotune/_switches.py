@@ -9,9 +9,6 @@ NO = ("0", "false", "no", "off", "")
 def switch(variable: str) -> bool:
     """Whether an environment variable switches something on; unset is no.
 
-    Args:
-        variable: its name.
-
     Raises:
         ValueError: It says neither yes nor no. A guess would run something else than was meant.
 

@@ -31,9 +31,6 @@ class Usage(NamedTuple):
 def usage(binary: bytes) -> dict[str, Usage]:
     """Every kernel of every cubin in a file, by name.
 
-    Args:
-        binary: a cubin, or a library that cubins are embedded in.
-
     Raises:
         MissingExtraError: pyelftools is not installed.
     """

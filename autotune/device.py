@@ -56,9 +56,6 @@ def identity() -> str:
 def describe(index: int = 0) -> Device:
     """Describe one CUDA device.
 
-    Args:
-        index: the device's index, below `torch.cuda.device_count()`.
-
     Raises:
         RuntimeError: torch sees no CUDA device.
         ValueError: there is no such index.

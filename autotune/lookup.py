@@ -81,13 +81,7 @@ class Tables:
     blocklist: set[tuple[table.Key, int]] = field(default_factory=set)
 
     def block(self, key: table.Key, channels: int, why: str) -> None:
-        """Do not use a family at a C, for any number of tokens: all keep one reduction order.
-
-        Args:
-            key: of the family.
-            channels: C.
-            why: a fault, without the file's name.
-        """
+        """Do not use a family at a C, for any number of tokens: all keep one reduction order."""
         self.blocklist.add((key, channels))
         self.plans.clear()
         self.faults.append(f"{self.families[key].source}: {key}: {why}; it is not used")
@@ -104,11 +98,7 @@ class Tables:
 
 
 def load(device: Device) -> Tables:
-    """Read every table of a GPU; what cannot be used is among the faults.
-
-    Args:
-        device: the GPU.
-    """
+    """Read every table of a GPU; what cannot be used is among the faults."""
     found = Tables(device)
     if why := table.misnamed():
         found.faults.append(f"{why}; it is not used")
@@ -130,14 +120,7 @@ def load(device: Device) -> Tables:
 def decide(
     tables: Tables, problem: Problem, *, arch: str, batch_invariant: bool = False
 ) -> Decision:
-    """The configuration of a kernel at a shape, and why.
-
-    Args:
-        tables: of the GPU.
-        problem: kernel and shape.
-        arch: the GPU's architecture, such as "sm_90a".
-        batch_invariant: the regime of many tokens, whatever their number.
-    """
+    """The configuration of a kernel at a shape, and why."""
     from . import registry
 
     target = Target(arch, tables.device.multiprocessors)
@@ -272,11 +255,7 @@ _lock = threading.RLock()
 
 
 def config(asked: Asked) -> Any:
-    """The configuration that a launcher is to run with.
-
-    Args:
-        asked: kernel, n, C, dtype, tokens, device index, batch invariance; see `Asked`.
-    """
+    """The configuration that a launcher is to run with."""
     try:
         return _known[asked]
     except KeyError:
@@ -288,11 +267,7 @@ def config(asked: Asked) -> Any:
 
 
 def explain(asked: Asked) -> Decision:
-    """What `config` returns, and why.
-
-    Args:
-        asked: as there.
-    """
+    """What `config` returns, and why."""
     problem, batch_invariant = _problem(asked), asked[6]
     with _lock:
         tables = of_device(asked[5])
@@ -304,12 +279,7 @@ def explain(asked: Asked) -> Decision:
 
 
 def default(asked: Asked, target: Target | None = None) -> Any:
-    """The configuration that a launcher is to run with where no table has one.
-
-    Args:
-        asked: as in `config`.
-        target: the GPU; the one that `asked` names if None.
-    """
+    """The configuration that a launcher is to run with where no table has one."""
     from . import registry
 
     if target is None:
@@ -324,12 +294,7 @@ def _problem(asked: Asked) -> Problem:
 
 
 def reject(asked: Asked, error: Exception) -> None:
-    """Do not use the family that answered: its configuration failed where the default did not.
-
-    Args:
-        asked: as in `config`.
-        error: how it failed.
-    """
+    """Do not use the family that answered: its configuration failed where the default did not."""
     decision = explain(asked)
     with _lock:
         tables = of_device(asked[5])

@@ -52,12 +52,7 @@ def bucket(tokens: int) -> int:
 
 
 def problems(shapes: Iterable[Shape], kernels: Iterable[str]) -> list[Problem]:
-    """Every kernel at every shape, each once, the numbers of tokens of a shape in a row.
-
-    Args:
-        shapes: what to tune for.
-        kernels: names of `registry.KERNELS`.
-    """
+    """Every kernel at every shape, each once, the numbers of tokens of a shape in a row."""
     from .registry import KERNELS
 
     found: dict[Problem, None] = {}

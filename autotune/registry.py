@@ -67,13 +67,7 @@ class Kernel:
         return importlib.import_module(f"..kernels.{self.module}", __package__)
 
     def call(self, tensors: Sequence[Any], others: dict[str, Any], config: Any) -> Any:
-        """The results of a launch.
-
-        Args:
-            tensors: in the order of `tensors`, with one dim for the tokens.
-            others: the other arguments by name.
-            config: launch knobs.
-        """
+        """The results of a launch."""
         return self.launch(self.load(), tensors, others, config)
 
     def traffic(self, problem: Problem) -> int:
@@ -208,13 +202,7 @@ KERNELS: dict[str, Kernel] = {
 
 
 def default(problem: Problem, target: Target, *, batch_invariant: bool = False) -> Any:
-    """What a launcher uses without a table.
-
-    Args:
-        problem: kernel and shape.
-        target: the GPU.
-        batch_invariant: the regime of many tokens, whatever their number.
-    """
+    """What a launcher uses without a table."""
     module = KERNELS[problem.kernel].load()
     return module.default_config(problem, target, batch_invariant=batch_invariant)
 
@@ -234,10 +222,6 @@ def regime(problem: Problem, target: Target, *, batch_invariant: bool = False) -
 
 def candidates(problem: Problem, target: Target) -> list[Any]:
     """The default first, then the default of many tokens, then what the kernel offers, each once.
-
-    Args:
-        problem: kernel and shape.
-        target: the GPU.
 
     Returns:
         Configurations, of one type or several; one alone where there is nothing to tune.

@@ -44,9 +44,6 @@ class Sample:
 def summarise(times: Sequence[float]) -> Sample:
     """Median and spread.
 
-    Args:
-        times: at least one.
-
     Example:
         >>> summarise([3.0, 1.0, 2.0, 100.0, 2.5])
         Sample(us=2.5, low=2.0, high=3.0, turns=5)
@@ -59,10 +56,6 @@ def summarise(times: Sequence[float]) -> Sample:
 
 def faster(one: Sample, other: Sample) -> bool:
     """Whether one is faster beyond the margin and beyond both spreads.
-
-    Args:
-        one: of one candidate.
-        other: of another, measured in turns with it.
 
     Example:
         >>> faster(Sample(95, 94, 96, 20), Sample(100, 99, 101, 20))
@@ -88,11 +81,6 @@ def rounds(
 
     A GPU's speed depends for a moment on what it has just run, so no timer always follows the same.
 
-    Args:
-        timers: by name.
-        turns: of each.
-        failed: is told of a timer that raises; it takes no further turns.
-
     Yields:
         After each round, the samples so far of those that have not failed.
     """
@@ -113,10 +101,6 @@ def rounds(
 
 def interleaved(timers: Sequence[Timer], turns: int = TURNS) -> list[Sample]:
     """Let timers take turns as in `rounds`.
-
-    Args:
-        timers: at least one.
-        turns: of each; at least one.
 
     Returns:
         A sample for each, in their order.

@@ -80,9 +80,6 @@ class Worker:
     def messages(self, seconds: float) -> Iterator[Any]:
         """What it answers to the task, one by one.
 
-        Args:
-            seconds: that may pass before a message; the first of a process may take longer.
-
         Raises:
             WorkerDied: It ended instead.
             WorkerHung: It said nothing in time; it has been killed.
@@ -96,9 +93,6 @@ class Worker:
 
     def message(self, seconds: float) -> Any:
         """The next message as it is: READY once, then answers, DONE after each task.
-
-        Args:
-            seconds: to wait for it.
 
         Raises:
             WorkerDied: It ended instead.
@@ -143,14 +137,6 @@ def pooled(
     log: Path | None = None,
 ) -> Generator[tuple[Any, Any], None, None]:
     """Hand tasks, of one answer each, to several workers.
-
-    Args:
-        handler: as in `Worker`.
-        tasks: each pickled.
-        jobs: processes.
-        seconds: for a task, after which its process is killed.
-        arguments: as in `Worker`.
-        log: as in `Worker`.
 
     Yields:
         (task, its message), in the order of completion; the message is a `WorkerDied` or a

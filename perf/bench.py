@@ -183,11 +183,6 @@ Bench = CpuBench | CudaBench
 def sets_of(nbytes: int, memory: int, fewest: int) -> int:
     """How many input sets are rotated, so that none is found in the L2 cache; at least two.
 
-    Args:
-        nbytes: of a set.
-        memory: the GPU's, in bytes.
-        fewest: of large sets, if memory allows.
-
     Example:
         >>> [sets_of(size * 2**20, 140 * 2**30, 8) for size in (1, 10, 160, 2000)]
         [32, 29, 8, 4]

@@ -56,12 +56,7 @@ def busy(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def split(spans: Sequence[Span], steps: int) -> dict[str, float]:
-    """Microseconds of one step by part; what no kernel fills is under `GAPS`.
-
-    Args:
-        spans: names of kernels, and when each began and ended, in microseconds.
-        steps: in a row, to which the kernels belong.
-    """
+    """Microseconds of one step by part; what no kernel fills is under `GAPS`."""
     sums = dict.fromkeys((*KERNELS, LAYERS), 0.0)
     for name, begin, end in spans:
         sums[part_of(name)] += (end - begin) / steps

@@ -68,10 +68,6 @@ _REPORT: Options = {
 def main(argv: Sequence[str], prog: str = "mhc-tile perf") -> int:
     """Run a command.
 
-    Args:
-        argv: the words after `perf`.
-        prog: what is before them, for the help.
-
     Returns:
         0, or 3 if something is slower than it was, or does not work any more; 1 if what
         `run` or `overhead` measures of this library is wrong or fails.

@@ -133,11 +133,6 @@ def read() -> Record:
 def run(architectures: Sequence[str], *, fresh: bool = False, write: bool = False) -> list[str]:
     """The whole static gate: of every kernel what it takes, of every op what it launches.
 
-    Args:
-        architectures: some of `CHECKED`. Of one alone, a line is printed for each kernel.
-        fresh: whether to compile programs that are recorded, too.
-        write: whether to record what there is now, instead of comparing with the record.
-
     Returns:
         What is wrong.
 
