@@ -30,7 +30,7 @@ def test_the_table_in_use_is_named_by_what_it_says(monkeypatch, tmp_path):
     path = tmp_path / "gpu.json"
     monkeypatch.setattr(environment.torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(
-        environment, "describe", lambda index: lookup.Device("X", (9, 0), 1, 1, 1, "")
+        environment, "describe", lambda index: lookup.Device("X", (9, 0), 1, 1, 1)
     )
     monkeypatch.setattr(environment, "driver_version", lambda: "1")
     monkeypatch.setattr(lookup, "of_device", lambda index: lookup.Tables(None, files=[path]))
