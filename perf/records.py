@@ -144,7 +144,7 @@ def slug(gpu: str | None) -> str:
         >>> slug("NVIDIA H200"), slug(None)
         ('nvidia_h200', 'cpu')
     """
-    return Device(gpu, (0, 0), 0, 0, 0, "").slug if gpu else "cpu"
+    return Device(gpu, (0, 0), 0, 0, 0).slug if gpu else "cpu"
 
 
 def escaped(text: str) -> str:

@@ -7,7 +7,7 @@ from mhc_tile.autotune.lookup import Tables, decide
 from mhc_tile.autotune.problems import Problem
 from mhc_tile.autotune.registry import Target
 
-DEVICE = Device("NVIDIA Test 1", (9, 0), 132, 80 * 2**30, 50 * 10**6, "13.0")
+DEVICE = Device("NVIDIA Test 1", (9, 0), 132, 80 * 2**30, 50 * 10**6)
 TARGET = Target("sm_90a", 132)
 
 

@@ -237,7 +237,7 @@ def test_describe_a_gpu():
 
 
 def test_a_device_reads_well():
-    device = Device("NVIDIA H200", (9, 0), 132, 150 * 2**30, 60 * 10**6, "13.0")
+    device = Device("NVIDIA H200", (9, 0), 132, 150 * 2**30, 60 * 10**6)
     assert device.slug == "nvidia_h200"
     expected = "NVIDIA H200, compute capability 9.0, 132 multiprocessors, 150 GiB, L2 60 MB"
     assert str(device) == expected

@@ -144,7 +144,7 @@ def test_batch_invariance_is_one_order_for_every_number_of_tokens(kernel, tuned)
         assert found[1] == KERNELS[kernel].order(other_order(kernel, 4096))
 
 
-def test_a_family_whose_entries_add_in_several_orders_is_bypassed():
+def test_a_family_whose_entries_add_in_several_orders_is_not_used():
     kernel = "merge_backward"
     configs = [registry.default(problem(kernel), TARGET), other_order(kernel, 8192)]
     tables = tables_of(
@@ -170,7 +170,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("values", BROKEN.values(), ids=BROKEN)
-def test_a_configuration_that_no_longer_decodes_is_bypassed_with_a_note(values):
+def test_a_configuration_that_no_longer_decodes_is_not_used_with_a_note(values):
     with pytest.raises(ValueError, match=r"decode: |merge: config"):
         decode(values)
     tables = tables_of(merge={64: table.Entry(values, False, 9.0, 10.0)})

@@ -29,9 +29,7 @@ def test_where_a_result_is_made_is_said():
 def test_the_table_in_use_is_named_by_what_it_says(monkeypatch, tmp_path):
     path = tmp_path / "gpu.json"
     monkeypatch.setattr(environment.torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(
-        environment, "describe", lambda index: lookup.Device("X", (9, 0), 1, 1, 1, "")
-    )
+    monkeypatch.setattr(environment, "describe", lambda index: lookup.Device("X", (9, 0), 1, 1, 1))
     monkeypatch.setattr(environment, "driver_version", lambda: "1")
     monkeypatch.setattr(lookup, "of_device", lambda index: lookup.Tables(None, files=[path]))
     names = set()
