@@ -180,6 +180,8 @@ An adapter raises ImportError where its package is not installed.
 
 def lacks(package: str) -> Mapping[str, str]:
     """Ops of ours that an installed package leaves to others, each with the reason."""
+    if package == "hyper-connections":
+        return dict.fromkeys(("pre", "merge"), "its module is a sublayer with a mapping of its own")
     if package != "tile-kernels" or not _has_stages():
         return {}
     from . import stages

@@ -17,14 +17,15 @@ from mhc_tile.perf.__main__ import main
 from mhc_tile.perf.bench import CpuBench
 from mhc_tile.perf.breakdown import Breakdown
 from mhc_tile.perf.overhead import measure
+from mhc_tile.perf.peers import ADAPTERS
 from mhc_tile.perf.records import OURS
-from mhc_tile.perf.slices import NAMES, PEERS, PLAIN, TF32, Slice, Step
+from mhc_tile.perf.slices import NAMES, PLAIN, TF32, Slice, Step
 
 TINY = ["--device", "cpu", "--model", "1m", "--layers", "1", "--batch", "1", "--sequence", "16"]
 REAL = reference.merge
 COMMAND = ["overhead", *TINY, "--turns", "2"]
 PIECE = Slice("1m", layers=1, batch=1, sequence=16, device="cpu")
-KINDS = [name for name in NAMES if not name.endswith(TF32) and name not in PEERS]
+KINDS = [name for name in NAMES if not name.endswith(TF32) and name not in ADAPTERS]
 
 
 @pytest.fixture(autouse=True)
@@ -154,7 +155,7 @@ def test_a_contender_that_there_is_not_is_named_before_anything_is_measured(tmp_
     assert main([*COMMAND, "--contender", "mhc", "ours", "--out", str(out)]) == 1
     said = capsys.readouterr().err
     assert "perf overhead: --contender must begin one of residual (compiled), " in said
-    assert said.endswith("liger-kernel, got ours\n")
+    assert said.endswith("hyper-connections, got ours\n")
     for name in ("tile-kernels 1.2", "tile", "hc (compiled, tf32)"):  # not known, not here
         assert main([*COMMAND, "--contender", name, "--out", str(out)]) == 1
         assert f", got {name}\n" in capsys.readouterr().err

@@ -7,13 +7,13 @@ import torch
 
 from mhc_tile import reference
 from mhc_tile.perf import connections, overhead, slices
-from mhc_tile.perf.peers import version
+from mhc_tile.perf.peers import ADAPTERS, version
 from mhc_tile.perf.records import OURS
-from mhc_tile.perf.slices import NAMES, PEERS, TF32, Slice, Step, Sublayers
+from mhc_tile.perf.slices import NAMES, TF32, Slice, Step, Sublayers
 
 REAL = reference.merge
 PIECE = Slice("1m", layers=1, batch=1, sequence=16, device="cpu")
-KINDS = [name for name in NAMES if not name.endswith(TF32) and name not in PEERS]
+KINDS = [name for name in NAMES if not name.endswith(TF32) and name not in ADAPTERS]
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def test_tf32_is_for_those_who_say_so_and_only_meanwhile():
     sublayers, seen = Sublayers(PIECE), []
     assert not any(name.endswith(TF32) for name in sublayers.contenders())
     sublayers.piece = dataclasses.replace(PIECE, device="cuda")
-    assert [n for n in sublayers.contenders() if n not in PEERS] == [*NAMES[: -len(PEERS)]]
+    assert [n for n in sublayers.contenders() if n not in ADAPTERS] == [*NAMES[: -len(ADAPTERS)]]
     sublayers.piece = PIECE
     sublayers.truth  # noqa: B018 - it is kept, and not looked at below
 
