@@ -23,12 +23,6 @@ def count(value: str) -> int:
 def check_folder(what: str, folder: Path, named: Path | None = None, *, variable: str = "") -> None:
     """Make a folder and fail if no file can be written in it.
 
-    Args:
-        what: begins the message.
-        folder: the folder.
-        named: what the message names instead of the folder.
-        variable: of the environment, that names another folder.
-
     Raises:
         OSError: Nothing can be written there.
     """

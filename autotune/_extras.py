@@ -9,22 +9,9 @@ class MissingExtraError(RuntimeError):
 
 
 def require(module: str, purpose: str, extra: str = "tune") -> ModuleType:
-    """Import a module of an extra, or say how to install it.
+    """Import a module, such as "matplotlib.figure", or say which extra brings it.
 
-    Args:
-        module: dotted name, such as "matplotlib.figure".
-        purpose: what it is wanted for; starts the error message.
-        extra: that brings the package.
-
-    Returns:
-        The module.
-
-    Raises:
-        MissingExtraError: It is not installed; the message names the extra.
-
-    Example:
-        >>> require("json", "a demonstration").dumps([1])
-        '[1]'
+    `purpose`, what the module is wanted for, starts the message of the MissingExtraError.
     """
     try:
         return importlib.import_module(module)

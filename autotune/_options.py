@@ -1,11 +1,12 @@
 """The options of a command, from a table of their types and descriptions."""
 
 import argparse
-from collections.abc import Collection, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
-from ._extras import require
+from ._extras import MissingExtraError, require
 
 Options = dict[str, tuple[Any, str]]
 """Name -> type and description, for instance `{"batch_size": (int, "sequences per step")}`."""
@@ -14,6 +15,25 @@ Options = dict[str, tuple[Any, str]]
 def flag(name: str) -> str:
     """The option as it is written, for instance "--batch-size"."""
     return "--" + name.replace("_", "-")
+
+
+def run(
+    name: str, command: Callable[[Sequence[str]], int], argv: Sequence[str] | None, hint: str = ""
+) -> int:
+    """Run a command of `python -m`, of the process's arguments if `argv` is None.
+
+    Returns the exit code: of the command, 1 for an error that was printed, or 130 after Ctrl-C,
+    where `hint` ends the message.
+    """
+    try:
+        return command(sys.argv[1:] if argv is None else argv)
+    except (ValueError, OSError, MissingExtraError) as error:
+        said = str(error)
+        sys.stderr.write(f"{said}\n" if said.startswith(name) else f"{name}: {said}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\n{name}: interrupted{hint}\n")
+        return 130
 
 
 def choose(
@@ -48,10 +68,10 @@ def parse(
     Args:
         prog: the command, for its help.
         about: one sentence for its help.
-        options: all that there are; a `Path` may begin with a home folder.
+        options: all options; a `Path` may begin with a home folder.
         argv: the words after the command.
         extra: brings the parser, tyro.
-        positional: those of the options that are written without their name.
+        positional: options that are written without their names.
 
     Raises:
         SystemExit: An option is unknown or has no value of its type, with code 2; or its help was

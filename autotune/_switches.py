@@ -9,15 +9,7 @@ NO = ("0", "false", "no", "off", "")
 def switch(variable: str) -> bool:
     """Whether an environment variable switches something on; unset is no.
 
-    Args:
-        variable: its name.
-
-    Raises:
-        ValueError: It says neither yes nor no. A guess would run something else than was meant.
-
-    Example:
-        >>> switch("MHC_TILE_NO_SUCH_SWITCH")
-        False
+    ValueError if it says neither yes nor no: a guess would run something else than was meant.
     """
     given = os.environ.get(variable, "")
     word = given.strip().lower()

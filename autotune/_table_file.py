@@ -7,14 +7,13 @@ import msgspec
 
 from .table import SCHEMA, Entry, TableError, UnreadableError
 
+_Count = Annotated[int, msgspec.Meta(ge=1)]
+
 
 class _Head(msgspec.Struct):
     """What a file of any schema has."""
 
     schema: int
-
-
-_Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Family(msgspec.Struct):
@@ -41,13 +40,7 @@ class File(msgspec.Struct):
 
 
 def decode(path: Path) -> File:
-    """Read a file.
-
-    Raises:
-        TableError: The file is of another schema.
-        UnreadableError: The file is no table.
-        OSError: The file cannot be read.
-    """
+    """Read a file; TableError if it is of another schema, UnreadableError if it is no table."""
     text = path.read_bytes()
     try:
         schema = msgspec.json.decode(text, type=_Head).schema

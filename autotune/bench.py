@@ -84,13 +84,7 @@ def elapsed_us(function: Callable[[], Any], stream: torch.cuda.Stream, times: in
 
 
 def repeated(function: Callable[[], Any], stream: torch.cuda.Stream, calls: int = 1) -> Timer:
-    """A timer whose turn repeats a function until it has lasted about `TURN_US`.
-
-    Args:
-        function: such as a graph's `replay`.
-        stream: to run on.
-        calls: that the function makes; the timer returns microseconds of one.
-    """
+    """A timer whose turn repeats a function until it has lasted about `TURN_US`."""
     once = impression(lambda: elapsed_us(function, stream))
     repeats = max(1, min(MOST_REPLAYS, round(TURN_US / once)))
     return lambda: elapsed_us(function, stream, repeats) / calls

@@ -61,10 +61,6 @@ _NEEDS = {"streams": "hidden", "dtype": "hidden", "multiprocessors": "arch"}
 def main(argv: Sequence[str], prog: str = "mhc-tile autotune") -> int:
     """Run the command.
 
-    Args:
-        argv: the words after the command's name.
-        prog: the command's name, for the help.
-
     Returns:
         0, or 1 if something could not be compiled or measured.
 

@@ -82,11 +82,7 @@ def fingerprint() -> str:
 
 @functools.cache
 def program_fingerprint(module: str) -> str:
-    """The same of what one module of kernels is made of: itself and all that it imports there.
-
-    Args:
-        module: dotted name of a module of `mhc_tile.kernels`; any other counts as made of nothing.
-    """
+    """The same of what one module of kernels is made of: itself and all that it imports there."""
     found: set[str] = set()
     left = {module} if _source(module).is_file() else set()
     while left:
@@ -132,12 +128,6 @@ def compile_all(
 ) -> Iterator[tuple[Job, tuple[Resources, ...] | str]]:
     """Compile programs that are not in the cache.
 
-    Args:
-        jobs: each once.
-        processes: how many compile at a time.
-        log: where the processes' output goes.
-        build: whether to compile at all, or to look in the cache only.
-
     Yields:
         (job, what its kernels take), in the order of completion; or a text that says why it does
         not compile.
@@ -170,9 +160,6 @@ def handler() -> Any:
 
 def build(job: Job) -> tuple[Resources, ...]:
     """Compile a program, or find it in TileLang's cache, and keep a record of what it takes.
-
-    Args:
-        job: the program.
 
     Returns:
         One entry per kernel.

@@ -29,8 +29,7 @@ def encode(config: Any) -> dict[str, Any]:
 def decode(values: Any) -> Any:
     """The configuration that `encode` made values of.
 
-    Raises:
-        ValueError: The type is gone, its fields are others, or it rejects their values.
+    ValueError where the type is gone, has other fields, or rejects their values.
     """
     if not isinstance(values, dict) or not re.fullmatch(r"\w+(\.\w+)+", str(values.get("type"))):
         raise ValueError(f"decode: values must name a type such as 'merge.Config', got {values}")

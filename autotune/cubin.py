@@ -29,14 +29,7 @@ class Usage(NamedTuple):
 
 
 def usage(binary: bytes) -> dict[str, Usage]:
-    """Every kernel of every cubin in a file, by name.
-
-    Args:
-        binary: a cubin, or a library that cubins are embedded in.
-
-    Raises:
-        MissingExtraError: pyelftools is not installed.
-    """
+    """Every kernel by name, of a cubin or of a library that cubins are embedded in."""
     elf_file = require("elftools.elf.elffile", "autotune").ELFFile
     found: dict[str, Usage] = {}
     start = binary.find(_MAGIC)

@@ -9,30 +9,20 @@ import torch
 
 @dataclass(frozen=True)
 class Device:
-    """One CUDA device.
+    """One CUDA device."""
 
-    Attributes:
-        name: the vendor's name, such as "NVIDIA H200".
-        capability: major and minor compute capability.
-        multiprocessors: how many there are.
-        memory_bytes: device memory.
-        l2_bytes: the L2 cache.
-        torch_cuda: the CUDA version that torch was built for, such as "13.0".
-    """
-
-    name: str
-    capability: tuple[int, int]
+    name: str  # the vendor's, such as "NVIDIA H200"
+    capability: tuple[int, int]  # major, minor
     multiprocessors: int
     memory_bytes: int
     l2_bytes: int
-    torch_cuda: str
 
     @property
     def slug(self) -> str:
         """The name as a file name.
 
         Example:
-            >>> Device("NVIDIA H200", (9, 0), 132, 0, 0, "13.0").slug
+            >>> Device("NVIDIA H200", (9, 0), 132, 0, 0).slug
             'nvidia_h200'
         """
         return re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_")
@@ -54,15 +44,7 @@ def identity() -> str:
 
 
 def describe(index: int = 0) -> Device:
-    """Describe one CUDA device.
-
-    Args:
-        index: the device's index, below `torch.cuda.device_count()`.
-
-    Raises:
-        RuntimeError: torch sees no CUDA device.
-        ValueError: there is no such index.
-    """
+    """Describe a CUDA device; RuntimeError if there is none, ValueError for another index."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
         raise RuntimeError("describe: torch must see a CUDA device, got none")
@@ -75,7 +57,6 @@ def describe(index: int = 0) -> Device:
         multiprocessors=properties.multi_processor_count,
         memory_bytes=properties.total_memory,
         l2_bytes=properties.L2_cache_size,
-        torch_cuda=torch.version.cuda or "",
     )
 
 

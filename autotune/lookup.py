@@ -1,14 +1,13 @@
 """Which configuration an op uses: the table's for this shape, its neighbour's, or the default.
 
-Decided once for each kernel, shape and GPU, then remembered under a tuple of plain values: a call
-costs one lookup in a dict. Nothing is compiled or measured here.
+A decision is remembered by kernel, shape and GPU: a later call costs one lookup in a dict. Nothing
+is compiled or measured here.
 
-With a table a token's bits depend on the number of tokens no more than with the defaults. All
-configurations of a family have one reduction order. Regimes of few and of many tokens have families
-of their own where the default has such regimes; with batch invariance the family of many serves
-every number of tokens. The family of a neighbouring C gives its order once, from its entry of most
-tokens, and every number of tokens keeps to that. Kernels whose blocks share a token's C keep their
-default's order at a C that is in no table.
+With a table a token's bits depend on the number of tokens no more than with the defaults: all
+configurations of a family have one reduction order. Few and many tokens have families of their own
+where their defaults have different orders; with batch invariance the family of many tokens serves
+every number of tokens. At a C that is in no table, all numbers of tokens take the order of the
+neighbour's entry of most tokens, or the default's order where blocks share a token's C.
 """
 
 import math
@@ -24,7 +23,7 @@ import torch
 
 from ..kernels.common import toolchain as _toolchain
 from ..kernels.common.problem import Target
-from . import table
+from . import registry, table
 from .configs import decode
 from .device import Device, describe
 from .problems import Problem, bucket
@@ -62,32 +61,22 @@ class Decision:
 
 @dataclass
 class Tables:
-    """What all tables together say about one GPU.
-
-    Attributes:
-        device: the GPU.
-        families: by key, each from the file that counts most.
-        files: those that were read, the one that counts most first.
-        faults: why files or families are not used, each beginning with the file's name.
-        plans: what was decided for a bucket of tokens and a regime; config None is the default's.
-        blocklist: families, and the C at which they do not work.
-    """
+    """What all tables together say about one GPU."""
 
     device: Device
+    # Each entry from the file that counts most.
     families: dict[table.Key, table.Family] = field(default_factory=dict)
+    # Those that were read, the one that counts most first.
     files: list[Path] = field(default_factory=list)
+    # Why files or families are not used, each beginning with the file's name.
     faults: list[str] = field(default_factory=list)
+    # Decisions for a bucket of tokens and a regime; config None is the default's.
     plans: dict[tuple[Problem, str], Decision] = field(default_factory=dict)
+    # Families, and the C at which they do not work.
     blocklist: set[tuple[table.Key, int]] = field(default_factory=set)
 
     def block(self, key: table.Key, channels: int, why: str) -> None:
-        """Do not use a family at a C, for any number of tokens: all keep one reduction order.
-
-        Args:
-            key: of the family.
-            channels: C.
-            why: a fault, without the file's name.
-        """
+        """Do not use a family at a C, for any number of tokens: all keep one reduction order."""
         self.blocklist.add((key, channels))
         self.plans.clear()
         self.faults.append(f"{self.families[key].source}: {key}: {why}; it is not used")
@@ -104,11 +93,7 @@ class Tables:
 
 
 def load(device: Device) -> Tables:
-    """Read every table of a GPU; what cannot be used is among the faults.
-
-    Args:
-        device: the GPU.
-    """
+    """Read every table of a GPU; what cannot be used is among the faults."""
     found = Tables(device)
     if why := table.misnamed():
         found.faults.append(f"{why}; it is not used")
@@ -130,16 +115,10 @@ def load(device: Device) -> Tables:
 def decide(
     tables: Tables, problem: Problem, *, arch: str, batch_invariant: bool = False
 ) -> Decision:
-    """The configuration of a kernel at a shape, and why.
+    """The configuration of a kernel at a shape, and why; `arch` is such as "sm_90a".
 
-    Args:
-        tables: of the GPU.
-        problem: kernel and shape.
-        arch: the GPU's architecture, such as "sm_90a".
-        batch_invariant: the regime of many tokens, whatever their number.
+    `batch_invariant` asks for the regime of many tokens, whatever their number.
     """
-    from . import registry
-
     target = Target(arch, tables.device.multiprocessors)
     own = registry.default(problem, target, batch_invariant=batch_invariant)
     if why := registry.KERNELS[problem.kernel].untunable(problem):
@@ -201,13 +180,9 @@ def _nearest(entries: dict[int, table.Entry], tokens: int) -> int:
 def _adapted(family: table.Family, tokens: int, problem: Problem, own: Any, target: Any) -> Any:
     """The entry's configuration at a shape: itself where the kernel offers it, else the nearest.
 
-    None where the entry says that the default is best.
-
-    Raises:
-        ValueError: It does not decode, or nothing that can launch keeps the family's order.
+    None where the entry says that the default is best. ValueError if it does not decode, or nothing
+    that can launch keeps the family's order.
     """
-    from . import registry
-
     kernel = registry.KERNELS[problem.kernel]
     order = _order(family, problem, own, target)
     entry = family.entries[tokens]
@@ -220,18 +195,15 @@ def _adapted(family: table.Family, tokens: int, problem: Problem, own: Any, targ
 def _order(family: table.Family, problem: Problem, own: Any, target: Any) -> Any:
     """The reduction order of a family at a shape's C, for all numbers of tokens.
 
-    Raises:
-        ValueError: The family's entries are not of one order.
+    ValueError if the family's entries have several.
     """
-    from . import registry
-
     kernel, key = registry.KERNELS[problem.kernel], family.key
-    pin = key.regime == "many"
     orders = set()
     for tokens, entry in family.entries.items():
         config = decode(entry.config)
         if entry.default:
-            config = registry.default(key.problem(tokens), target, batch_invariant=pin)
+            many = key.regime == "many"
+            config = registry.default(key.problem(tokens), target, batch_invariant=many)
         orders.add(kernel.order(config))
     if len(orders) > 1:
         raise ValueError("its entries must form sums in one order, got several")
@@ -247,8 +219,7 @@ def _order(family: table.Family, problem: Problem, own: Any, target: Any) -> Any
 def _similar(config: Any, offered: list[Any]) -> Any:
     """Of what a kernel offers, the configuration nearest to one, in log space; the first of equals.
 
-    Raises:
-        ValueError: It offers none of this type.
+    ValueError if it offers none of this type.
     """
     if config in offered:
         return config
@@ -264,7 +235,7 @@ def _similar(config: Any, offered: list[Any]) -> Any:
 
 
 # What ops ask: kernel (of `registry.KERNELS`), n, C (0 where a kernel sees none), dtype of x,
-# tokens, index of the CUDA device, whether the regime of many tokens serves every number of them.
+# tokens, index of the CUDA device, batch invariance.
 Asked = tuple[str, int, int, torch.dtype, int, int, bool]
 
 _known: dict[Asked, Any] = {}
@@ -272,11 +243,7 @@ _lock = threading.RLock()
 
 
 def config(asked: Asked) -> Any:
-    """The configuration that a launcher is to run with.
-
-    Args:
-        asked: kernel, n, C, dtype, tokens, device index, batch invariance; see `Asked`.
-    """
+    """The configuration that a launcher is to run with."""
     try:
         return _known[asked]
     except KeyError:
@@ -288,34 +255,24 @@ def config(asked: Asked) -> Any:
 
 
 def explain(asked: Asked) -> Decision:
-    """What `config` returns, and why.
-
-    Args:
-        asked: as there.
-    """
-    problem, batch_invariant = _problem(asked), asked[6]
+    """What `config` returns, and why."""
     with _lock:
         tables = of_device(asked[5])
-        arch = _toolchain.target(tables.device.capability)["arch"]
         before = len(tables.faults)
-        decision = decide(tables, problem, arch=arch, batch_invariant=batch_invariant)
+        arch = _target(asked).arch
+        decision = decide(tables, _problem(asked), arch=arch, batch_invariant=asked[6])
         _report(tables.faults[before:])
     return decision
 
 
 def default(asked: Asked, target: Target | None = None) -> Any:
-    """The configuration that a launcher is to run with where no table has one.
+    """The configuration where no table has one; a target counts in place of the GPU asked for."""
+    return registry.default(_problem(asked), target or _target(asked), batch_invariant=asked[6])
 
-    Args:
-        asked: as in `config`.
-        target: the GPU; the one that `asked` names if None.
-    """
-    from . import registry
 
-    if target is None:
-        device = of_device(asked[5]).device
-        target = Target(_toolchain.target(device.capability)["arch"], device.multiprocessors)
-    return registry.default(_problem(asked), target, batch_invariant=asked[6])
+def _target(asked: Asked) -> Target:
+    device = of_device(asked[5]).device
+    return Target(_toolchain.target(device.capability)["arch"], device.multiprocessors)
 
 
 def _problem(asked: Asked) -> Problem:
@@ -324,12 +281,7 @@ def _problem(asked: Asked) -> Problem:
 
 
 def reject(asked: Asked, error: Exception) -> None:
-    """Do not use the family that answered: its configuration failed where the default did not.
-
-    Args:
-        asked: as in `config`.
-        error: how it failed.
-    """
+    """Do not use the family that answered: its configuration failed where the default did not."""
     decision = explain(asked)
     with _lock:
         tables = of_device(asked[5])

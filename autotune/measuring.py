@@ -81,11 +81,7 @@ Message = tuple[int, Outcome | None]
 
 
 def handler(bench: str) -> Callable[[Any], Iterator[Any]]:
-    """What a worker process runs: from a task to messages, or from a function's name to its value.
-
-    Args:
-        bench: "module:class" of a `Bench`.
-    """
+    """What a worker process runs: a task into messages, or a function's name into its value."""
 
     def handle(task: Task | str) -> Iterator[Any]:
         if isinstance(task, str):
@@ -104,10 +100,6 @@ def resolve(name: str) -> Any:
 
 def measure(task: Task, open_bench: Callable[[Problem], Bench]) -> Iterator[Message]:
     """Check and time the candidates of a problem.
-
-    Args:
-        task: what to measure.
-        open_bench: a `Bench` for a problem.
 
     Yields:
         (index, None) before whatever may fail, (index, outcome) for each candidate, again for each
@@ -255,13 +247,6 @@ class Measurer:
         parameter_grads: int = 0,
     ) -> dict[int, Outcome]:
         """Outcomes of a problem's candidates, by index.
-
-        Args:
-            problem: kernel and shape.
-            candidates: the default first.
-            known: outcomes of an earlier run.
-            keep: called with each outcome as soon as it is known.
-            parameter_grads: as in `Task`.
 
         Raises:
             RuntimeError: The default itself fails, or workers fail without a candidate to blame.

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..kernels.common.problem import Problem
+from .registry import KERNELS
 
 DTYPES = ("bfloat16", "float16", "float32")
 TOKENS = tuple(4**power for power in range(9))  # 1 to 65536
@@ -19,12 +20,9 @@ class Shape:
     tokens: tuple[int, ...] = TOKENS
 
 
-def _shapes(*channels: int) -> tuple[Shape, ...]:
-    return tuple(Shape(width) for width in channels)
-
-
-_PAPER = _shapes(1280, 1920, 2560)  # hidden sizes of the 3B, 9B and 27B models, arXiv 2512.24880
-_DEEPSEEK_V4 = _shapes(4096, 7168)
+# hidden sizes of the 3B, 9B and 27B models, arXiv 2512.24880
+_PAPER = (Shape(1280), Shape(1920), Shape(2560))
+_DEEPSEEK_V4 = (Shape(4096), Shape(7168))
 PRESETS: dict[str, tuple[Shape, ...]] = {
     "paper": _PAPER,
     "deepseek-v4": _DEEPSEEK_V4,
@@ -52,14 +50,7 @@ def bucket(tokens: int) -> int:
 
 
 def problems(shapes: Iterable[Shape], kernels: Iterable[str]) -> list[Problem]:
-    """Every kernel at every shape, each once, the numbers of tokens of a shape in a row.
-
-    Args:
-        shapes: what to tune for.
-        kernels: names of `registry.KERNELS`.
-    """
-    from .registry import KERNELS
-
+    """Every kernel at every shape, each once, the numbers of tokens of a shape in a row."""
     found: dict[Problem, None] = {}
     for shape in shapes:
         for name in kernels:

@@ -19,12 +19,7 @@ def short(config: dict[str, Any]) -> str:
 
 
 def listing(plans: Sequence[Plan], arch: str) -> str:
-    """Every candidate with what it takes, and why it is pruned if it is.
-
-    Args:
-        plans: compiled.
-        arch: such as "sm_90a".
-    """
+    """Every candidate with what it takes, and why it is pruned if it is."""
     tabulate = require("tabulate", "autotune").tabulate
     headers = ("configuration", "registers", "shared bytes", "occupancy", "")
     align = ("left", "right", "right", "right", "left")
@@ -71,12 +66,7 @@ class Row:
 
 
 def rows(families: Sequence[table.Family], bandwidth: float) -> list[Row]:
-    """The entries of families, sorted.
-
-    Args:
-        families: of a table.
-        bandwidth: bytes per second of a copy; 0 where it is not known.
-    """
+    """The entries of families, sorted."""
     found = []
     for family in families:
         key = family.key
@@ -88,11 +78,7 @@ def rows(families: Sequence[table.Family], bandwidth: float) -> list[Row]:
 
 
 def closing(found: Sequence[Row]) -> str:
-    """The table of times: default, tuned, gain, share of the floor that bandwidth sets.
-
-    Args:
-        found: at least one.
-    """
+    """The table of times: default, tuned, gain, share of the floor that bandwidth sets."""
     tabulate = require("tabulate", "autotune").tabulate
     headers: tuple[str, ...] = ("kernel", "tokens x C", "n", "dtype", "default us", "tuned us")
     headers += ("gain", "% of floor", "configuration")
@@ -119,13 +105,7 @@ def closing(found: Sequence[Row]) -> str:
 
 
 def draw(found: Sequence[Row], path: Path, title: str) -> None:
-    """A PNG of the gains: an axis a kernel, a line a shape.
-
-    Args:
-        found: at least one.
-        path: of the file.
-        title: above it all.
-    """
+    """A PNG of the gains: an axis a kernel, a line a shape."""
     figure_of = require("matplotlib.figure", "autotune").Figure
     kernels = list(dict.fromkeys(row.problem.kernel for row in found))
     columns = min(4, len(kernels))

@@ -33,10 +33,6 @@ class Choice(NamedTuple):
 def select(family: Mapping[int, Sequence[Timed]]) -> dict[int, Choice]:
     """Choose a configuration for each number of tokens of a family.
 
-    Args:
-        family: by number of tokens, what was measured in turns; the default first, then in the
-            order in which the kernel offers candidates.
-
     Returns:
         A choice for each number of tokens, all of one reduction order; none if the defaults
         themselves have several.

@@ -2,8 +2,8 @@
 
 A table belongs to one GPU model. It holds families: the entries of one kernel, n, C, dtype and
 regime (few tokens or many), by number of tokens, a power of two. All entries of a family have one
-reduction order, so a family is replaced as a whole by one of another order. README.md beside this
-file has an example.
+reduction order, so a family of another order replaces the whole family. docs/tables.md shows a
+file.
 """
 
 import contextlib
@@ -57,46 +57,27 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """The configuration for one number of tokens.
+    """The configuration for one number of tokens."""
 
-    Attributes:
-        config: as `configs.encode` returns it.
-        default: whether this is the kernel's default, because nothing was faster.
-        us: microseconds of a call.
-        default_us: the same with the default, measured beside it.
-        tilelang: the version that generated the code, where it is not the family's.
-        source: the file that it was read from, where it is not the family's.
-    """
-
-    config: dict[str, Any]
-    default: bool
-    us: float
-    default_us: float
-    tilelang: str = ""
-    source: str = ""
+    config: dict[str, Any]  # as `configs.encode` returns it
+    default: bool  # whether this is the kernel's default, because nothing was faster
+    us: float  # microseconds of a call
+    default_us: float  # the same with the default, measured in turns with it
+    tilelang: str = ""  # the version that generated the code, where it is not the family's
+    source: str = ""  # the file that it was read from, where it is not the family's
 
 
 @dataclass
 class Family:
-    """Entries by number of tokens, and what they were measured with.
-
-    Attributes:
-        key: what they are for.
-        order: how a token's sums are formed, the same for all of them; a text.
-        tilelang: the version that generated the code.
-        driver: the GPU driver's version, of the newest entry.
-        date: of the newest entry's measurement, YYYY-MM-DD.
-        entries: by number of tokens.
-        source: the file that it was read from.
-    """
+    """Entries by number of tokens, and what they were measured with."""
 
     key: Key
-    order: str
-    tilelang: str
-    driver: str
-    date: str
+    order: str  # the reduction order of all entries, as a text
+    tilelang: str  # the version that generated the code
+    driver: str  # of the newest entry
+    date: str  # of the newest entry, YYYY-MM-DD
     entries: dict[int, Entry] = field(default_factory=dict)
-    source: str = ""
+    source: str = ""  # the file that it was read from
 
     def updated(self, newer: "Family") -> "Family":
         """This family with a newer one's entries; the newer one alone if its order is another."""
@@ -115,25 +96,12 @@ class Family:
 
 @dataclass
 class Table:
-    """The families of one GPU model.
+    """The families of one GPU model."""
 
-    Attributes:
-        gpu: the vendor's name of the model.
-        multiprocessors: how many it has; a model's name alone does not tell.
-        families: by key.
-        aside: where `update` has put a file that it could not read.
-    """
-
-    gpu: str
-    multiprocessors: int
+    gpu: str  # the vendor's name
+    multiprocessors: int  # the name alone does not tell
     families: dict[Key, Family] = field(default_factory=dict)
-    aside: Path | None = None
-
-    def add(self, families: Iterable[Family]) -> None:
-        """Merge newer families into this table."""
-        for family in families:
-            known = self.families.get(family.key)
-            self.families[family.key] = known.updated(family) if known else family
+    aside: Path | None = None  # where `update` has put a file that it could not read
 
 
 def user_folder() -> Path:
@@ -150,8 +118,7 @@ def user_path(device: Device) -> Path:
 
 def is_off() -> bool:
     """Whether tables are switched off by MHC_TILE_TABLES=off, or another word for no."""
-    given = _given()
-    return bool(given) and given.lower() in NO
+    return bool(given := _given()) and given.lower() in NO
 
 
 def _given() -> str:
@@ -173,8 +140,8 @@ def misnamed() -> str:
 def sources(device: Device) -> list[Path]:
     """Files that may hold a table for a GPU, the one that counts most first; not all exist.
 
-    $MHC_TILE_TABLES names a file, or a folder of files by GPU; then come the user's data folder and
-    what is shipped.
+    $MHC_TILE_TABLES names a file, or a folder of files by GPU; then comes the user's data folder,
+    then what is shipped.
     """
     if is_off():
         return []
@@ -188,16 +155,7 @@ def sources(device: Device) -> list[Path]:
 
 
 def read(path: Path, device: Device | None = None) -> Table:
-    """Read a table.
-
-    Args:
-        path: the file.
-        device: the GPU that it must be for; any if None.
-
-    Raises:
-        TableError: It is corrupt, of a newer schema, or for another GPU.
-        OSError: It cannot be read.
-    """
+    """Read a table; TableError if it is corrupt, of a newer schema, or not for a given device."""
     from ._table_file import decode  # with msgspec, which `import mhc_tile` does without
 
     found = decode(path)
@@ -238,16 +196,7 @@ def _values(entry: Entry) -> dict[str, Any]:
 
 
 def check(path: Path, device: Device) -> None:
-    """Fail if `update` would, before anything is measured.
-
-    Args:
-        path: of the table.
-        device: the GPU that is to be measured.
-
-    Raises:
-        TableError: The file has a newer schema or is for another GPU.
-        OSError: It cannot be written.
-    """
+    """Fail if `update` would, before anything is measured: with TableError or OSError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
@@ -265,22 +214,10 @@ def check(path: Path, device: Device) -> None:
 
 
 def update(path: Path, device: Device, families: Iterable[Family]) -> Table:
-    """Merge families into a file, under its lock and in one step.
+    """Merge families, iterated under the file's lock, into a file in one step; what it now holds.
 
     A file that cannot be read is kept beside the new one as `<name>.unreadable`, or `.unreadable.1`
-    and so on.
-
-    Args:
-        path: the file; it and its folder need not exist.
-        device: the GPU that was measured.
-        families: what was measured; iterated under the lock.
-
-    Returns:
-        What the file now holds.
-
-    Raises:
-        TableError: The file has a newer schema or is for another GPU: it is left alone.
-        OSError: It cannot be written.
+    and so on. One of a newer schema or another GPU is left alone: TableError.
     """
     from filelock import FileLock
 
@@ -294,6 +231,8 @@ def update(path: Path, device: Device, families: Iterable[Family]) -> Table:
                 names = (f"{path}.unreadable{f'.{i}' if i else ''}" for i in itertools.count())
                 table.aside = next(place for name in names if not (place := Path(name)).exists())
                 os.replace(path, table.aside)
-        table.add(families)
+        for family in families:
+            known = table.families.get(family.key)
+            table.families[family.key] = known.updated(family) if known else family
         write(path, render(table))
     return table

@@ -30,9 +30,7 @@ class Sample:
 
     @property
     def error(self) -> float:
-        """The standard error of the median, its deviation taken from the percentiles.
-
-        A single disturbed turn does not widen it.
+        """The standard error of the median by the percentiles: one slow turn does not widen it.
 
         Example:
             >>> round(Sample(100, 99, 101, 16).error, 2)
@@ -42,15 +40,7 @@ class Sample:
 
 
 def summarise(times: Sequence[float]) -> Sample:
-    """Median and spread.
-
-    Args:
-        times: at least one.
-
-    Example:
-        >>> summarise([3.0, 1.0, 2.0, 100.0, 2.5])
-        Sample(us=2.5, low=2.0, high=3.0, turns=5)
-    """
+    """Median and spread of at least one time."""
     ordered = sorted(times)
     last = len(ordered) - 1
     low, high = ordered[round(0.2 * last)], ordered[round(0.8 * last)]
@@ -58,20 +48,7 @@ def summarise(times: Sequence[float]) -> Sample:
 
 
 def faster(one: Sample, other: Sample) -> bool:
-    """Whether one is faster beyond the margin and beyond both spreads.
-
-    Args:
-        one: of one candidate.
-        other: of another, measured in turns with it.
-
-    Example:
-        >>> faster(Sample(95, 94, 96, 20), Sample(100, 99, 101, 20))
-        True
-        >>> faster(Sample(99, 98, 99, 20), Sample(100, 99.5, 101, 20))  # within 1.5%
-        False
-        >>> faster(Sample(95, 80, 110, 20), Sample(100, 99, 101, 20))  # it scatters
-        False
-    """
+    """Whether one is faster beyond the margin and beyond both spreads; measured in turns."""
     return one.us < other.us * (1 - MARGIN) and one.high < other.low
 
 
@@ -87,40 +64,24 @@ def rounds(
     """Let timers take turns, each round beginning with another one, every second one backwards.
 
     A GPU's speed depends for a moment on what it has just run, so no timer always follows the same.
-
-    Args:
-        timers: by name.
-        turns: of each.
-        failed: is told of a timer that raises; it takes no further turns.
-
-    Yields:
-        After each round, the samples so far of those that have not failed.
+    After each round, yields the samples so far. A timer that raises is reported to `failed` and
+    takes no further turns.
     """
     times: dict[str, list[float]] = {name: [] for name in timers}
     for turn in range(turns):
         names, way = list(times), -1 if turn % 2 else 1
         for place in range(len(names)):
-            name, problem = names[(turn + way * place) % len(names)], None
+            name = names[(turn + way * place) % len(names)]
             try:
                 times[name].append(timers[name]())
             except Exception as error:
-                problem = error.with_traceback(None)  # its frames hold memory
-            if problem:
                 del times[name]
-                failed(name, problem)
+                failed(name, error.with_traceback(None))  # its frames hold memory
         yield {name: summarise(values) for name, values in times.items()}
 
 
 def interleaved(timers: Sequence[Timer], turns: int = TURNS) -> list[Sample]:
-    """Let timers take turns as in `rounds`.
-
-    Args:
-        timers: at least one.
-        turns: of each; at least one.
-
-    Returns:
-        A sample for each, in their order.
-    """
+    """A sample of each timer, which take turns as in `rounds`; what a timer raises is raised."""
 
     def failed(name: str, error: Exception) -> None:
         raise error

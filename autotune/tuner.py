@@ -77,12 +77,7 @@ class Plan:
 
 
 def plan(problem: Problem, target: Target) -> Plan:
-    """List the candidates of a problem; those whose launcher refuses them are pruned.
-
-    Args:
-        problem: kernel and shape.
-        target: the GPU, which need not be here.
-    """
+    """List the candidates of a problem; those whose launcher refuses them are pruned."""
     kernel = KERNELS[problem.kernel]
     configs = registry.candidates(problem, target)
     idle = kernel.untunable(problem) or ""
@@ -113,13 +108,6 @@ def compile_plans(
     """Compile every option's programs; prune what does not compile, spills or cannot launch.
 
     A plan whose default does not compile has failed; the others go on.
-
-    Args:
-        plans: changed in place.
-        processes: how many compile at a time.
-        progress: wraps the programs as they are done.
-        log: where the compilers' output goes.
-        build: whether to compile at all, or to look in the cache only.
 
     Returns:
         How many programs there are.
@@ -167,16 +155,6 @@ def measure_plans(
     after: Callable[[list[Plan]], None] = lambda plans: None,
 ) -> Report:
     """Measure what the journal does not know yet.
-
-    Args:
-        plans: compiled; the numbers of tokens of a shape in a row.
-        journal: gets every outcome.
-        measurer: runs the candidates.
-        driver: the version of the GPU's driver, for the journal.
-        budget: seconds after which no problem is begun; None for no limit.
-        force: measure again what the journal knows.
-        progress: wraps the problems.
-        after: called with the plans of a kernel and shape, once they are measured.
 
     Returns:
         What went wrong, and what is left.
@@ -232,13 +210,7 @@ def _measure(plan: Plan, journal: Journal, measurer: Measurer) -> None:
 
 
 def families(journal: Journal, shapes: Iterable[Problem], target: Target) -> list[table.Family]:
-    """The families of kernels and shapes, from everything that the journal knows of them.
-
-    Args:
-        journal: with the outcomes.
-        shapes: problems, whose numbers of tokens do not matter.
-        target: the GPU that was measured.
-    """
+    """The families of kernels and shapes, from everything that the journal knows of them."""
     wanted = {problem.at(1) for problem in shapes}
     timed: dict[table.Key, dict[int, list[Timed]]] = defaultdict(dict)
     for problem in journal.problems():

@@ -80,9 +80,6 @@ class Worker:
     def messages(self, seconds: float) -> Iterator[Any]:
         """What it answers to the task, one by one.
 
-        Args:
-            seconds: that may pass before a message; the first of a process may take longer.
-
         Raises:
             WorkerDied: It ended instead.
             WorkerHung: It said nothing in time; it has been killed.
@@ -96,9 +93,6 @@ class Worker:
 
     def message(self, seconds: float) -> Any:
         """The next message as it is: READY once, then answers, DONE after each task.
-
-        Args:
-            seconds: to wait for it.
 
         Raises:
             WorkerDied: It ended instead.
@@ -120,6 +114,12 @@ class Worker:
             return f"the process died of {signal.Signals(-code).name}"
         return f"the process ended with code {code}"
 
+    def end(self) -> None:
+        """Let it end by itself, which frees what it shares; it must be idle."""
+        self._connection.close()
+        self._process.join(5)
+        self.kill()
+
     def kill(self) -> None:
         """End it at once."""
         self._process.kill()
@@ -137,14 +137,6 @@ def pooled(
     log: Path | None = None,
 ) -> Generator[tuple[Any, Any], None, None]:
     """Hand tasks, of one answer each, to several workers.
-
-    Args:
-        handler: as in `Worker`.
-        tasks: each pickled.
-        jobs: processes.
-        seconds: for a task, after which its process is killed.
-        arguments: as in `Worker`.
-        log: as in `Worker`.
 
     Yields:
         (task, its message), in the order of completion; the message is a `WorkerDied` or a
@@ -181,7 +173,7 @@ def pooled(
         ended = True
         threads.shutdown(wait=False, cancel_futures=True)
         for worker in started:
-            worker.kill()
+            (worker.end if worker in idle else worker.kill)()
 
 
 def _serve(

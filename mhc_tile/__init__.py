@@ -24,18 +24,10 @@ from .ops import *  # noqa: F403 - each op
 from .ops._dispatch import set_batch_invariant
 from .ops._warmup import kernels_info, warmup
 
+# without nn, ops and reference: `import *` would replace torch.nn by mhc_tile.nn
 __all__ = [
-    "__version__",
-    "MHCConfig",
-    "kernels_info",
-    "set_batch_invariant",
-    "warmup",
-    "Collapse",
-    "Expand",
-    "Head",
-    "HyperConnectedStack",
-    "HyperConnection",
-    "ManifoldHyperConnection",
-    "Residual",
-]  # without nn, ops and reference: `import *` would replace torch.nn by mhc_tile.nn
+    "__version__", "MHCConfig", "kernels_info", "set_batch_invariant", "warmup",
+    "ManifoldHyperConnection", "HyperConnection", "Residual", "HyperConnectedStack",
+    "Expand", "Collapse", "Head",
+]  # fmt: skip
 __all__ += ops.__all__

@@ -68,13 +68,9 @@ def square(op: str, name: str, value: Tensor) -> int:
 
 
 def map_of(
-    op: str,
-    name: str,
-    value: Tensor,
-    shape: tuple[int, ...],
-    x: Tensor,
+    op: str, name: str, value: Tensor, shape: tuple[int, ...], x: Tensor,
     dtype: torch.dtype | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Check a map or parameter: x's device, float32 (float64 where x is) or another dtype."""
     is_tensor(op, name, value)
     dtype = dtype or compute_dtype(x)

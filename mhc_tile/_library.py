@@ -31,24 +31,15 @@ _WRITES_ARGUMENTS_OUT = torch.__version__ < "2.13"
 
 def define(
     schema: str,
-    *,
-    cpu: Formula,
-    fake: Formula,
-    setup_context: Formula,
-    backward: Formula,
+    *, cpu: Formula, fake: Formula, setup_context: Formula, backward: Formula,
     cuda: Formula | None = None,
-) -> torch._ops.OpOverload:
-    """Register an op, with `setup_context` and `backward` as in `torch.library.register_autograd`.
+) -> torch._ops.OpOverload:  # fmt: skip
+    """Register an op; returns its default overload, which public functions call.
 
-    Args:
-        schema: `name(arguments) -> returns`, without the namespace. An op that a model keeps to
-            itself starts with an underscore and is not in `OPS`.
-        cpu: the implementation on CPU tensors, a function of `reference.py` or `gradients.py`. It
-            is given contiguous tensors, and what it returns is made contiguous.
-        fake: the same on fake tensors: contiguous empties of the right shapes.
-        setup_context: see above.
-        backward: see above.
-        cuda: the implementation on CUDA tensors; `cpu`'s where no kernel exists.
+    The schema has no namespace; an op that a model keeps to itself starts with an underscore and is
+    not in `OPS`. `cpu`, of `reference.py` or `gradients.py`, is given contiguous tensors, and what
+    it returns is made contiguous; without `cuda` it also runs on CUDA tensors. `fake` returns
+    contiguous empties. The others are as in `torch.library.register_autograd`.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)

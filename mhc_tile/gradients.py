@@ -105,15 +105,9 @@ def project_backward(
 
 
 def maps_backward(
-    grad_h_pre: Tensor,
-    grad_h_post: Tensor,
-    grad_h_res_logits: Tensor,
-    projection: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    *,
-    post_scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_h_pre: Tensor, grad_h_post: Tensor, grad_h_res_logits: Tensor,
+    projection: Tensor, alpha: Tensor, bias: Tensor, *, post_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradient of `reference.maps`.
 
     `grad_logits = [grad_h_pre * s' | post_scale * grad_h_post * s' | grad_h_res_logits]`, where

@@ -89,15 +89,9 @@ def maps(
 
 
 def mapping(
-    x: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    *,
-    norm_eps: float,
-    pre_eps: float = 0.0,
-    post_scale: float = 2.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor,
+    *, norm_eps: float, pre_eps: float = 0.0, post_scale: float = 2.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """From the streams to h_pre, h_post and h_res_logits [..., n, n] (eqs. 14-18)."""
     projection, _ = normalised_projection(x, phi, norm_eps)
     return maps(projection, alpha, bias, x.shape[-2], pre_eps=pre_eps, post_scale=post_scale)
@@ -169,30 +163,18 @@ def pre(
 
 
 def pre_from_projection(
-    x: Tensor,
-    projection: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    *,
-    iters: int,
-    sinkhorn_eps: float,
-    **scales: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, projection: Tensor, alpha: Tensor, bias: Tensor,
+    *, iters: int, sinkhorn_eps: float, **scales: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What of `pre` follows the projection: maps, Sinkhorn and the weighted sum of the streams."""
     h_pre, h_post, h_res_logits = maps(projection, alpha, bias, x.shape[-2], **scales)
     return pre_apply(x, h_pre), h_post, sinkhorn(h_res_logits, iters, sinkhorn_eps)
 
 
 def boundary(
-    x: Tensor,
-    layer_output: Tensor,
-    h_post: Tensor,
-    h_res: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    **constants: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor,
+    phi: Tensor, alpha: Tensor, bias: Tensor, **constants: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`merge` of one sublayer and `pre` of the next, which reads the rounded x_next.
 
     The constants are those of `pre`. Returns x_next, layer_input, h_post_next, h_res_next.

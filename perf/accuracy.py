@@ -62,13 +62,7 @@ def check(
 
 
 def leaves_of(case: Case, contender: Contender, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """A contender's own tensors, of which it makes a graph unless in inference.
-
-    Args:
-        case: what.
-        contender: who.
-        tensors: ours.
-    """
+    """Our tensors in a contender's layout, as leaves of a graph unless in inference."""
     graph = case.mode != "inference"
     return [value.detach().requires_grad_(graph) for value in contender.take(*tensors)]
 

@@ -6,6 +6,7 @@ one CUDA graph; where that cannot be captured it is launched call by call, and s
 
 import contextlib
 import ctypes
+import functools
 import os
 import statistics
 import time
@@ -17,16 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhc_tile.autotune.bench import copy_bandwidth
-from mhc_tile.autotune.timing import Timer
+from mhc_tile.autotune.bench import capture, copy_bandwidth, is_healthy, repeated, rotated_sets
+from mhc_tile.autotune.timing import Timer, impression
 
-ROTATED_BYTES = 300e6  # several times the L2 of any GPU
 FEWEST_SETS = 8  # a large set's place in memory makes up to 2% of its time: several places' mean
-MOST_SETS = 32
 MEMORY_OF_SETS = 1 / 16  # of the GPU's, beyond which large sets are fewer
-TURN_US = 1000.0  # of one turn: the host's part of starting a graph is then below 1% of it
-MOST_REPLAYS = 50
-WARM = 3  # turns before the first that counts
 SLEEP_CYCLES = 40_000_000  # about 20 ms
 HOST_CALLS, HOST_REPEATS = 5, 3
 MOST_QUEUED = 800  # launches; from about 1000 on the driver blocks the host
@@ -37,17 +33,11 @@ Sets = Sequence[Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class Timed:
-    """How a function is timed.
-
-    Attributes:
-        timer: microseconds of one call.
-        captured: whether by a CUDA graph; None on the CPU.
-        launches: GPU kernels of one call; None if unknown.
-    """
+    """How a function is timed."""
 
     timer: Timer
-    captured: bool | None = None
-    launches: int | None = None
+    captured: bool | None = None  # whether by a CUDA graph; None on the CPU
+    launches: int | None = None  # GPU kernels of one call, if known
 
 
 class CpuBench:
@@ -59,7 +49,7 @@ class CpuBench:
         """Bytes read and written per second by a large copy."""
         source = torch.randn(16 * 2**20)
         target = torch.empty_like(source)
-        return 2 * source.nbytes / (_median(lambda: target.copy_(source)) * 1e-6)
+        return 2 * source.nbytes / (impression(lambda: _wall_us(target.copy_, [[source]])) * 1e-6)
 
     def sets(self, nbytes: int) -> int:
         """How many input sets are rotated."""
@@ -67,15 +57,8 @@ class CpuBench:
 
     def timed(self, function: Function, sets: Sets) -> Timed:
         """A timer of a function on these inputs."""
-
-        def timer() -> float:
-            start = time.perf_counter()
-            for values in sets:
-                function(*values)
-            return (time.perf_counter() - start) * 1e6 / len(sets)
-
-        for _ in range(WARM):
-            timer()
+        timer = functools.partial(_wall_us, function, sets)
+        impression(timer)  # warms up
         return Timed(timer)
 
     def host_us(
@@ -94,11 +77,7 @@ class CpuBench:
 
 
 class CudaBench:
-    """The current GPU.
-
-    Args:
-        fewest_sets: as `sets_of` takes it.
-    """
+    """The current GPU; `fewest_sets` is that of `sets_of`."""
 
     device = "cuda"
 
@@ -117,59 +96,34 @@ class CudaBench:
 
     def timed(self, function: Function, sets: Sets) -> Timed:
         """A timer of a function on these inputs, warm."""
-        captured = self._capture(function, sets)
-        graph, launches = captured or (None, None)
+        try:
+            graph: Any = capture(function, sets, self._stream, keep_graph=True)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            graph = None  # the error's frames hold memory: timed after they are gone
+        if graph is None:
+            torch.cuda.synchronize()
+            self._end_capture()
 
-        def turn(times: int) -> float:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            with torch.cuda.stream(self._stream):
-                begin.record()
-                for _ in range(times):
-                    if graph:
-                        graph.replay()
-                    else:
-                        for values in sets:
-                            function(*values)
-                end.record()
-            self._stream.synchronize()
-            return begin.elapsed_time(end) * 1000 / times
+            def call() -> None:
+                for values in sets:
+                    function(*values)
 
-        once = statistics.median(turn(1) for _ in range(WARM))
-        repeats = max(1, min(MOST_REPLAYS, round(TURN_US / once)))
-        count = len(sets)
+            return Timed(repeated(call, self._stream, len(sets)), captured=False)
+        launches = _kernels_of(graph)
+        graph.instantiate()
         return Timed(
-            lambda: turn(repeats) / count,
-            graph is not None,
-            None if launches is None else round(launches / count),
+            repeated(graph.replay, self._stream, len(sets)),
+            captured=True,
+            launches=None if launches is None else round(launches / len(sets)),
         )
 
-    def _capture(
-        self, function: Function, sets: Sets
-    ) -> tuple[torch.cuda.CUDAGraph, int | None] | None:
-        with torch.cuda.stream(self._stream):
-            for values in sets[:2]:
-                function(*values)
-            self._stream.synchronize()
-            graph = torch.cuda.CUDAGraph(keep_graph=True)
-            try:
-                with torch.cuda.graph(graph, stream=self._stream):
-                    for values in sets:
-                        function(*values)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:
-                torch.cuda.synchronize()
-                self._end_capture()
-                return None
-            launches = _kernels_of(graph)
-            graph.instantiate()
-        return graph, launches
-
     def _end_capture(self) -> None:
-        """Let torch know that nothing is captured any more.
+        """Capture something else, so that torch's random generator works again.
 
-        After a capture that failed, its random generator still believes that one is under way, and
-        refuses to make a number until another capture has ended well.
+        After a capture that failed, the generator refuses to make a number until another capture
+        has ended well.
         """
         value = torch.zeros(1, device="cuda")
         torch.cuda.synchronize()
@@ -179,13 +133,7 @@ class CudaBench:
     def host_us(
         self, function: Function, values: Sequence[Tensor], launches: int | None = None
     ) -> float | None:
-        """Microseconds before a call returns, queued behind a sleeping kernel; None if it waits.
-
-        Args:
-            function: what is called.
-            values: its inputs.
-            launches: of a call, if known: the driver takes only so many before it waits.
-        """
+        """Microseconds before a call returns, queued behind a sleeping kernel; None if it waits."""
         calls = max(1, min(HOST_CALLS, MOST_QUEUED // max(1, launches or 1)))
         times = []
         for _ in range(HOST_REPEATS):
@@ -204,11 +152,9 @@ class CudaBench:
         return statistics.median(times)
 
     def memory(self, forward: Function, backward: Function | None) -> tuple[int | None, int | None]:
-        """Bytes of the device above those before a call, at most, and kept for backward.
+        """The most bytes of the device above those before a call, and those kept for backward.
 
-        Args:
-            forward: without arguments, to the results.
-            backward: from the results; None if there is none.
+        `backward`, if there is one, takes what `forward` returns.
         """
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -224,32 +170,25 @@ class CudaBench:
     def recover(self) -> bool:
         """Whether the GPU still answers; frees what an error has left."""
         try:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # the cache of a GPU that does not answer cannot be emptied
             torch.cuda.empty_cache()
-            return bool(torch.ones(1, device="cuda").item() == 1)
         except RuntimeError:
             return False
+        return is_healthy()
 
 
 Bench = CpuBench | CudaBench
 
 
 def sets_of(nbytes: int, memory: int, fewest: int) -> int:
-    """How many input sets are rotated, so that none is found in the L2 cache.
-
-    Args:
-        nbytes: of a set.
-        memory: the GPU's, in bytes.
-        fewest: of large sets, if memory allows; two in any case.
+    """How many input sets are rotated, so that none is found in the L2 cache; at least two.
 
     Example:
         >>> [sets_of(size * 2**20, 140 * 2**30, 8) for size in (1, 10, 160, 2000)]
         [32, 29, 8, 4]
     """
-    size = max(nbytes, 1)
-    rotated = int(ROTATED_BYTES / size) + 1
-    fit = int(memory * MEMORY_OF_SETS / size)
-    return max(2, min(MOST_SETS, max(rotated, min(fewest, fit))))
+    fit = int(memory * MEMORY_OF_SETS / max(nbytes, 1))
+    return max(2, rotated_sets(nbytes), min(fewest, fit))
 
 
 @contextlib.contextmanager
@@ -273,10 +212,6 @@ def bench_of(device: str, fewest_sets: int = FEWEST_SETS) -> Bench:
     Without one, Inductor moves that cache to its own once it builds a kernel in this very process,
     and what a package compiled before is compiled again, by this process or the next.
 
-    Args:
-        device: its name.
-        fewest_sets: as `sets_of` takes it, for a GPU.
-
     Raises:
         ValueError: torch sees no GPU, or the name is another.
     """
@@ -291,14 +226,12 @@ def bench_of(device: str, fewest_sets: int = FEWEST_SETS) -> Bench:
     return CudaBench(fewest_sets)
 
 
-def _median(function: Callable[[], Any]) -> float:
-    def once() -> float:
-        start = time.perf_counter()
-        function()
-        return (time.perf_counter() - start) * 1e6
-
-    once()
-    return statistics.median(once() for _ in range(5))
+def _wall_us(function: Function, sets: Sets) -> float:
+    """Microseconds of a call, the mean over input sets."""
+    start = time.perf_counter()
+    for values in sets:
+        function(*values)
+    return (time.perf_counter() - start) * 1e6 / len(sets)
 
 
 def _kernels_of(graph: torch.cuda.CUDAGraph) -> int | None:

@@ -40,26 +40,14 @@ Span = tuple[str, float, float]  # a kernel's name, when it began and ended
 
 
 def part_of(kernel: str) -> str:
-    """The part that a kernel belongs to.
-
-    Example:
-        >>> part_of("merge_backward_kernel"), part_of("nvjet_tst_128x256")
-        ('merge, backward', 'matrix products')
-        >>> part_of("triton_per_fused_rms_norm_pre_backward_view_1")
-        'other kernels'
-    """
+    """The part that a kernel belongs to."""
     if kernel.startswith("triton_"):  # Inductor names them after what they feed: a layer's
         return LAYERS
     return next((part for part, name in KERNELS.items() if re.search(name, kernel)), LAYERS)
 
 
 def busy(spans: Iterable[tuple[float, float]]) -> float:
-    """How long at least one of some spans lasts.
-
-    Example:
-        >>> busy([(0, 2), (1, 3), (5, 6)])
-        4.0
-    """
+    """How long at least one of some spans lasts."""
     total, until = 0.0, float("-inf")
     for begin, end in sorted(spans):
         total += max(0.0, end - max(begin, until))
@@ -68,16 +56,7 @@ def busy(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def split(spans: Sequence[Span], steps: int) -> dict[str, float]:
-    """Microseconds of one step by part; what no kernel fills is under `GAPS`.
-
-    Args:
-        spans: names of kernels, and when each began and ended, in microseconds.
-        steps: in a row, to which the kernels belong.
-
-    Example:
-        >>> split([("merge_forward", 0, 2), ("copy", 2, 7), ("merge_forward", 8, 10)], 2)
-        {'merge, forward': 2.0, 'other kernels': 2.5, 'no kernel': 0.5}
-    """
+    """Microseconds of one step by part; what no kernel fills is under `GAPS`."""
     sums = dict.fromkeys((*KERNELS, LAYERS), 0.0)
     for name, begin, end in spans:
         sums[part_of(name)] += (end - begin) / steps
@@ -87,12 +66,7 @@ def split(spans: Sequence[Span], steps: int) -> dict[str, float]:
 
 
 def lasting(spans: Sequence[Span]) -> float:
-    """Microseconds from the begin of the first to the end of the last; 0 without any.
-
-    Example:
-        >>> lasting([("a", 1, 2), ("b", 5, 8)])
-        7.0
-    """
+    """Microseconds from the begin of the first to the end of the last; 0 without any."""
     if not spans:
         return 0.0
     return float(max(end for *_, end in spans) - min(begin for _, begin, _ in spans))
@@ -150,10 +124,6 @@ def steps_under_load(step_us: float) -> int:
     """How many steps load the GPU for `LOAD_US`.
 
     A GPU that has rested, or that has run something lighter, is faster for a moment.
-
-    Example:
-        >>> steps_under_load(64_000.0)
-        5
     """
     wanted = math.ceil(LOAD_US / max(step_us, 1.0))
     return min(MOST_STEPS, max(LEAST_STEPS, wanted))

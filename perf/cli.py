@@ -7,16 +7,16 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, get_origin
+from typing import Any, get_origin
 
 from mhc_tile.autotune._arguments import check_folder
 from mhc_tile.autotune._extras import require
 from mhc_tile.autotune._options import Options, choose, parse
 from mhc_tile.training.signals import raising
 
-if TYPE_CHECKING:
-    from .compare import Comparison
-    from .records import Record
+from . import compare, environment, output, records, summary
+from .compare import Comparison
+from .records import OURS, Record
 
 REGRESSION = 3  # exit code: measured and compared, and something is slower or fails
 HERE = Path(__file__).parent
@@ -67,10 +67,6 @@ _REPORT: Options = {
 
 def main(argv: Sequence[str], prog: str = "mhc-tile perf") -> int:
     """Run a command.
-
-    Args:
-        argv: the words after `perf`.
-        prog: what is before them, for the help.
 
     Returns:
         0, or 3 if something is slower than it was, or does not work any more; 1 if what
@@ -132,20 +128,11 @@ def parsed(
 
 
 def baseline_path(gpu: str) -> Path:
-    """Where the baseline of a GPU's model is; `gpu` is the vendor's name of the model.
-
-    Example:
-        >>> baseline_path("NVIDIA H200").name
-        'nvidia_h200.json'
-    """
-    from .records import slug
-
-    return HERE / "baselines" / f"{slug(gpu)}.json"
+    """Where the baseline of a GPU's model is; `gpu` is the vendor's name of the model."""
+    return HERE / "baselines" / f"{records.slug(gpu)}.json"
 
 
 def _compare(args: SimpleNamespace) -> int:
-    from . import compare, records
-
     base, new = records.read(args.base), records.read(args.new)
     _check_output(args, "perf compare", base=args.base, new=args.new)
     found = compare.compare(base, new, threshold=args.threshold / 100, force=args.force)
@@ -158,8 +145,6 @@ def _gate(args: SimpleNamespace) -> int:
     for name in ("arch", "fresh", "write"):
         if getattr(args, name):
             raise ValueError(f"perf gate: --{name} must come with --static, got no --static")
-    from . import compare, records
-
     options = {"threshold": args.threshold / 100, "force": args.force}
     if args.result:
         if args.out:
@@ -172,14 +157,14 @@ def _gate(args: SimpleNamespace) -> int:
         return _say(compare.compare(base, new, **options), args, complete=True)
     gpu = _gpu_here()
     base = _baseline(args, gpu)
-    compare.check_comparable(base, records.Record("run", {"gpu": gpu}, []), force=args.force)
+    compare.check_comparable(base, Record("run", {"gpu": gpu}, []), force=args.force)
     _check_output(args, "perf gate", baseline=args.baseline or baseline_path(gpu))
     require("tqdm", "mhc-tile perf gate", "perf")
     from . import suite
 
     again = False
 
-    def measure(wanted: records.Record) -> records.Record:
+    def measure(wanted: Record) -> Record:
         nonlocal again
         first, again = not again, True
         # what looks slower is measured again; it does not replace the rest, and counts in any case
@@ -194,8 +179,6 @@ def _gate(args: SimpleNamespace) -> int:
 
 def _check_output(args: SimpleNamespace, command: str, **read: Path | None) -> None:
     """Fail for what would fail after minutes of measuring, or lose the verdict."""
-    from . import output
-
     if TERMINAL not in (args.markdown, args.json):  # else there is no table
         require("tabulate", f"mhc-tile {command}", "perf")
     asked = {name: getattr(args, name, None) for name in ("out", "markdown", "json")}
@@ -233,11 +216,9 @@ def _gate_static(args: SimpleNamespace) -> int:
     return REGRESSION if wrong else 0
 
 
-def _check_commit(new: "Record", args: SimpleNamespace) -> None:
+def _check_commit(new: Record, args: SimpleNamespace) -> None:
     """A result of another commit says nothing of this checkout."""
-    from .environment import commit
-
-    measured, here = new.environment.get("commit"), commit()
+    measured, here = new.environment.get("commit"), environment.commit()
     if here and measured != here and not args.force:
         raise ValueError(
             f"perf gate: {args.result} must be of this checkout's commit {here}, got {measured}; "
@@ -245,11 +226,8 @@ def _check_commit(new: "Record", args: SimpleNamespace) -> None:
         )
 
 
-def _check_alone(record: "Record", path: Path, args: SimpleNamespace) -> None:
+def _check_alone(record: Record, path: Path, args: SimpleNamespace) -> None:
     """Beside other contenders this library's small cases take longer."""
-    from . import compare
-    from .records import OURS
-
     others = [name for name in compare.timed(record) if name != OURS]
     if others and not args.force:
         raise ValueError(
@@ -258,17 +236,14 @@ def _check_alone(record: "Record", path: Path, args: SimpleNamespace) -> None:
         )
 
 
-def _baseline(args: SimpleNamespace, gpu: str | None) -> "Record":
-    from . import records
-    from .environment import is_checkout
-
+def _baseline(args: SimpleNamespace, gpu: str | None) -> Record:
     if not (args.baseline or gpu):
         raise ValueError("perf gate: --baseline must be given for a result of a CPU, got none")
     path = args.baseline or baseline_path(str(gpu))
     try:
         base = records.read(path)
     except FileNotFoundError as error:
-        place = path if args.baseline or is_checkout() else Path("baseline.json")
+        place = path if args.baseline or environment.is_checkout() else Path("baseline.json")
         ending = "" if place == path else f", and `--baseline {place}` has it read"
         raise ValueError(
             f"perf gate: a baseline must be at {path}, got none; on a commit that is to be the "
@@ -300,9 +275,7 @@ def _gpu_here() -> str:
         ) from error
 
 
-def _say(found: "Comparison", args: SimpleNamespace, *, complete: bool) -> int:
-    from . import summary
-
+def _say(found: Comparison, args: SimpleNamespace, *, complete: bool) -> int:
     failed = bool(found.faults(complete=complete))
     if not (failed or found.judged):
         raise ValueError(
@@ -323,7 +296,7 @@ def _say(found: "Comparison", args: SimpleNamespace, *, complete: bool) -> int:
 
 
 def _report_page(args: SimpleNamespace) -> int:
-    from . import compare, output, records, report
+    from . import report
 
     record, found = records.read(args.result), None
     path = args.out or args.result.with_suffix(".html")

@@ -1,18 +1,17 @@
 """Two results side by side: what is slower than noise explains, and what fails.
 
-A time is a regression if it is above the base's by more than the threshold and by more than noise.
-Noise is what two runs of the same code may differ by, `noise_us`. Two things make it: the scatter
-of the turns within a run, of which a median of some turns keeps a part, and a drift between
-processes, which no number of turns shows. What a training
-step takes longer than the plain one, a small part of its time, is judged as well. Only rows of
-mhc_tile decide; peers are shown.
+A time is a regression if it exceeds the base's by more than the threshold and by more than the
+noise between two runs of the same code, `noise_us`. What a training step takes longer than the
+plain one, a small part of its time, is judged as well. Only rows of mhc_tile decide; peers are
+shown.
 """
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from .records import OURS, Record, Row, is_ours
 
@@ -29,34 +28,21 @@ MOST_PACE = 0.05
 REPEATS = 2  # more measurements of a suspected case until it is believed
 
 VERDICTS = ("regression", "failing", "missing", "improvement", "new", "same")
-MUST_AGREE = ("gpu", "kind", "copy bandwidth")
 
 Measure = Callable[[Record], Record]
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One contender on one case, in both results.
-
-    Attributes:
-        case: of the rows.
-        contender: of the rows.
-        verdict: one of `VERDICTS`.
-        base: the row of the base, if there is one.
-        new: the row of the new result, if there is one.
-        change: new over base time, less 1; None unless both are timed.
-        allowed: the change up to which nothing is said; None unless both are timed.
-        notes: what else is different, for people.
-    """
+class Pair(msgspec.Struct, frozen=True):
+    """One contender on one case, in both results."""
 
     case: str
     contender: str
-    verdict: str
+    verdict: str  # one of `VERDICTS`
     base: Row | None
     new: Row | None
-    change: float | None = None
-    allowed: float | None = None
-    notes: tuple[str, ...] = ()
+    change: float | None = None  # new over base time, less 1; None unless both are timed
+    allowed: float | None = None  # the change up to which the pair is "same"
+    notes: tuple[str, ...] = ()  # other differences
 
     @property
     def ours(self) -> bool:
@@ -66,41 +52,27 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A new result against a base.
-
-    Attributes:
-        base: the older result.
-        new: the newer result.
-        threshold: slowdown that is allowed where noise is smaller.
-        pace: copy bandwidth of the base over that of the new result; 1 if one is not known.
-        pairs: in the base's order, then what is new.
-        differences: of the environments, "<key>: <base's> -> <new's>".
-    """
+    """A new result against a base."""
 
     base: Record
     new: Record
     threshold: float
-    pace: float
-    pairs: tuple[Pair, ...]
-    differences: tuple[str, ...]
+    pace: float  # copy bandwidth of the base over that of the new result; 1 if one is not known
+    pairs: tuple[Pair, ...]  # in the base's order, then the new ones
+    differences: tuple[str, ...]  # of the environments, "<key>: <base's> -> <new's>"
 
     def of(self, *verdicts: str, ours: bool = True) -> list[Pair]:
         """The pairs of some verdicts, of mhc_tile alone or of all contenders."""
         return [pair for pair in self.pairs if pair.verdict in verdicts and pair.ours >= ours]
 
     def faults(self, *, complete: bool = False) -> list[Pair]:
-        """What must not be merged: regressions, failures and, if asked, what was not measured.
-
-        Args:
-            complete: whether every case of the base must be there.
-        """
+        """Regressions, failures and, if `complete`, cases of the base that were not measured."""
         return self.of("regression", "failing", *(("missing",) if complete else ()))
 
     @property
     def judged(self) -> set[str]:
         """Our cases that both results have."""
-        pairs = (pair for pair in self.pairs if pair.ours)
-        return {pair.case for pair in pairs if pair.verdict not in ("missing", "new")}
+        return {pair.case for pair in self.of("regression", "failing", "improvement", "same")}
 
     @property
     def mean_change(self) -> float | None:
@@ -116,15 +88,10 @@ def compare(
 ) -> Comparison:
     """Match rows by case and contender, and judge each.
 
-    Args:
-        base: the older result.
-        new: the newer result.
-        threshold: slowdown that is allowed where noise is smaller; at least 0.
-        force: whether to compare results of different GPUs or kinds.
+    A slowdown up to the `threshold` is allowed where noise is smaller.
 
     Raises:
-        ValueError: The results are of another GPU or kind, or the copy bandwidths are too far
-            apart, and `force` is not set.
+        ValueError: The threshold is below 0, or as `check_comparable`.
 
     Example:
         >>> row = Row("merge", OURS, "merge", "forward", 8192, 2560, 4, "bfloat16",
@@ -136,34 +103,34 @@ def compare(
     """
     if not threshold >= 0:
         raise ValueError(f"compare: threshold must be at least 0, got {threshold}")
-    pace = _pace(base, new)
-    wrong = check_comparable(base, new, force=force)
-    rows = _by_key(base.rows), _by_key(new.rows)
+    differences = (*check_comparable(base, new, force=force), *_differences(base, new))
+    pace, old, now = _pace(base, new), _by_key(base), _by_key(new)
     pairs = tuple(
-        _judge(key, rows[0].get(key), rows[1].get(key), threshold, pace)
-        for key in dict.fromkeys([*rows[0], *rows[1]])
+        _judge(key, old.get(key), now.get(key), threshold, pace)
+        for key in dict.fromkeys([*old, *now])
     )
-    return Comparison(base, new, threshold, pace, pairs, (*wrong, *_differences(base, new)))
+    return Comparison(base, new, threshold, pace, pairs, differences)
 
 
 def check_comparable(base: Record, new: Record, *, force: bool = False) -> list[str]:
-    """Refuse results whose times cannot be compared.
+    """Why times of two results cannot be compared, "<key>: <base's> -> <new's>".
 
-    Args:
-        base: the older result.
-        new: the newer result; one without rows if it is yet to be measured.
-        force: whether to accept them all the same.
-
-    Returns:
-        Why they should not be compared, "<key>: <base's> -> <new's>"; empty if they can be.
+    They are of another GPU or kind, or the copy bandwidths are too far apart.
 
     Raises:
-        ValueError: They should not, and `force` is not set.
+        ValueError: They cannot, and `force` is not set.
     """
-    wrong = _disagreements(base, new, _pace(base, new))
+    wrong, pace = [], _pace(base, new)
+    if base.kind != new.kind:
+        wrong.append(f"kind: {base.kind} -> {new.kind}")
+    old, now = base.environment.get("gpu"), new.environment.get("gpu")
+    if old != now:
+        wrong.append(f"gpu: {old or 'none'} -> {now or 'none'}")
+    elif not 1 / (1 + MOST_PACE) <= pace <= 1 + MOST_PACE:
+        wrong.append(f"copy bandwidth: {1 / pace - 1:+.1%}")
     if wrong and not force:
         raise ValueError(
-            f"compare: results must agree in {', '.join(MUST_AGREE)}, got "
+            "compare: results must agree in gpu, kind, copy bandwidth, got "
             f"{'; '.join(wrong)}; --force compares them all the same"
         )
     return wrong
@@ -174,28 +141,19 @@ def gate(
 ) -> Comparison:
     """Measure the cases of a base and compare; what looks slower is measured again.
 
-    A case is slower if it is so each time. Of several measurements the fastest counts: what
-    disturbs a GPU makes it slower, never faster.
-
-    Args:
-        base: the recorded result; rows of others than mhc_tile are left out.
-        measure: from a result, a new one of the same cases.
-        threshold: as in `compare`.
-        force: as in `compare`.
-
-    Raises:
-        ValueError: As `compare`.
+    A case is slower if it is so each time. Of several measurements the fastest counts: a
+    disturbance makes a GPU slower, never faster. Rows of others than mhc_tile are left out.
+    `measure` makes from a result a new one of the same cases; ValueError is raised as by `compare`.
     """
-    base = dataclasses.replace(base, rows=[row for row in base.rows if row.contender == OURS])
+    replace = msgspec.structs.replace
+    base = replace(base, rows=[row for row in base.rows if row.contender == OURS])
     new = measure(base)
     for _ in range(REPEATS):
         found = compare(base, new, threshold=threshold, force=force)
         suspects = {pair.case for pair in found.of("regression")}
         if not suspects or new.environment.get("cases_left"):  # the GPU answers no more
             return found
-        again = measure(
-            dataclasses.replace(base, rows=[r for r in base.rows if r.case in suspects])
-        )
+        again = measure(replace(base, rows=[row for row in base.rows if row.case in suspects]))
         new = _fastest(new, again)
         if again.environment.get("cases_left"):  # nor now
             break
@@ -203,23 +161,16 @@ def gate(
 
 
 def timed(record: Record) -> list[str]:
-    """The contenders that a result has times of.
-
-    Args:
-        record: of `mhc-tile perf run`.
-    """
+    """The contenders that a result has times of."""
     return list(dict.fromkeys(row.contender for row in record.rows if _timed(row)))
 
 
 def noise_us(base: Row, new: Row) -> float:
-    """Microseconds by which two medians of the same code may differ.
+    """Microseconds by which two medians of the same code may differ; both rows are timed.
 
     `max(DRIFT * us, DRIFT_US) + ERRORS * sqrt(error(base)^2 + error(new)^2)`, with the standard
-    errors of the medians (`Sample.error`).
-
-    Args:
-        base: timed.
-        new: timed.
+    errors of the medians (`Sample.error`). The drift between processes shrinks with no number of
+    turns; the scatter within a run does.
 
     Example:
         >>> row = Row("merge", OURS, "merge", "forward", 8192, 2560, 4, "bfloat16",
@@ -227,12 +178,8 @@ def noise_us(base: Row, new: Row) -> float:
         >>> round(noise_us(row, row), 2)
         2.15
     """
-    assert base.us is not None
-    return max(DRIFT * base.us, DRIFT_US) + ERRORS * math.hypot(_error(base), _error(new))
-
-
-def _error(row: Row) -> float:
-    return row.sample.error if row.sample else 0.0
+    errors = (row.sample.error if row.sample else 0.0 for row in (base, new))
+    return max(DRIFT * _timed(base), DRIFT_US) + ERRORS * math.hypot(*errors)
 
 
 def _pace(base: Record, new: Record) -> float:
@@ -240,21 +187,8 @@ def _pace(base: Record, new: Record) -> float:
     return old / now if old and now else 1.0
 
 
-def _disagreements(base: Record, new: Record, pace: float) -> list[str]:
-    """Why times cannot be compared, "<key>: <base's> -> <new's>"."""
-    found = []
-    if base.kind != new.kind:
-        found.append(f"kind: {base.kind} -> {new.kind}")
-    old, now = base.environment.get("gpu"), new.environment.get("gpu")
-    if old != now:
-        found.append(f"gpu: {old or 'none'} -> {now or 'none'}")
-    elif not 1 / (1 + MOST_PACE) <= pace <= 1 + MOST_PACE:
-        found.append(f"copy bandwidth: {1 / pace - 1:+.1%}")
-    return found
-
-
 def _differences(base: Record, new: Record) -> list[str]:
-    """What else is different where they were measured, of what both results say."""
+    """Other differences of the environments, in what both results have."""
     old, now = _compared(base.environment), _compared(new.environment)
     if (before := timed(base)) and (after := timed(new)):  # in turns with others cases take longer
         old["contenders"], now["contenders"] = ", ".join(before), ", ".join(after)
@@ -266,63 +200,60 @@ def _differences(base: Record, new: Record) -> list[str]:
 
 
 def _compared(environment: Mapping[str, Any]) -> dict[str, Any]:
-    """What of an environment is compared; neither when nor by which command."""
+    """The part of an environment that is compared: neither date nor command."""
     kept = ("commit", "mhc_tile", "driver", "python", "torch", "cuda", "float32_matmul_precision")
     found = {key: environment[key] for key in kept if key in environment}
     for key in ("settings", "packages"):
         found |= environment.get(key) or {}
     if "tables" in environment:
-        found["tables"] = ", ".join(map(str, environment["tables"] or []))
+        found["tables"] = ", ".join(map(str, environment["tables"]))
     return found
 
 
-def _by_key(rows: Iterable[Row]) -> dict[tuple[str, str], Row]:
+def _by_key(record: Record) -> dict[tuple[str, str], Row]:
     """Rows by case and contender."""
-    return {(row.case, row.contender): row for row in rows}
+    return {(row.case, row.contender): row for row in record.rows}
 
 
 def _judge(
     key: tuple[str, str], base: Row | None, new: Row | None, threshold: float, pace: float
 ) -> Pair:
-    def pair(verdict: str, **more: Any) -> Pair:
-        return Pair(*key, verdict, base, new, **more)
+    def pair(verdict: str, *notes: str, **times: Any) -> Pair:
+        return Pair(*key, verdict, base, new, notes=notes, **times)
 
     if new is None:
-        return pair("missing" if base and _timed(base) else "same", notes=("not measured",))
+        return pair("missing" if base and _timed(base) else "same", "not measured")
     worked = base is None or base.status == "ok"
     if new.status != "ok":
         why = f"{new.status}: {new.fault}".removesuffix(": ")
-        return pair("failing" if worked else "same", notes=(why,))
+        return pair("failing" if worked else "same", why)
     if base is None:
         return pair("new")
     if not worked:
-        return pair("new", notes=(f"was {base.status}",))
+        return pair("new", f"was {base.status}")
     notes = _notes(base, new)
     old, now = _timed(base), _timed(new)
-    if not (old and now):
-        verdict = "missing" if old else "new" if now else "same"
-        return pair(verdict, notes=(*(("not timed any more",) if old else ()), *notes))
+    if not now:
+        return pair("missing", "not timed any more", *notes) if old else pair("same", *notes)
+    if not old:
+        return pair("new", *notes)
     if base.captured and new.captured is False:
-        return pair("failing", notes=("no CUDA graph captures it any more", *notes))
+        return pair("failing", "no CUDA graph captures it any more", *notes)
     # A GPU that copies more slowly is allowed as much; one that copies faster need not be faster.
     margin = max(old * threshold, noise_us(base, new))
     slowest, fastest = old * max(pace, 1) + margin, old * min(pace, 1) - margin
     verdict = "regression" if now > slowest else "improvement" if now < fastest else "same"
     if grown := _grown_overhead(base, new):
-        verdict, notes = "regression", (grown, *notes)
-    change, allowed = now / old - 1, slowest / old - 1
-    return pair(verdict, change=change, allowed=allowed, notes=notes)
+        verdict, notes = "regression", [grown, *notes]
+    return pair(verdict, *notes, change=now / old - 1, allowed=slowest / old - 1)
 
 
 def _grown_overhead(base: Row, new: Row) -> str:
-    """What a step adds to the plain one, where that has grown beyond noise; else nothing."""
-    told = [
-        float(value)
-        for row in (base, new)
-        for name in ("percent", "error")
-        if isinstance(value := row.details.get(f"overhead_{name}"), (int, float))
+    """A note if what a step adds to the plain one has grown beyond noise; else nothing."""
+    told: list[Any] = [
+        row.details.get(f"overhead_{key}") for row in (base, new) for key in ("percent", "error")
     ]
-    if len(told) < 4:
+    if not all(isinstance(value, (int, float)) for value in told):
         return ""
     old, old_error, now, now_error = told
     allowed = max(100 * OVERHEAD_DRIFT, ERRORS * math.hypot(old_error, now_error))
@@ -335,19 +266,20 @@ def _timed(row: Row) -> float:
     return row.us if row.us and math.isfinite(row.us) else 0.0
 
 
-def _notes(base: Row, new: Row) -> tuple[str, ...]:
-    """What is different beside the time, and was counted in both."""
-    notes = []
-    for name in ("launches", "bytes", "peak_bytes", "saved_bytes"):
-        old, now = getattr(base, name), getattr(new, name)
-        if old is not None and now is not None and old != now:
-            notes.append(f"{name.replace('_', ' ')} {old} -> {now}")
-    return tuple(notes)
+def _notes(base: Row, new: Row) -> list[str]:
+    """Differences beside the time, of what was counted in both."""
+    names = ("launches", "bytes", "peak_bytes", "saved_bytes")
+    counts = [(name, getattr(base, name), getattr(new, name)) for name in names]
+    return [
+        f"{name.replace('_', ' ')} {old} -> {now}"
+        for name, old, now in counts
+        if None not in (old, now) and old != now
+    ]
 
 
 def _fastest(first: Record, again: Record) -> Record:
     """The first result, with the rows that were measured again where these are faster."""
-    others = _by_key(again.rows)
+    others = _by_key(again)
 
     def chosen(row: Row) -> Row:
         other = others.get((row.case, row.contender))
@@ -357,4 +289,4 @@ def _fastest(first: Record, again: Record) -> Record:
             return row
         return other  # faster, or not working any more
 
-    return dataclasses.replace(first, rows=[chosen(row) for row in first.rows])
+    return msgspec.structs.replace(first, rows=[chosen(row) for row in first.rows])

@@ -2,7 +2,6 @@
 
 import datetime
 import hashlib
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -17,20 +16,17 @@ from mhc_tile.autotune import lookup, table
 from mhc_tile.autotune.device import describe, driver_version
 from mhc_tile.ops import _dispatch
 
+from .peers import ADAPTERS, version
+from .records import escaped
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def environment(copy_bytes_per_s: float | None, device: str = "cuda") -> dict[str, Any]:
-    """Where and with what a run is made.
-
-    Args:
-        copy_bytes_per_s: bytes read and written a second by a large copy, of this run.
-        device: "cuda" or "cpu".
-    """
-    from .peers import ADAPTERS  # which need this module's `version`
-
+    """Where and with what a run is made; the copy's bytes read and written are of this run."""
     index = torch.cuda.current_device() if device == "cuda" else None
     gpu = None if index is None else describe(index)
+    files = () if index is None else lookup.of_device(index).files
     return {
         "gpu": gpu.name if gpu else None,
         "device": str(gpu) if gpu else f"CPU, {platform.machine()}, {os.cpu_count()} cores",
@@ -40,10 +36,10 @@ def environment(copy_bytes_per_s: float | None, device: str = "cuda") -> dict[st
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # of a class of its own
         "cuda": torch.version.cuda,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "tables": [] if index is None else [_named(p) for p in lookup.of_device(index).files],
+        "tables": [f"{file.name} {_digest(file.read_bytes())}" for file in files],
         "settings": settings(),
         "packages": {name: version(name) for name in ("triton", "tilelang", *ADAPTERS)},
         "command": command(),
@@ -52,20 +48,11 @@ def environment(copy_bytes_per_s: float | None, device: str = "cuda") -> dict[st
 
 def settings() -> dict[str, str | None]:
     """What this process has switched, by environment variable; None is the default."""
-    switches = {
-        "MHC_TILE_REFERENCE": _dispatch.REFERENCE_ONLY,
-        "MHC_TILE_BATCH_INVARIANT": _dispatch.BATCH_INVARIANT,
+    return {
+        "MHC_TILE_REFERENCE": "1" if _dispatch.REFERENCE_ONLY else None,
+        "MHC_TILE_BATCH_INVARIANT": "1" if _dispatch.BATCH_INVARIANT else None,
+        table.VARIABLE: escaped(os.environ.get(table.VARIABLE, "")) or None,
     }
-    found = {name: "1" if on else None for name, on in switches.items()}
-    return {**found, table.VARIABLE: os.environ.get(table.VARIABLE) or None}
-
-
-def version(package: str) -> str | None:
-    """An installed package's version; None if it is absent."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def is_checkout() -> bool:
@@ -91,12 +78,7 @@ def command() -> list[str]:
     """The words that started this process, as those of `mhc-tile`."""
     program, *words = sys.argv
     module = Path(program).parts[-2:] == (Path(__file__).parent.name, "__main__.py")
-    return ["mhc-tile", *["perf"] * module, *words]
-
-
-def _named(path: Path) -> str:
-    """A table's name and a digest of what it says."""
-    return f"{path.name} {_digest(path.read_bytes())}"
+    return ["mhc-tile", *["perf"] * module, *map(escaped, words)]
 
 
 def _digest(content: bytes) -> str:

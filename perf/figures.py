@@ -6,6 +6,7 @@ marker in all pictures of a result.
 
 import collections
 import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,15 +48,7 @@ STYLE = {
 
 
 def draw(record: Record, comparison: Comparison | None = None) -> dict[str, Figure]:
-    """Every picture that a result has numbers for, by name.
-
-    Args:
-        record: the result.
-        comparison: with an older result, for a picture of changes.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
+    """Every picture that a result has numbers for, by name; "changes" is that of a comparison."""
     with _style():
         found = {
             "roofline": roofline(record),
@@ -142,32 +135,32 @@ def scaling(record: Record, along: str) -> Figure | None:
     None if there is no such panel, or nowhere three sizes with the same other dimensions.
     """
     rows = _most_sizes(record, along)
-    sizes: dict[tuple[str, str], set[int]] = collections.defaultdict(set)
+    points: dict[tuple[str, str], list[Row]] = collections.defaultdict(list)
     for row in rows:
-        sizes[row.op, row.mode].add(getattr(row, along))
-    panels = {panel: own for panel, own in sizes.items() if len(own) > 1}
+        points[row.op, row.mode].append(row)
+    size = operator.attrgetter(along)
+    panels = {name: own for name, own in points.items() if len(set(map(size, own))) > 1}
     if not panels:
         return None
-    rows = [row for row in rows if (row.op, row.mode) in panels]
+    rows = list(itertools.chain(*panels.values()))
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
-    size = (0.8 + max(2.6, min(5.0, 7.7 / columns)) * columns, 1.2 + 2.0 * lines)
-    figure, axes = _panels(lines, columns, size, sharex=True)
+    inches = (0.8 + max(2.6, min(5.0, 7.7 / columns)) * columns, 1.2 + 2.0 * lines)
+    figure, axes = _panels(lines, columns, inches, sharex=True)
     styles = labels(record)
     copy = record.environment.get("copy_bytes_per_s")
-    for axis, (op, mode) in zip(axes, panels, strict=False):
-        own = [row for row in rows if (row.op, row.mode) == (op, mode)]
+    for axis, (name, own) in zip(axes, panels.items(), strict=False):
         _times(axis, own, along, copy, styles)
-        axis.set_title(f"{op}, {mode}")
-        axis.set_xticks(sorted(set.union(*panels.values())))
+        axis.set_title(", ".join(name))
+        axis.set_xticks(sorted(set(map(size, rows))))
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     for axis in axes[max(0, len(panels) - columns) : len(panels)]:  # with no panel below
         axis.tick_params(axis="x", labelbottom=True)
     one = rows[0]
-    fixed = f"C = {one.hidden_size}" if along == "tokens" else f"T = {one.tokens}"
-    name = "tokens T" if along == "tokens" else "width C"
-    figure.supxlabel(f"{name}   ({fixed}, n = {one.streams}, {one.dtype})")
+    by_tokens = ("tokens T", f"C = {one.hidden_size}")
+    label, fixed = by_tokens if along == "tokens" else ("width C", f"T = {one.tokens}")
+    figure.supxlabel(f"{label}   ({fixed}, n = {one.streams}, {one.dtype})")
     figure.supylabel("microseconds a call")
     present = {row.contender for row in rows}
     _legend(figure, {name: style for name, style in styles.items() if name in present}, copy)
@@ -177,42 +170,35 @@ def scaling(record: Record, along: str) -> Figure | None:
 def _most_sizes(record: Record, along: str) -> list[Row]:
     """Timed rows that differ in one size alone, where ours has most sizes; empty below three."""
     other = "hidden_size" if along == "tokens" else "tokens"
-    rows: dict[tuple[int, int, str], list[Row]] = collections.defaultdict(list)
+
+    def fixed(row: Row) -> tuple[int, int, str]:
+        return getattr(row, other), row.streams, row.dtype
+
+    timed = [row for row in record.rows if row.sample]
     points: dict[tuple[int, int, str], set[int]] = collections.defaultdict(set)
-    for row in record.rows:
-        key = (getattr(row, other), row.streams, row.dtype)
-        if row.sample:
-            rows[key].append(row)
-            if row.contender == OURS:
-                points[key].add(getattr(row, along))
-    if not points:
+    for row in timed:
+        if row.contender == OURS:
+            points[fixed(row)].add(getattr(row, along))
+    if max(map(len, points.values()), default=0) < 3:
         return []
     best = max(points, key=lambda key: (len(points[key]), key[1] == 4, key[2] == "bfloat16"))
-    return rows[best] if len(points[best]) >= 3 else []
+    return [row for row in timed if fixed(row) == best]
 
 
 def _times(
     axis: Any, rows: Sequence[Row], along: str, copy: float | None, styles: dict[str, Label]
 ) -> None:
     """A panel of `scaling`, both axes logarithmic: a line a contender, and the roofline."""
-    bounds: dict[int, float] = {}
+    size = operator.attrgetter(along)
     for name in dict.fromkeys(row.contender for row in rows):
-        own = sorted(
-            (row for row in rows if row.contender == name), key=lambda row: getattr(row, along)
-        )
+        own = sorted((row for row in rows if row.contender == name), key=size)
         colour, marker = styles[name]
-        sizes = [getattr(row, along) for row in own]
-        front = 4 if name == OURS else 3
+        sizes, front = [size(row) for row in own], 4 if name == OURS else 3
         axis.plot(sizes, [row.us for row in own], f"{marker}-", color=colour, zorder=front)
         axis.vlines(
             sizes, [row.p20 for row in own], [row.p80 for row in own], color=colour, zorder=front
         )
-        if copy:
-            bounds |= {
-                size: row.bytes / copy * 1e6
-                for row, size in zip(own, sizes, strict=True)
-                if row.bytes
-            }
+    bounds = {size(row): row.bytes / copy * 1e6 for row in rows if copy and row.bytes}
     if bounds:
         axis.plot(*zip(*sorted(bounds.items()), strict=True), **BOUND)
     axis.set_xscale("log", base=2)
@@ -255,10 +241,7 @@ def _stacked(
     wholes: Sequence[float],
     form: str,
 ) -> tuple[Figure, Any]:
-    """A bar of parts for each row and a line at its whole, all in microseconds.
-
-    Negative parts go to the left of 0.
-    """
+    """A bar of parts for each row, negative ones left of 0, and a line at its whole, all in us."""
     names = in_order(name for own in values for name in own)
     others = itertools.cycle(itertools.product(HATCHES, OTHERS))
     looks = {name: ("", PARTS[name]) if name in PARTS else next(others) for name in names}
@@ -279,8 +262,7 @@ def _stacked(
     axis.set_yticks(range(len(rows)), texts)
     axis.margins(x=0.08)
     axis.grid(axis="y", visible=False)
-    fitting = int(figure.get_figwidth() / LEGEND_INCHES)
-    figure.legend(loc="outside upper center", ncols=min(fitting, len(names)))
+    _legend_above(figure, len(names))
     return figure, axis
 
 
@@ -349,5 +331,9 @@ def _legend(figure: Figure, styles: dict[str, Label], bound: float | None = None
     ]
     if bound:
         handles.append(line_of([], [], **BOUND, label="roofline"))
+    _legend_above(figure, len(handles), handles=handles)
+
+
+def _legend_above(figure: Figure, entries: int, **handles: Any) -> None:
     fitting = max(1, int(figure.get_figwidth() / LEGEND_INCHES))
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(fitting, len(handles)))
+    figure.legend(loc="outside upper center", ncols=min(fitting, entries), **handles)

@@ -1,10 +1,9 @@
 """What the stability monitor costs: `python -m mhc_tile.perf.monitor_cost`.
 
-A step is a forward and backward pass of a named decoder with mHC on random bytes. The monitor's
-part of it is timed by itself, because a percent of a step is less than the spread of whole steps:
-the hooks of a step that records nothing, and one record (hooks, gains, their way to the host). The
-share is `(idle + record / every) / step`. Whole steps with and without the monitor, taken in turn,
-stand beside it as a check.
+A step is a forward and backward pass of a named decoder with mHC on random bytes. The monitor is
+timed by itself, because its cost is less than the spread of whole steps: the hooks of a step that
+records nothing, and one record (hooks, gains, their copy to the host). The share is
+`(idle + record / every) / step`. Whole steps with and without the monitor are a check.
 """
 
 import argparse
@@ -23,32 +22,20 @@ from mhc_tile.training.monitor import GainMonitor, gain_row, measure_gains
 
 
 def _milliseconds(call: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
     call()
-    _wait(device)
+    wait()
     return (time.perf_counter() - start) * 1000
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def measure(
     name: str, *, tokens: tuple[int, int], every: int, rounds: int, device: torch.device
 ) -> dict[str, float]:
-    """Time one configuration.
+    """Median milliseconds of a named model's parts, and the share of a step in percent.
 
-    Args:
-        name: of the model.
-        tokens: B and S.
-        every: steps between records.
-        rounds: repetitions; medians are reported.
-        device: where.
-
-    Returns:
-        Column -> value: milliseconds, and the share of a step in percent.
+    `tokens` are B and S, `every` the steps between records.
     """
     torch.manual_seed(0)
     decoder = Decoder(model_config(name), residual="mhc").to(device)
@@ -60,8 +47,7 @@ def measure(
         F.cross_entropy(logits.float().flatten(0, 1), batch.flatten()).backward()
 
     taps = [m.tap for m in decoder.modules() if isinstance(m, ManifoldHyperConnection)]
-    n = 4
-    h_res = torch.full((*tokens, n, n), 1 / n, device=device)
+    h_res = torch.full((*tokens, 4, 4), 1 / 4, device=device)
 
     def pass_taps() -> None:
         for tap in taps:
@@ -96,14 +82,7 @@ def measure(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table.
-
-    Args:
-        argv: the arguments; those of the process if None.
-
-    Returns:
-        0.
-    """
+    """Print the table."""
     parser = argparse.ArgumentParser(description="What the stability monitor costs.")
     parser.add_argument("--model", default="1m", choices=CONFIGS)
     parser.add_argument("--tokens", type=given.count, nargs=2, default=(8, 128), metavar=("B", "S"))
@@ -113,15 +92,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=here, default=here[0])
     args = parser.parse_args(argv)
     device = torch.device(args.device)
-    result = measure(
-        args.model,
-        tokens=tuple(args.tokens),
-        every=args.every,
-        rounds=args.rounds,
-        device=device,
-    )
+    tokens = tuple(args.tokens)
+    result = measure(args.model, tokens=tokens, every=args.every, rounds=args.rounds, device=device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    lines = [f"{args.model}, mhc, {args.tokens[0]} x {args.tokens[1]} tokens, {where}, medians"]
+    lines = [f"{args.model}, mhc, {tokens[0]} x {tokens[1]} tokens, {where}, medians"]
     lines += [f"{column:>24}  {value:10.3f}" for column, value in result.items()]
     sys.stdout.write("\n".join(lines) + "\n")
     return 0

@@ -15,6 +15,9 @@ from torch import Tensor
 import mhc_tile
 from mhc_tile import reference
 from mhc_tile.autotune.problems import Problem
+from mhc_tile.autotune.registry import KERNELS
+from mhc_tile.kernels.common.quantities import Samples, quantity
+from mhc_tile.ops._definition import DEFINITIONS
 
 MODES = ("inference", "forward", "training")
 CONSTANTS: dict[str, Any] = {"norm_eps": 1e-20}  # the paper's
@@ -31,20 +34,10 @@ Call = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Case:
-    """An op at a shape, and how it is called.
-
-    Attributes:
-        op: a key of `OPERATIONS`.
-        mode: "inference" (no graph of gradients), "forward" (with one) or "training" (forward and
-            backward).
-        tokens: T.
-        hidden_size: C.
-        streams: n.
-        dtype: of the streams.
-    """
+    """An op, a key of `OPERATIONS`, at a shape, and how it is called."""
 
     op: str
-    mode: str
+    mode: str  # "inference" (no graph of gradients), "forward" (with one), "training" (both passes)
     tokens: int
     hidden_size: int
     streams: int = 4
@@ -87,15 +80,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Operation:
-    """An op of the library.
+    """An op of the library, and the bytes that it must move.
 
     Attributes:
         names: its tensors, of `Inputs`, in order.
         ours: the op.
         reference: the same by `mhc_tile.reference`.
         kernels: forward, then backward: keys of `autotune.registry.KERNELS`, whose bytes it must
-            move; None for the backward of `expand` and `collapse`, which is the other's forward.
-        parameters: how many tensors, the last ones, all tokens share.
+            move.
         twice: how many times n * C elements a token its kernels count that the op need not move,
             in the forward and in both: what one kernel writes and another reads, or a gradient of x
             by others.
@@ -104,71 +96,58 @@ class Operation:
     names: tuple[str, ...]
     ours: Call
     reference: Call
-    kernels: tuple[tuple[str, ...], tuple[str, ...]]
-    parameters: int = 0
+    kernels: tuple[tuple[Any, ...], tuple[Any, ...]]
     twice: tuple[int, int] = (0, 0)
+
+    @property
+    def parameters(self) -> int:
+        """How many tensors, the last ones, all tokens share."""
+        return sum(not quantity(name).per_token for name in self.names)
 
     def moved(self, case: Case) -> int | None:
         """Bytes that a call must move, by the kernels' `traffic`; None without TileLang."""
-        from mhc_tile.autotune.registry import KERNELS
-
-        parts = self.kernels[0] + (self.kernels[1] if case.mode == "training" else ())
+        training = case.mode == "training"
+        tokens, n, channels, dtype = case.tokens, case.streams, case.hidden_size, case.dtype
         try:
             moved = sum(
-                KERNELS[name].traffic(
-                    Problem(name, case.streams, case.hidden_size, case.dtype, case.tokens),
-                )
-                for name in parts
+                KERNELS[name].traffic(Problem(name, n, channels, dtype, tokens))
+                for name in self.kernels[0] + self.kernels[1] * training
             )
         except ImportError:
             return None
-        streams = (
-            case.tokens * case.streams * case.hidden_size * getattr(torch, case.dtype).itemsize
-        )
-        return moved - self.twice[case.mode == "training"] * streams
+        return moved - self.twice[training] * tokens * n * channels * getattr(torch, dtype).itemsize
 
 
-class Inputs:
-    """Tensors of a case by name, normal ones where nothing else is meant.
-
-    Args:
-        case: op and shape.
-        device: where they are made.
-        seed: of the random numbers.
-    """
+class Inputs(Samples):
+    """Random tensors of a case by name, the maps in the ranges that models have."""
 
     def __init__(self, case: Case, device: str, seed: int) -> None:
-        self._case = case
-        self._device = device
-        self._generator = torch.Generator(device).manual_seed(seed)
-
-    def make(self, name: str) -> Tensor:
-        """One tensor."""
-        case, n, width = self._case, self._case.streams, self._case.hidden_size
         dtype = getattr(torch, case.dtype)
-        if name == "x":
-            return self._normal(case.tokens, n, width).to(dtype)
-        if name in ("layer_output", "hidden"):
-            return self._normal(case.tokens, width).to(dtype)
-        if name == "phi":
-            return self._normal(n * (n + 2), n * width) * (n * width) ** -0.5
-        if name == "alpha":
-            return self._normal(3)
-        if name == "bias":
-            return self._normal(n * (n + 2))
-        if name == "h_pre":
-            return self._normal(case.tokens, n).sigmoid()
-        if name == "h_post":
-            return 2 * self._normal(case.tokens, n).sigmoid()
-        logits = self._normal(case.tokens, n, n)
-        return reference.sinkhorn(logits) if name == "h_res" else logits
+        super().__init__(case.tokens, case.streams, case.hidden_size, dtype, device, seed)
+
+    def get(self, name: str) -> Tensor:
+        """A new tensor of a name."""
+        values = super().get(name)
+        if name in ("h_pre", "h_post"):
+            return values.sigmoid() * (2 if name == "h_post" else 1)
+        return reference.sinkhorn(values) if name == "h_res" else values
 
     def like(self, results: Sequence[Tensor]) -> list[Tensor]:
         """Cotangents of results."""
-        return [self._normal(*value.shape).to(value.dtype) for value in results]
+        return [self.normal(value.shape, value.dtype) for value in results]
 
-    def _normal(self, *size: int) -> Tensor:
-        return torch.randn(size, generator=self._generator, device=self._device)
+
+def _operation(name: str, kernels: Any = None, twice: Any = (0, 0), **constants: Any) -> Operation:
+    """A public op and the function of its name in `mhc_tile.reference`, with constants."""
+    op = DEFINITIONS[name]
+    ours, truth = getattr(mhc_tile, name), getattr(reference, name)
+    return Operation(
+        op.tensors,
+        lambda *tensors: ours(*tensors, **constants),
+        lambda *tensors: truth(*tensors, **constants),
+        kernels or ((op.kernel,), (op.gradient_kernel,)),
+        twice,
+    )
 
 
 def _sublayer(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> Tensor:
@@ -184,77 +163,32 @@ def _sublayer_reference(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> 
     return reference.merge(x, layer_input, h_post, h_res)
 
 
-def _boundary_reference(
-    x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor, *parameters: Tensor
-) -> Results:
-    x_next = reference.merge(x, layer_output, h_post, h_res)
-    return (x_next, *reference.pre(x_next, *parameters, **CONSTANTS))
-
-
-_PARAMETERS = ("phi", "alpha", "bias")
-_MERGED = ("x", "layer_output", "h_post", "h_res")
 OPERATIONS: dict[str, Operation] = {
-    "mapping": Operation(
-        ("x", *_PARAMETERS),
-        lambda *tensors: mhc_tile.mapping(*tensors, **CONSTANTS),
-        lambda *tensors: reference.mapping(*tensors, **CONSTANTS),
-        (("mapping",), ("mapping_backward",)),
-        parameters=3,
-    ),
-    "sinkhorn": Operation(
-        ("logits",), mhc_tile.sinkhorn, reference.sinkhorn, (("sinkhorn",), ("sinkhorn_backward",))
-    ),
-    "pre_apply": Operation(
-        ("x", "h_pre"),
-        mhc_tile.pre_apply,
-        reference.pre_apply,
-        (("pre_apply",), ("pre_apply_backward",)),
-    ),
-    "merge": Operation(_MERGED, mhc_tile.merge, reference.merge, (("merge",), ("merge_backward",))),
-    "expand": Operation(
-        ("hidden",),
-        lambda hidden: mhc_tile.expand(hidden, 4),
-        lambda hidden: reference.expand(hidden, 4),
-        (("expand",), ("collapse",)),
-    ),
-    "collapse": Operation(
-        ("x",), mhc_tile.collapse, reference.collapse, (("collapse",), ("expand",))
-    ),
-    "pre": Operation(
-        ("x", *_PARAMETERS),
-        lambda *tensors: mhc_tile.pre(*tensors, **CONSTANTS),
-        lambda *tensors: reference.pre(*tensors, **CONSTANTS),
-        (("pre",), ("pre_backward",)),
-        parameters=3,
-        twice=(0, 1),
-    ),
-    "boundary": Operation(
-        (*_MERGED, *_PARAMETERS),
-        lambda *tensors: mhc_tile.boundary(*tensors, **CONSTANTS),
-        _boundary_reference,
+    "mapping": _operation("mapping", **CONSTANTS),
+    "sinkhorn": _operation("sinkhorn"),
+    "pre_apply": _operation("pre_apply"),
+    "merge": _operation("merge"),
+    "expand": _operation("expand", num_streams=4),
+    "collapse": _operation("collapse"),
+    "pre": _operation("pre", twice=(0, 1), **CONSTANTS),
+    "boundary": _operation(
+        "boundary",
         (("merge", "pre"), ("pre_backward", "merge_backward")),
-        parameters=3,
         twice=(1, 3),
+        **CONSTANTS,
     ),
     "sublayer": Operation(
-        ("x", *_PARAMETERS),
+        DEFINITIONS["pre"].tensors,
         _sublayer,
         _sublayer_reference,
         (("pre", "merge"), ("merge_backward_maps", "pre_backward")),
-        parameters=3,
     ),
 }
 """Every op by name; n is 4 in `expand`."""
 
 
 def cases(*, quick: bool = False, device: str = "cuda", ops: Sequence[str] = ()) -> list[Case]:
-    """The cases of a run.
-
-    Args:
-        quick: those of `mhc-tile perf run --quick`.
-        device: "cuda", or "cpu" for small ones.
-        ops: these only; all if empty.
-    """
+    """The cases of a run, on a CPU small ones; `ops` are these only, all if empty."""
     chosen = list(dict.fromkeys(ops)) or list(OPERATIONS)
     if device == "cpu":
         small = CPU_SIZES[:1] if quick else CPU_SIZES

@@ -15,7 +15,7 @@ from mhc_tile.autotune._arguments import check_folder
 from mhc_tile.autotune._extras import require
 
 from .bench import Bench
-from .records import Record, Row, read, slug, write
+from .records import Kind, Record, Row, escaped, read, slug, write
 
 
 @contextlib.contextmanager
@@ -27,16 +27,12 @@ def without_advice() -> Iterator[None]:
         yield
 
 
-# Checks: a command makes them before it spends minutes. `command` starts each message.
+# Checks before a command spends minutes; `command` starts each message. What does not fit is a
+# ValueError, what cannot be written an OSError.
 
 
 def result_path(kind: str, environment: Mapping[str, Any], wanted: Path | None) -> Path:
-    """Where a result is written: the wanted path, or `<kind>-<gpu>.json`; its folder is made.
-
-    Raises:
-        ValueError: It is a folder or a device.
-        OSError: It cannot be written.
-    """
+    """Where a result is written: the wanted path, or `<kind>-<gpu>.json`; its folder is made."""
     path = wanted or Path(f"{kind}-{slug(environment.get('gpu'))}.json")
     check_file("perf", "out", path)
     return path
@@ -45,15 +41,7 @@ def result_path(kind: str, environment: Mapping[str, Any], wanted: Path | None) 
 def check_file(command: str, option: str, path: Path, *, replaced: bool = True) -> None:
     """Fail if the file of an option cannot be written; its folder is made.
 
-    Args:
-        command: of the message.
-        option: that names the file.
-        path: of the file.
-        replaced: whether a new file takes its place, which must not happen to a device.
-
-    Raises:
-        ValueError: It is a folder, or a device that would be replaced.
-        OSError: It cannot be written.
+    A file that is to be `replaced` must not be a device.
     """
     if os.path.isdir(path):  # Path.is_dir raises where permissions hide the path
         raise ValueError(f"{command}: --{option} must be a file, got the folder {path}")
@@ -65,12 +53,7 @@ def check_file(command: str, option: str, path: Path, *, replaced: bool = True) 
 
 
 def check_figures(command: str, folder: Path | None) -> None:
-    """Fail if pictures cannot be drawn or saved; None asks for none.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-        OSError: Nothing can be written in the folder.
-    """
+    """Fail if matplotlib is missing or the folder cannot be written; None asks for no pictures."""
     if folder:
         require("matplotlib", f"mhc-tile {command}", "perf")
         check_folder(f"{command}: --figures", folder)
@@ -79,13 +62,7 @@ def check_figures(command: str, folder: Path | None) -> None:
 def check_apart(command: str, read: Mapping[str, Path | None], written: Mapping[str, Path]) -> None:
     """Refuse to write over a file that is read, or to write one file twice.
 
-    Args:
-        command: of the message.
-        read: files by argument; None where it is not given.
-        written: files by option.
-
-    Raises:
-        ValueError: Two are the same.
+    Files are by argument and option; None is not given.
 
     Example:
         >>> check_apart("perf compare", {"base": Path("a")}, {"json": Path("./a")})
@@ -104,9 +81,6 @@ def check_apart(command: str, read: Mapping[str, Path | None], written: Mapping[
 def check_positive(command: str, **values: int | None) -> None:
     """Refuse numbers below 1; None is an option that is not given.
 
-    Raises:
-        ValueError: One is below 1.
-
     Example:
         >>> check_positive("perf run", turns=0)
         Traceback (most recent call last):
@@ -120,16 +94,9 @@ def check_positive(command: str, **values: int | None) -> None:
 def check_names(
     command: str, asked: Sequence[str], known: Sequence[str], here: Sequence[str]
 ) -> None:
-    """Refuse contenders that do not exist or cannot be measured on this machine.
+    """Refuse beginnings of names that no contender has, or none that can be measured here.
 
-    Args:
-        command: of the message.
-        asked: beginnings of names.
-        known: all names, whatever is installed.
-        here: the names that can be measured, packages with their versions.
-
-    Raises:
-        ValueError: No name begins like one of `asked`, or none of `here` does.
+    `known` are all names, `here` those that can be measured, packages with their versions.
 
     Example:
         >>> check_names("perf run", ["ours"], ["mhc_tile", "reference (eager)"], ["mhc_tile"])
@@ -138,8 +105,9 @@ def check_names(
     """
     for name in asked:
         if not any(one.startswith(name) for one in (*known, *here)):
-            all_ = ", ".join(known)
-            raise ValueError(f"{command}: --contender must begin one of {all_}, got {name}")
+            raise ValueError(
+                f"{command}: --contender must begin one of {', '.join(known)}, got {name}"
+            )
     if asked and not any(one.startswith(tuple(asked)) for one in here):
         raise ValueError(
             f"{command}: --contender must leave one that can be measured here, of "
@@ -151,18 +119,14 @@ def check_names(
 
 
 def keep(
-    kind: str, environment: Mapping[str, Any], parts: Iterable[Mapping[str, Row]], path: Path | None
+    kind: Kind,
+    environment: Mapping[str, Any],
+    parts: Iterable[Mapping[str, Row]],
+    path: Path | None,
 ) -> Record:
-    """Write what is measured so far, to `kept_at`; a run without rows replaces no file.
+    """Write the rows of each case by contender to `kept_at`; without rows no file is replaced.
 
-    Args:
-        kind: of the result.
-        environment: of the result; "cases_left" marks a run that has not ended.
-        parts: rows by contender, of each case.
-        path: of the file; None writes nothing.
-
-    Raises:
-        OSError: It cannot be written.
+    "cases_left" in the environment marks a run that has not ended.
     """
     rows = [row for part in parts for row in part.values()]
     record = Record(kind, dict(environment), rows)
@@ -176,8 +140,8 @@ def keep(
 def kept_at(record: Record, path: Path) -> Path:
     """The file that `keep` writes.
 
-    A run that has not ended goes to `<name>.partial.json` while the path holds a result of a run
-    that has ended, or any other file.
+    It is `<name>.partial.json` for a run that has not ended, if the path has the result of one that
+    has, or any other file.
     """
     if "cases_left" not in record.environment or not path.exists():
         return path
@@ -192,7 +156,7 @@ def _partial(path: Path) -> Path:
 
 
 def say_unfinished(record: Record, path: Path | None) -> None:
-    """Say how many cases are left and where the rows are, if the run did not end."""
+    """Print how many cases are left and where the rows are, if the run did not end."""
     left = record.environment.get("cases_left")
     if path and left and record.rows:
         cases = f"{left} case{'s' * (left != 1)}"
@@ -200,23 +164,14 @@ def say_unfinished(record: Record, path: Path | None) -> None:
 
 
 def draw(record: Record, folder: Path) -> None:
-    """Save the pictures of a result as PNG, as `save`.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-        OSError: They cannot be written.
-    """
+    """Save the pictures of a result."""
     from . import figures
 
     save(figures.draw(record), folder)
 
 
 def save(drawn: Mapping[str, Any], folder: Path) -> None:
-    """Save figures by name as PNG and say where; the folder is made.
-
-    Raises:
-        OSError: They cannot be written.
-    """
+    """Save figures by name as PNG and print where; the folder is made."""
     from . import figures
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -237,57 +192,48 @@ def one_line(error: BaseException) -> str:
         >>> one_line(RuntimeError("it  broke\nin many ways")), one_line(AssertionError())
         ('RuntimeError: it broke', 'AssertionError')
     """
-    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    text = escaped(str(error))
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def fault_of(error: Exception, what: str = "") -> dict[str, str]:
-    """Status and fault of the row of a contender that failed.
-
-    Args:
-        error: that ended it.
-        what: failed, if not the contender itself.
+    """Status and fault of the row of a contender that failed, or for which `what` failed.
 
     Example:
         >>> fault_of(torch.OutOfMemoryError("CUDA out of memory"))["status"]
         'out of memory'
     """
-    full = isinstance(error, torch.OutOfMemoryError)
-    fault = f"{what}: {one_line(error)}" if what else one_line(error)
-    return {"status": "out of memory" if full else "failed", "fault": fault}
+    status = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
+    return {"status": status, "fault": f"{what}: {one_line(error)}".removeprefix(": ")}
 
 
 class UnusableError(RuntimeError):
-    """After an error this process cannot use the GPU any more."""
+    """An error left this process without a usable GPU."""
 
 
 def recover(bench: Bench, row: Row) -> None:
-    """Make the GPU usable after a contender failed.
+    """Free what a failed contender has left.
 
     Raises:
-        UnusableError: Nothing works on the GPU any more.
+        UnusableError: The GPU does not answer any more.
     """
     if not bench.recover():
-        fault = f"{row.contender} left the GPU unusable at {row.case}: {row.fault}"
-        raise UnusableError(fault)
+        raise UnusableError(f"{row.contender} left the GPU unusable at {row.case}: {row.fault}")
 
 
 # The terminal.
 
 
 class Progress:
-    """What is under way, on stderr: a bar on a terminal, elsewhere a line with the seconds."""
+    """Progress on stderr: a bar on a terminal, elsewhere lines with the seconds."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
         self._bar: Any = None
 
     def over(self, items: Iterable[Any], purpose: str) -> Iterator[Any]:
-        """Iterate, with a bar on a terminal; `purpose` starts the message if tqdm is missing.
-
-        Raises:
-            MissingExtraError: tqdm is not installed.
-        """
+        """Iterate, with a bar on a terminal; `purpose` starts the message if tqdm is missing."""
         self._bar = require("tqdm", purpose, "perf").tqdm(items, disable=None)
         yield from self._bar
 
@@ -296,14 +242,14 @@ class Progress:
         return self._bar is not None and not self._bar.disable
 
     def say(self, text: str) -> None:
-        """Name what begins."""
+        """Name the case that begins."""
         if self._has_bar:
             self.detail(text)
         else:
             self.note(text)
 
     def detail(self, text: str) -> None:
-        """Name a part of what is under way, on a terminal only."""
+        """Name a part of the case, on a terminal only."""
         if self._has_bar:
             self._bar.set_description(text)
 

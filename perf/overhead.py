@@ -1,10 +1,9 @@
 """`mhc-tile perf overhead`: what the residual connection costs a training step, the 6.7% question.
 
-A slice of a named model - some layers without embedding and head, parameters in bf16, those of the
-connections in fp32 - runs forward and backward from a given gradient, and optionally an optimizer's
-step. The same layers are joined by plain residuals, HC and mHC, the latter by this library, by its
-reference and by other packages; contenders take turns, step by step. The overhead is what a step
-takes longer than with plain residuals under torch.compile.
+A slice of a named model (some layers without embedding and head, in bf16, connections in fp32) runs
+forward and backward, and optionally an optimizer's step. Plain residuals, HC and mHC, by this
+library, its reference and other packages, join the same layers. Contenders take turns, step by
+step. The overhead is what a step takes longer than with plain residuals under torch.compile.
 """
 
 import dataclasses
@@ -117,19 +116,13 @@ def measure(
     *,
     must_fit: bool = False,
 ) -> dict[str, Row]:
-    """One slice: every contender's step.
+    """One slice: the steps of plain residuals and of contenders that are wanted, in turns.
 
-    Args:
-        piece: the slice.
-        bench: where.
-        progress: is told what begins.
-        wanted: beginnings of contenders' names; all if empty. Plain residuals always take part.
-        turns: of each contender.
-        rows: gets what is measured as it comes.
-        must_fit: whether to stop, of several layers, where a contender runs out of memory.
+    With `must_fit`, a slice of several layers ends where a contender runs out of memory.
 
     Returns:
-        A row for each by name, the plain one first; none if it stopped.
+        `rows`, a row for each contender by name, which come as they are measured, the plain one
+        first; none if it ended for memory.
 
     Raises:
         UnusableError: A contender left the GPU so that nothing works on it any more.
@@ -268,10 +261,6 @@ def longer(steps: Sequence[float], plain: Sequence[float]) -> tuple[float, float
     The mean over rounds without an eighth at either end. No median: at its power limit a GPU has
     two states, each of which lasts for seconds and in which one and the same step takes 2% more or
     less, and a median jumps from one to the other.
-
-    Example:
-        >>> longer([150.0, 165.0, 150.0, 165.0], [100.0, 110.0, 100.0, 110.0])
-        (0.5, 0.0)
     """
     ratios = sorted(one / other - 1 for one, other in zip(steps, plain, strict=True))
     cut = len(ratios) // 8

@@ -6,6 +6,7 @@ returns is brought back for the check. Where an op of ours has no counterpart, t
 
 import contextlib
 import importlib
+import importlib.metadata
 import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor
 
 from .bench import tf32_products
-from .environment import version
 from .operations import MODES, Results
 
 STREAMS = 4
@@ -180,6 +180,8 @@ An adapter raises ImportError where its package is not installed.
 
 def lacks(package: str) -> Mapping[str, str]:
     """Ops of ours that an installed package leaves to others, each with the reason."""
+    if package == "hyper-connections":
+        return dict.fromkeys(("pre", "merge"), "its module is a sublayer with a mapping of its own")
     if package != "tile-kernels" or not _has_stages():
         return {}
     from . import stages
@@ -218,6 +220,14 @@ def _tile_kernels_module() -> ModuleType:
             raise
     sys.modules[old] = importlib.import_module(new)
     return importlib.import_module("tile_kernels.modeling.mhc.functional")
+
+
+def version(package: str) -> str | None:
+    """An installed package's version; None if it is absent."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def named(package: str) -> str:

@@ -1,50 +1,74 @@
-"""The static gate: what every default program takes, against a record, compiling what is new in it.
+"""What every program with its default configuration takes of a GPU, read without one.
 
 A record, perf/static/<arch>.json, holds for each kernel its numbers, the digest of the program that
 they were read from and that of the CUDA source. ptxas' answer follows from the source, the options
 and the version of nvcc, the source from the program and the version of TileLang. So a program whose
-digest is recorded is neither lowered nor compiled, one whose source is recorded is not compiled,
-and recorded numbers are judged like any others. COMPILED is lowered and compiled always, and must
-give what is recorded: digests that miss something, and numbers that were edited, are found out.
+digest is recorded is neither lowered nor compiled, and one whose source is recorded is not
+compiled. COMPILED is lowered and compiled always, and must give what is recorded: this finds
+digests that miss something, and numbers that were edited.
 """
 
+import contextlib
+import dataclasses
+import functools
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from mhc_tile.kernels.common import lowering as _lowering
-from mhc_tile.kernels.common import static as _static
-from mhc_tile.perf import shipped as _shipped
+import torch
 
+from mhc_tile import MHCConfig
+from mhc_tile.autotune import worker
+from mhc_tile.kernels.common import files, lowering, static
+from mhc_tile.kernels.common.architectures import multiprocessors_of
+from mhc_tile.kernels.common.programs import DryRun, dry_run
+from mhc_tile.kernels.common.quantities import Samples
+from mhc_tile.ops import _dispatch
+from mhc_tile.ops._definition import DEFINITIONS, Op
+
+RECORDS = Path(__file__).parent / "static"
+WRITE = "mhc-tile perf gate --static --write"
 # The architecture whose programs are compiled even if recorded: the one that kernels are tuned on.
 COMPILED = "sm_90a"
+STREAMS, CHANNELS, DTYPE = 4, 2560, "bfloat16"
 # A kernel's name in the record begins with its group's, which stands for a number of tokens.
 GROUPS = {"": 8192, "few tokens: ": 64}
-WRITE = "python -m mhc_tile.perf.resources --write"
+# Ops whose launchers have every program. Names in the record follow the order of the launches.
+OPS = (
+    "expand", "collapse", "sinkhorn", "sinkhorn_backward", "pre_apply", "pre_apply_backward",
+    "merge", "merge_backward", "_merge_backward_maps", "mapping", "mapping_backward", "pre",
+    "boundary", "pre_backward",
+)  # fmt: skip
+# Constants are compiled in: others make other programs.
+CONSTANTS = {
+    **dataclasses.asdict(MHCConfig.paper(num_streams=STREAMS, norm_eps=1e-6)),
+    "eps": 0.0,
+    "mode": "sum",
+}
 DIGESTS = ("program", "source")
-KEYS = {*DIGESTS, *(known.name for known in fields(_static.Resources))} - {"kernel"}
+KEYS = {*DIGESTS, *(known.name for known in dataclasses.fields(static.Resources))} - {"kernel"}
+PROCESSES = 2  # each lowers in one thread and waits for nvcc
+SECONDS = 600.0  # for one program; the slowest take 20 on one core
+
+Kernels = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of an architecture's kernels.
+    """What is known of an architecture's kernels, by the numbers of one version of nvcc.
 
-    nvcc: the version that the numbers come from. kernels: by name, the digests "program" and
-    "source" and the fields of `_static.Resources`.
+    A kernel has the digests "program" and "source", and the fields of `static.Resources`.
     """
 
     nvcc: str = ""
-    kernels: dict[str, dict[str, Any]] = field(default_factory=dict)
+    kernels: Kernels = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> "Record":
-        """From a file.
-
-        Raises:
-            ValueError: There is none, or it holds something else.
-        """
+        """From a file; ValueError where there is none, or it holds something else."""
         try:
             record = cls(**json.loads(path.read_text()))
             if any(kernel.keys() != KEYS for kernel in record.kernels.values()):
@@ -56,18 +80,23 @@ class Record:
             ) from error
 
     def write(self, path: Path) -> None:
-        """Make the file anew, at once or not at all."""
-        path.parent.mkdir(exist_ok=True)
-        draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps({"nvcc": self.nvcc, "kernels": self.kernels}, indent=1) + "\n")
-        draft.replace(path)
+        """Replace the file."""
+        files.write(path, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
-    def find(self, digest: str, value: str) -> dict[str, dict[str, Any]]:
+    def find(self, digest: str, value: str) -> Kernels:
         """The kernels whose digest, "program" or "source", has a value, by their CUDA names."""
         return {
             name.rpartition(": ")[2].partition(" ")[0]: kernel
             for name, kernel in self.kernels.items()
             if kernel[digest] == value
+        }
+
+    @property
+    def numbers(self) -> dict[str, dict[str, int]]:
+        """The kernels without their digests."""
+        return {
+            name: {key: value for key, value in kernel.items() if key not in DIGESTS}
+            for name, kernel in self.kernels.items()
         }
 
 
@@ -82,72 +111,76 @@ class Program:
     pass_configs: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Taken:
-    """What one program takes.
-
-    group, program: where it stands and its digest. kernels: as in a record, by CUDA name.
-    """
+class Taken(NamedTuple):
+    """What one program takes: its kernels as in a record, by CUDA name."""
 
     group: str
-    program: str
-    kernels: dict[str, dict[str, Any]]
+    program: str  # the digest
+    kernels: Kernels
 
 
-def programs(arch: str, n: int = 4, channels: int = 2560) -> list[Program]:
-    """What an architecture runs at many tokens and at few, each program once.
+@contextlib.contextmanager
+def launching(arch: str) -> Iterator[DryRun]:
+    """Note what ops launch on an architecture, with the default configurations, in `dry_run`."""
+    pinned = _dispatch.BATCH_INVARIANT
+    _dispatch.set_batch_invariant(False)
+    try:
+        with dry_run(arch, multiprocessors_of(arch)) as asked:
+            yield asked
+    finally:
+        _dispatch.set_batch_invariant(pinned)
 
-    Args:
-        arch: one of `CHECKED`.
-        n: streams.
-        channels: C.
 
-    Returns:
-        In the order of the launches, so that a record's names are stable.
-    """
+def call(op: Op, tokens: int, optional: Sequence[str] = ()) -> Callable[[], Any]:
+    """A call of an op's CUDA code on tensors without values, some of its optional ones given."""
+    make = Samples(tokens, STREAMS, CHANNELS, getattr(torch, DTYPE), "meta")
+    positional, keywords = op.call_of(make.get, CONSTANTS, optional)
+    return functools.partial(op.by_kernel, *positional, **keywords)
+
+
+def programs(arch: str) -> list[Program]:
+    """What an architecture runs at many tokens and at few, each program once, in order."""
     found: dict[Any, Program] = {}
     for group, tokens in GROUPS.items():
-        for factory, constants, configs in _shipped.programs(arch, tokens, n, channels).programs:
+        with launching(arch) as asked:
+            for op in map(DEFINITIONS.__getitem__, OPS):
+                for given in range(len(op.optional) + 1):
+                    call(op, tokens, op.optional[:given])()
+        for factory, constants, configs in asked.programs:
             program = Program(group, arch, factory, constants, configs)
             found.setdefault((factory, constants), program)
     return list(found.values())
 
 
-def take(program: Program, record: Record, *, compiled: bool | None = None) -> Taken:
-    """What a program takes: from the record if it is there, else from the compiler.
+def take(program: Program, record: Record, *, fresh: bool = False) -> Taken:
+    """What a program takes: from its architecture's record if it is there, else from the compiler.
 
-    Args:
-        program: one of `programs`.
-        record: of the program's architecture.
-        compiled: whether to compile what is recorded, too; None: on COMPILED only.
-
-    Raises:
-        RuntimeError: There is no nvcc, or it rejects the source.
+    `fresh` compiles what is recorded, too, which is always done on COMPILED. RuntimeError where
+    there is no nvcc, or it rejects the source.
     """
     arch, configs = program.arch, program.pass_configs
-    if compiled is None:
-        compiled = arch == COMPILED
-    if compiled or record.nvcc != _static.nvcc_version():
+    if fresh or arch == COMPILED or record.nvcc != static.nvcc_version():
         record = Record()
     function = program.factory(*program.constants)
-    digest = _static.program_digest(function, arch, configs)
+    digest = static.program_digest(function, arch, configs)
     if known := record.find("program", digest):
         return Taken(program.group, digest, known)
-    lowered = _lowering.lower(function, arch, configs)
-    source = _static.source_digest(lowered, arch, configs)
+    lowered = lowering.lower(function, arch, configs)
+    source = static.source_digest(lowered, arch, configs)
     if not (known := record.find("source", source)):
-        known = _static.as_record(_static.compiled(lowered, arch, configs))
+        resources = map(dataclasses.asdict, static.compiled(lowered, arch, configs))
+        known = {values.pop("kernel"): values for values in resources}
     digests = {"program": digest, "source": source}
-    kernels = {name: {**digests, **kernel, **digests} for name, kernel in known.items()}
+    kernels = {name: {**digests, **values, **digests} for name, values in known.items()}
     return Taken(program.group, digest, kernels)
 
 
 def named(taken: Iterable[Taken]) -> Record:
-    """A record of what programs take, in their order.
+    """A record of what programs take, in their order, each digest once.
 
     Kernels of few tokens are called "few tokens: <kernel>", several of one name are numbered.
     """
-    kernels: dict[str, dict[str, Any]] = {}
+    kernels: Kernels = {}
     once: dict[str, Taken] = {}
     for one in taken:
         once.setdefault(one.program, one)
@@ -158,29 +191,56 @@ def named(taken: Iterable[Taken]) -> Record:
                 count += 1
                 name = f"{one.group}{kernel} {count}"
             kernels[name] = values
-    return Record(_static.nvcc_version(), kernels)
+    return Record(static.nvcc_version(), kernels)
 
 
-def numbers(record: Record) -> dict[str, dict[str, int]]:
-    """The kernels of a record without their digests."""
-    return {
-        name: {key: value for key, value in kernel.items() if key not in DIGESTS}
-        for name, kernel in record.kernels.items()
-    }
+def measure(architectures: Sequence[str], *, fresh: bool = False) -> dict[str, Record]:
+    """What every program takes now, by architecture; ValueError where one does not compile."""
+    tasks = [(arch, i) for arch in architectures for i in range(len(programs(arch)))]
+    jobs = min(PROCESSES, os.cpu_count() or 1)
+    arguments = (fresh, RECORDS)
+    found: dict[Any, Taken] = {}
+    for task, answer in worker.pooled(
+        f"{__name__}:handler", tasks, jobs=jobs, seconds=SECONDS, arguments=arguments
+    ):
+        if not isinstance(answer, Taken):
+            raise ValueError(f"perf gate: programs must compile for {task[0]}, got {answer}")
+        found[task] = answer
+    return {arch: named(found[task] for task in tasks if task[0] == arch) for arch in architectures}
+
+
+def handler(fresh: bool, records: Path) -> Callable[[tuple[str, int]], Iterator[Any]]:
+    """What a process runs: from an architecture and a program's index a `Taken`, or a text."""
+
+    @functools.cache
+    def known(arch: str) -> tuple[list[Program], Record]:
+        try:
+            return programs(arch), Record.read(records / f"{arch}.json")
+        except ValueError:
+            return programs(arch), Record()
+
+    def handle(task: tuple[str, int]) -> Iterator[Any]:
+        found, record = known(task[0])
+        try:
+            yield take(found[task[1]], record, fresh=fresh)
+        except Exception as error:
+            yield f"{type(error).__name__}: {error}"
+
+    return handle
 
 
 def faults(arch: str, now: Record) -> list[str]:
     """Why kernels must not ship: "<kernel>: spills 8 bytes to local memory"."""
     return [
         f"{name}: {fault}"
-        for name, values in numbers(now).items()
-        for fault in _static.Resources(name, **values).faults(arch)
+        for name, values in now.numbers.items()
+        for fault in static.Resources(name, **values).faults(arch)
     ]
 
 
 def differences(record: Record, now: Record) -> list[str]:
     """What is wrong against the record: growth, and numbers that are not those of its programs."""
-    found = [f"{grown}; {WRITE}" for grown in _static.regressions(numbers(record), numbers(now))]
+    found = [f"{grown}; {WRITE}" for grown in static.regressions(record.numbers, now.numbers)]
     if record.nvcc != now.nvcc:
         return found
     for name, values in now.kernels.items():
@@ -194,22 +254,16 @@ def differences(record: Record, now: Record) -> list[str]:
     return found
 
 
-def unrecorded(record: Record, now: Record, groups: Iterable[str] = GROUPS) -> list[str]:
-    """Kernels that the record does not hold as they are, or that are no more: names, sorted.
+def unrecorded(record: Record, now: Record) -> list[str]:
+    """Kernels that the record does not hold as they are, or that are no more, by name.
 
     Nothing is wrong with them, but they are compiled each time, until they are recorded.
     """
-    kept = {name: values for name, values in record.kernels.items() if _group(name) in set(groups)}
     fresh = record.nvcc != now.nvcc
-    names = {name for name, values in now.kernels.items() if fresh or kept.get(name) != values}
-    return sorted(names | (kept.keys() - now.kernels.keys()))
+    names = {n for n, values in now.kernels.items() if fresh or record.kernels.get(n) != values}
+    return sorted(names | (record.kernels.keys() - now.kernels.keys()))
 
 
 def reminder(arch: str, names: Iterable[str]) -> str:
     """What to say of `unrecorded` kernels."""
     return f"{arch}: compiled each time until recorded with `{WRITE}`: {', '.join(names)}"
-
-
-def _group(name: str) -> str:
-    head, colon, _ = name.rpartition(": ")
-    return f"{head}{colon}"

@@ -10,7 +10,7 @@ from mhc_tile.autotune._extras import require
 from . import output
 from .bench import Bench, bench_of
 from .environment import environment
-from .records import Record, Row, is_ours
+from .records import Kind, Record, Row, is_ours
 
 _Item = TypeVar("_Item")
 
@@ -43,7 +43,7 @@ def begin(
 
 
 def measure_all(
-    kind: str,
+    kind: Kind,
     items: Sequence[_Item],
     measure: Callable[[_Item, dict[str, Row], output.Progress], None],
     bench: Bench,

@@ -18,31 +18,24 @@ from mhc_tile.models import CONFIGS, Decoder, ModelConfig, model_config
 
 from .bench import tf32_products
 from .connections import PeerConnection, ReferenceConnection
-from .environment import version
-from .peers import lacks
+from .peers import ADAPTERS, lacks, version
 from .records import OURS
 
 PLAIN = "residual (compiled)"
 LAYERS, BATCH, SEQUENCE = 4, 2, 4096
-PEERS = ("tile-kernels", "liger-kernel")
 UNCHECKED = ("residual", "hc")  # join the layers otherwise than the reference
 TF32 = ", tf32)"  # the end of the name of who multiplies fp32 in tf32
 WAYS = ("compiled, tf32", "sublayers compiled, tf32", "sublayers compiled", "layers compiled")
 NAMES = (
     PLAIN, "residual (layers compiled)", OURS, f"{OURS} (layers compiled)",
-    *(f"{kind} ({way})" for kind in ("hc", "reference") for way in WAYS), *PEERS,
+    *(f"{kind} ({way})" for kind in ("hc", "reference") for way in WAYS), *ADAPTERS,
 )  # fmt: skip
-"""All contenders; peers take part where they are installed, tf32 on CUDA alone."""
+"""All contenders; packages take part where they can join sublayers, tf32 on CUDA alone."""
 
 
 def names_here(device: str) -> list[str]:
-    """The contenders that can be measured on "cuda" or "cpu".
-
-    Example:
-        >>> any("tf32" in name for name in names_here("cpu"))
-        False
-    """
-    installed = [name for name in NAMES if name not in PEERS or _joins(name)]
+    """The contenders that can be measured on "cuda" or "cpu"."""
+    installed = [name for name in NAMES if name not in ADAPTERS or _joins(name)]
     return [name for name in installed if device == "cuda" or not name.endswith(TF32)]
 
 
@@ -69,12 +62,7 @@ class Slice:
 
     @property
     def key(self) -> str:
-        """The name in a result file.
-
-        Example:
-            >>> Slice("paper-27b").key
-            'paper-27b/step/B2xS4096/L4'
-        """
+        """The name in a result file."""
         step = "step+adamw" if self.optimizer else "step"
         return f"{self.model}/{step}/B{self.batch}xS{self.sequence}/L{self.layers}"
 
@@ -133,7 +121,7 @@ class Sublayers:
             ours.phi, ours.alpha, ours.bias = own.phi, own.alpha, own.bias
             if kind == "reference":
                 return ReferenceConnection(ours)
-            return PeerConnection(ours, kind) if kind in PEERS else ours
+            return PeerConnection(ours, kind) if kind in ADAPTERS else ours
 
         def build(name: str) -> nn.Module:
             kind, _, way = name.removesuffix(TF32).removesuffix(")").partition(" (")

@@ -1,7 +1,7 @@
 """TileKernels 2 as contender: stages, each a forward and a backward function without autograd.
 
-The projection has left the package for DeepGEMM, and with it `pre` and all that contains it: what
-follows the projection has no op of ours beside it. Axes: T tokens, n streams, C hidden size.
+The projection is in another package, DeepGEMM. So there is no counterpart of `pre` and of the ops
+that contain it.
 """
 
 import importlib

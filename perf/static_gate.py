@@ -10,47 +10,32 @@ noted instead of made. Of each op, at many tokens and at few:
 
 `bytes` is a floor and grows if the definition of the work does; `passed` grows if a tensor is read
 once more, or a temporary one appears. Growth of any of them is an error, less asks to be recorded.
+`run` is the whole gate, which also compares what the programs take.
 """
 
-import dataclasses
 import functools
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
+import msgspec
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mhc_tile import MHCConfig
 from mhc_tile.autotune.problems import Problem
 from mhc_tile.autotune.registry import KERNELS
 from mhc_tile.kernels.boundary import launch as boundary
-from mhc_tile.kernels.common.architectures import multiprocessors_of
-from mhc_tile.kernels.common.programs import dry_run
-from mhc_tile.kernels.common.quantities import Samples
-from mhc_tile.ops import _dispatch
-from mhc_tile.ops._definition import DEFINITIONS
-from mhc_tile.perf import program_gate as _gate
+from mhc_tile.kernels.common import files
+from mhc_tile.kernels.common.programs import ITEM_BYTES
+from mhc_tile.ops._definition import DEFINITIONS, Op
 
-from . import resources
+from . import program_gate
+from .environment import ROOT, is_checkout
+from .program_gate import CHANNELS, DTYPE, GROUPS, STREAMS, WRITE, call, launching
 
-RECORD = resources.RECORDS / "ops.json"
-WRITE = "mhc-tile perf gate --static --write"
 ARCHITECTURES = ("sm_90a", "sm_80")  # the others run the forms of sm_80
-TOKENS = tuple(_gate.GROUPS.values())
-STREAMS, CHANNELS, DTYPE = 4, 2560, "bfloat16"
-PARTED = " with grad_x_part"  # an op that is given what it may do without
-# Ops that have no kernel of their own name in the registry, by what they do.
-PARTS = {
-    "expand_backward": ("collapse",),
-    "collapse_backward": ("expand",),
-    "boundary_backward": ("pre_backward", "merge_backward"),
-    f"pre_backward{PARTED}": ("pre_backward",),
-}
-OTHERS = {**dataclasses.asdict(MHCConfig.paper()), "eps": 0.0, "num_streams": 4, "mode": "mean"}
+TOKENS = tuple(GROUPS.values())
 
 Counts = dict[str, int]
 Record = dict[str, dict[str, Counts]]
@@ -59,89 +44,60 @@ Record = dict[str, dict[str, Counts]]
 def measure(architectures: Sequence[str] = ARCHITECTURES) -> Record:
     """Counts by architecture and by "<op> at <tokens>".
 
-    Args:
-        architectures: some of `CHECKED`.
-
     Example:
         >>> measure(["sm_90a"])["sm_90a"]["merge at 64"]["launches"]
         1
     """
     return {
-        arch: {f"{op} at {tokens}": count(op, arch, tokens) for op in names() for tokens in TOKENS}
+        arch: {f"{op} at {tokens}": count(op, arch, tokens) for op in ops() for tokens in TOKENS}
         for arch in architectures
     }
 
 
-def names() -> list[str]:
-    """Every op that has kernels, twice if it has an optional tensor."""
-    given = {name.lstrip("_"): op for name, op in DEFINITIONS.items() if op.kernel}
-    return sorted([*given, *(f"{name}{PARTED}" for name, op in given.items() if op.optional)])
+@functools.cache
+def ops() -> dict[str, tuple[Op, tuple[str, ...]]]:
+    """Every op that has kernels, and those of its optional tensors that are given, by name."""
+    found: dict[str, tuple[Op, tuple[str, ...]]] = {}
+    for op in DEFINITIONS.values():
+        if op.kernel:
+            name = op.name.lstrip("_")
+            found[name] = op, ()
+            if op.optional:
+                found[f"{name} with {op.optional[0]}"] = op, op.optional
+    return dict(sorted(found.items(), key=lambda item: item[0]))
 
 
-def count(op: str, arch: str, tokens: int) -> Counts:
-    """Run an op's CUDA code on tensors without values and count; see the module's docstring.
-
-    Args:
-        op: of `names()`.
-        arch: one of `CHECKED`.
-        tokens: T.
-    """
-    name = op.removesuffix(PARTED)
-    positional, keywords = arguments(op, tokens)
-    pinned = _dispatch.BATCH_INVARIANT
-    _dispatch.set_batch_invariant(False)
-    try:
-        with dry_run(arch, multiprocessors_of(arch)) as asked, _TorchKernels() as own:
-            _dispatch.LAUNCHERS[name](*positional, **keywords)
-    finally:
-        _dispatch.set_batch_invariant(pinned)
+def count(name: str, arch: str, tokens: int) -> Counts:
+    """Run the CUDA code of one of `ops` on tensors without values and count."""
+    op, optional = ops()[name]
+    launch = call(op, tokens, optional)
+    with launching(arch) as asked, _TorchKernels() as own:
+        launch()
     passed = [value for *_, given in asked.launches for value in given if isinstance(value, Tensor)]
     launches = sum(_kernels(factory, constants) for factory, constants, _ in asked.launches)
     return {
         "launches": launches + len(own.names),
         "torch": len(own.names),
-        "bytes": must_move(op, tokens),
+        "bytes": _must_move(op, optional, tokens),
         "passed": sum(value.nbytes for value in passed) + own.bytes,
     }
 
 
-def arguments(op: str, tokens: int) -> tuple[list[Any], dict[str, Any]]:
-    """Positional and keyword arguments of a call, its tensors without values.
+def _must_move(op: Op, optional: Sequence[str], tokens: int) -> int:
+    def traffic(kernel: str) -> int:
+        of = boundary if kernel == "boundary" else KERNELS[kernel]
+        return of.traffic(Problem(kernel, STREAMS, CHANNELS, DTYPE, tokens))
 
-    Args:
-        op: of `names()`.
-        tokens: T.
-    """
-    name = op.removesuffix(PARTED)
-    known = DEFINITIONS.get(name) or DEFINITIONS[f"_{name}"]
-    make = Samples(tokens, STREAMS, CHANNELS, getattr(torch, DTYPE), "meta")
-    return known.call_of(make.get, OTHERS, known.optional if op != name else ())
-
-
-def must_move(op: str, tokens: int) -> int:
-    """Bytes that an op must move, by `traffic()` of its kernels.
-
-    Args:
-        op: of `names()`.
-        tokens: T.
-    """
-    if op == "boundary":
-        return boundary.traffic(Problem("boundary", STREAMS, CHANNELS, DTYPE, tokens))
-    moved = 0
-    for part in PARTS.get(op, (op,)):
-        kernel = KERNELS[part]
-        moved += kernel.traffic(Problem(part, STREAMS, CHANNELS, DTYPE, tokens))
-    if op == "pre_backward":  # the registry's has grad_x_part
-        moved -= tokens * STREAMS * CHANNELS * getattr(torch, DTYPE).itemsize
+    if op.name == "boundary_backward":
+        return traffic("pre_backward") + traffic("merge_backward")
+    moved = traffic(op.kernel if isinstance(op.kernel, str) else op.name)
+    if op.name == "pre_backward" and not optional:  # the registry's has grad_x_part
+        moved -= tokens * STREAMS * CHANNELS * ITEM_BYTES[DTYPE]
     return moved
 
 
 def differences(record: Record, now: Record) -> tuple[list[str], list[str]]:
     """What is more than recorded, and what only waits to be recorded.
-
-    Args:
-        record: of the file.
-        now: of `measure`.
 
     Example:
         >>> old = {"sm_80": {"merge at 64": {"launches": 1, "bytes": 10}}}
@@ -165,46 +121,29 @@ def differences(record: Record, now: Record) -> tuple[list[str], list[str]]:
     return more, other
 
 
-def read(path: Path | None = None) -> Record:
-    """The record.
-
-    Args:
-        path: of the file; RECORD if None.
-
-    Raises:
-        ValueError: There is none, or it holds something else.
-    """
-    path = path or RECORD
+def read() -> Record:
+    """The record; ValueError where there is none, or it holds something else."""
+    path = program_gate.RECORDS / "ops.json"
     try:
-        record = json.loads(path.read_text())
-        if not all(
-            isinstance(value, int)
-            for counted in record.values()
-            for counts in counted.values()
-            for value in counts.values()
-        ):
-            raise ValueError("something that is no count")
-        return record
-    except (OSError, AttributeError, ValueError) as error:
+        return msgspec.json.decode(path.read_bytes(), type=Record)
+    except (OSError, msgspec.MsgspecError) as error:
         raise ValueError(f"record: {path} must hold counts of ops, got {error}; {WRITE}") from error
 
 
 def run(architectures: Sequence[str], *, fresh: bool = False, write: bool = False) -> list[str]:
     """The whole static gate: of every kernel what it takes, of every op what it launches.
 
-    Args:
-        architectures: some of `CHECKED`.
-        fresh: whether to compile programs that are recorded, too.
-        write: whether to record what there is now, instead of comparing with the record.
-
     Returns:
         What is wrong.
 
     Raises:
-        ValueError: There is no record, or no checkout to write one in.
+        ValueError: There is no record, no checkout to write one in, or a program does not compile.
     """
-    if write:
-        resources.check_writable()
+    if write and not is_checkout():
+        raise ValueError(
+            f"perf gate: --write must run in a checkout, got the installed package {ROOT}; "
+            "clone the repository, and install it from there with `pip install -e .`"
+        )
     counted = measure([arch for arch in ARCHITECTURES if arch in architectures])
     found: list[str] = []
     if write:
@@ -214,12 +153,32 @@ def run(architectures: Sequence[str], *, fresh: bool = False, write: bool = Fals
         for line in other:
             sys.stdout.write(f"{line}; record it with `{WRITE}`\n")
         found = [f"{line}; if it must be, {WRITE}" for line in found]
-    for arch, taken in resources.measure(architectures, fresh=fresh).items():
-        faults = resources.judge(arch, taken, write=write)
+    for arch, taken in program_gate.measure(architectures, fresh=fresh).items():
+        for kernel, values in taken.kernels.items() if len(architectures) == 1 else ():
+            shared = values["dynamic_smem"] + values["static_smem"]
+            sys.stdout.write(
+                f"{arch:8} {kernel:44} {values['registers']:4} registers {shared:7} bytes shared "
+                f"{values['threads']:4} threads\n"
+            )
         ops_too = f", {len(counted[arch])} calls of ops" if arch in counted else ""
         sys.stdout.write(f"{arch}: {len(taken.kernels)} kernels{ops_too}\n")
-        found += faults
+        found += [f"{arch}: {fault}" for fault in _judge(arch, taken, write=write)]
     return found
+
+
+def _judge(arch: str, now: program_gate.Record, *, write: bool) -> list[str]:
+    """What is wrong with an architecture's kernels; what only waits to be recorded is printed."""
+    found, path = program_gate.faults(arch, now), program_gate.RECORDS / f"{arch}.json"
+    if write:
+        now.write(path)
+        return found
+    try:
+        record = program_gate.Record.read(path)
+    except ValueError as error:
+        return [*found, str(error)]
+    if names := program_gate.unrecorded(record, now):
+        sys.stdout.write(f"{program_gate.reminder(arch, names)}\n")
+    return found + program_gate.differences(record, now)
 
 
 def _write(counted: Record) -> None:
@@ -227,9 +186,8 @@ def _write(counted: Record) -> None:
         kept = read()
     except ValueError:
         kept = {}
-    draft = RECORD.with_suffix(".draft")
-    draft.write_text(json.dumps({**kept, **counted}, indent=1) + "\n")
-    draft.replace(RECORD)
+    path = program_gate.RECORDS / "ops.json"
+    files.write(path, json.dumps({**kept, **counted}, indent=1) + "\n")
 
 
 class _TorchKernels(TorchDispatchMode):

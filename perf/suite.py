@@ -1,10 +1,9 @@
 """`mhc-tile perf run`: op x case x contender, checked, then timed in turns.
 
-Contenders are this library ("mhc_tile"), its reference in eager PyTorch and under torch.compile,
-and other implementations that are installed. Every one's results, and in training its gradients of
-every tensor, are compared with the reference in float64 first; what differs by more than the
-rounding of bf16 explains is shown as wrong and not timed. What fails is shown with its error, and
-the run goes on.
+Contenders are this library, its reference in eager PyTorch and under torch.compile, and other
+packages that are installed. Results, and in training gradients of every tensor, are compared with
+the reference in float64 first. A contender that is wrong by more than bf16 rounds is not timed, and
+one that fails is a row with its error.
 """
 
 import functools
@@ -25,9 +24,9 @@ from . import output, session, tables, warm
 from .accuracy import TOLERANCE, as_tuple, check, leaves_of
 from .bench import Bench, bench_of
 from .compare import check_comparable
-from .environment import environment, version
+from .environment import environment
 from .operations import MODES, OPERATIONS, Case, Inputs, Operation, Results, chosen_cases
-from .peers import ADAPTERS, Contender, is_asked, left_out, named
+from .peers import ADAPTERS, Contender, is_asked, left_out, named, version
 from .records import OURS, Record, Row
 
 EAGER, COMPILED = "reference (eager)", "reference (compiled)"
@@ -103,12 +102,7 @@ def _measure_all(
 
 
 def names_here(device: str) -> list[str]:
-    """The contenders that can be measured: packages where they are installed, with their versions.
-
-    Example:
-        >>> names_here("cpu")[:3]
-        ['mhc_tile', 'reference (eager)', 'reference (compiled)']
-    """
+    """The contenders that can be measured; installed packages have their versions in the name."""
     own = [OURS, EAGER, COMPILED, *[COMPILED_TF32] * (device == "cuda")]
     return own + [named(package) for package in ADAPTERS if version(package)]
 
@@ -168,16 +162,8 @@ def measure(
 ) -> dict[str, Row]:
     """One case: every contender that is wanted by its name checked, then timed in turns.
 
-    Args:
-        case: what.
-        bench: where.
-        wanted: whether a contender is, by its name.
-        turns: of each contender.
-        rows: gets what is measured as it comes.
-        progress: is told which contender begins, and of one that takes long to compile.
-
     Returns:
-        A row for each contender, by name.
+        `rows`, a row for each contender by name, which come as they are measured.
 
     Raises:
         UnusableError: A contender left the GPU so that nothing works on it any more.
@@ -185,28 +171,24 @@ def measure(
     operation = OPERATIONS[case.op]
     rows = {} if rows is None else rows
     moved = operation.moved(case) if bench.device == "cuda" else None
-    taking_part = contenders(case, wanted, bench.device)
+    inputs, fault = [], {}
     try:
         inputs = _input_sets(case, operation, bench)
     except torch.OutOfMemoryError as error:
         fault = output.fault_of(error, "inputs do not fit")
-        for one in taking_part:
-            row = one if isinstance(one, Row) else _row(case, one.name, moved, **fault)
-            rows[row.contender] = row
-            output.recover(bench, row)
-        return rows
     timers: dict[str, Timer] = {}
-    for contender in taking_part:
+    for contender in contenders(case, wanted, bench.device):
         if isinstance(contender, Row):
             rows[contender.contender] = contender
             continue
-        row, start = _row(case, contender.name, moved), time.monotonic()
+        row, timer, start = _row(case, contender.name, moved, **fault), None, time.monotonic()
         if progress:
             progress.detail(f"{case.key}, {contender.name}")
         try:
-            row, timer = _prepare(case, contender, inputs, bench, row)
+            if not fault:
+                row, timer = _prepare(case, contender, inputs, bench, row)
         except Exception as error:
-            row, timer = row.replace(**output.fault_of(error)), None
+            row = row.replace(**output.fault_of(error))
         rows[row.contender] = row
         if timer:
             timers[row.contender] = timer
@@ -233,7 +215,7 @@ def _input_sets(
 
     def drawn(seed: int) -> tuple[list[Tensor], list[Tensor]]:
         make = Inputs(case, bench.device, seed)
-        tensors = [make.make(name) for name in operation.names]
+        tensors = [make.get(name) for name in operation.names]
         own = len(tensors) - operation.parameters
         with torch.no_grad():  # results of one token have the shapes, but for the tokens
             one = as_tuple(operation.reference(*(t[:1] for t in tensors[:own]), *tensors[own:]))

@@ -1,15 +1,16 @@
 """A comparison as a table for a terminal, as Markdown for a pull request, and as JSON."""
 
-import dataclasses
 import html
-import json
 from collections.abc import Sequence
 from typing import Any
+
+import msgspec
 
 from mhc_tile.autotune._extras import require
 
 from .compare import ERRORS, OVERHEAD_DRIFT, VERDICTS, Comparison, Pair
 from .records import Record, Row
+from .tables import shown, untimed
 
 HEADERS = ("", "case", "contender", "base us", "new us", "change", "allowed", "")
 ALIGN = ("left", "left", "left", "right", "right", "right", "right", "left")
@@ -18,13 +19,11 @@ ALIGN = ("left", "left", "left", "right", "right", "right", "right", "left")
 def headline(found: Comparison, *, complete: bool = False) -> str:
     """The outcome in one line: "2 regressions of 60 cases", "no regression in 60 cases".
 
-    Args:
-        found: the comparison.
-        complete: whether cases that were not measured count.
+    With `complete`, here and below, cases that were not measured count.
     """
     ours = [pair for pair in found.pairs if pair.ours]
-    shown = found.judged | {pair.case for pair in ours if complete and pair.verdict == "missing"}
-    count, left = len(shown), len({pair.case for pair in ours} - shown)
+    known = found.judged | {pair.case for pair in ours if complete and pair.verdict == "missing"}
+    left = len({pair.case for pair in ours} - known)
     parts = []
     for verdict in ("regression", "failing", "missing"):
         number = len({pair.case for pair in found.of(verdict)})
@@ -33,7 +32,7 @@ def headline(found: Comparison, *, complete: bool = False) -> str:
             parts.append(f"{number} {verdict}{plural}")
     text = f"{', '.join(parts)} of" if parts else "no regression in"
     rest = f"; {left} in one of them only" if left else ""
-    return f"{text} {count} case{'s' * (count != 1)}{rest}"
+    return f"{text} {_cases(len(known))}{rest}"
 
 
 def lines(found: Comparison) -> list[str]:
@@ -57,32 +56,20 @@ def lines(found: Comparison) -> list[str]:
 
 
 def table(found: Comparison) -> str:
-    """Every pair on a line, what is wrong first.
-
-    Args:
-        found: the comparison.
-
-    Raises:
-        MissingExtraError: tabulate is not installed.
-    """
+    """Every pair on a line, what is wrong first; MissingExtraError without tabulate."""
     tabulate = require("tabulate", "perf", "perf").tabulate
     rows = [_cells(pair) for pair in _sorted(found.pairs)]
     return tabulate(rows, HEADERS, disable_numparse=True, colalign=ALIGN if rows else None)
 
 
 def markdown(found: Comparison, *, complete: bool = False) -> str:
-    """A comment for a pull request: outcome, what changed, everything else folded away.
-
-    Args:
-        found: the comparison.
-        complete: whether cases that were not measured count.
-    """
+    """A comment for a pull request: outcome, what changed, everything else folded away."""
     pairs = _sorted(found.pairs)
     changed = [pair for pair in pairs if pair.ours and pair.verdict != "same"]
     others = [pair for pair in pairs if pair not in changed]
-    failed = bool(found.faults(complete=complete))
     parts = [f"### Performance: {headline(found, complete=complete)}", ""]
-    parts += ["**This change must not be merged as it is.**", ""] if failed else []
+    if found.faults(complete=complete):
+        parts += ["**This change must not be merged as it is.**", ""]
     parts += [f"- {escape(line)}" for line in lines(found)] + [""]
     if changed:
         parts += [*_markdown_table(changed), ""]
@@ -94,12 +81,7 @@ def markdown(found: Comparison, *, complete: bool = False) -> str:
 
 
 def as_json(found: Comparison, *, complete: bool = False) -> str:
-    """The verdicts and where both results come from.
-
-    Args:
-        found: the comparison.
-        complete: whether cases that were not measured count.
-    """
+    """The verdicts and where both results come from."""
     values: dict[str, Any] = {
         "passed": not found.faults(complete=complete),
         "headline": headline(found, complete=complete),
@@ -109,9 +91,9 @@ def as_json(found: Comparison, *, complete: bool = False) -> str:
         "differences": found.differences,
         "base": found.base.environment,
         "new": found.new.environment,
-        "pairs": [dataclasses.asdict(pair) for pair in found.pairs],
+        "pairs": found.pairs,
     }
-    return json.dumps(values, indent=1) + "\n"
+    return msgspec.json.format(msgspec.json.encode(values), indent=1).decode() + "\n"
 
 
 def escape(text: str) -> str:
@@ -132,14 +114,12 @@ def _sorted(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def _cells(pair: Pair) -> tuple[str, ...]:
-    change = "" if pair.change is None else f"{pair.change:+.1%}"
-    allowed = "" if pair.allowed is None else f"{pair.allowed:+.1%}"
     times = (_time(pair.base), _time(pair.new))
-    return (pair.verdict, pair.case, pair.contender, *times, change, allowed, "; ".join(pair.notes))
+    changes = (shown(value, "+.1%") for value in (pair.change, pair.allowed))
+    return (pair.verdict, pair.case, pair.contender, *times, *changes, "; ".join(pair.notes))
 
 
 def _markdown_table(pairs: Sequence[Pair]) -> list[str]:
-    """A table with the noise of each time under its own heading."""
     rules = ["---:" if align == "right" else "---" for align in ALIGN]
     rows = [[escape(cell) for cell in _cells(pair)] for pair in pairs]
     return [f"| {' | '.join(row)} |" for row in (HEADERS, rules, *rows)]
@@ -147,21 +127,26 @@ def _markdown_table(pairs: Sequence[Pair]) -> list[str]:
 
 def _time(row: Row | None) -> str:
     """Median and spread, "91.2 (90.8 to 91.9)"."""
-    sample = row.sample if row else None
-    if sample is None:
-        return "" if row is None else row.status if row.status != "ok" else "not timed"
+    if row is None:
+        return ""
+    if (sample := row.sample) is None:
+        return untimed(row)
     return f"{sample.us:.1f} ({sample.low:.1f} to {sample.high:.1f})"
 
 
 def _origin(record: Record) -> str:
     environment = record.environment
     commit = environment.get("commit") or "no commit"
-    count = f"{len(record.cases)} case{'s' * (len(record.cases) != 1)}"
-    if left := environment.get("cases_left"):
-        count += f", did not end: {left} left"
-    return f"{commit}, {environment.get('date') or 'no date'}, {count}"
+    left = environment.get("cases_left")
+    ended = f", did not end: {left} left" if left else ""
+    date = environment.get("date") or "no date"
+    return f"{commit}, {date}, {_cases(len(record.cases))}{ended}"
 
 
 def _copy(environment: Any) -> str:
     copy = environment.get("copy_bytes_per_s")
     return f"{copy / 1e12:.2f}" if copy else "?"
+
+
+def _cases(count: int) -> str:
+    return f"{count} case{'s' * (count != 1)}"

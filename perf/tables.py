@@ -26,10 +26,9 @@ def run(record: Record) -> str:
     text = tabulate(lines, headers=heads, disable_numparse=True)
     place = f"{record.environment['device']}; copy {bandwidth / 1e12:.2f} TB/s"
     absent = [n for n in ADAPTERS if record.environment["packages"].get(n) is None]
-    notes = ["* launched call by call, the host included"] * any(
-        row.captured is False for row in record.rows
-    )
-    notes += [f"not installed: {', '.join(absent)}"] if absent else []
+    notes = [f"not installed: {', '.join(absent)}"] if absent else []
+    if any(row.captured is False for row in record.rows):
+        notes.insert(0, "* launched call by call, the host included")
     notes += record.environment.get("left_out", [])
     return "\n".join([place, "", text, "", *notes, *faults(record.rows)])
 
@@ -37,14 +36,14 @@ def run(record: Record) -> str:
 def _line(row: Row, bandwidth: float, best: float | None) -> list[str]:
     cells = [row.op, row.mode, f"{row.tokens} x {row.hidden_size}", row.contender]
     if row.us is None:
-        return [*cells, row.status if row.status != "ok" else "not timed"]
+        return [*cells, untimed(row)]
     share = percent_of_roofline(row, bandwidth)
     return [
         *cells,
         f"{row.us:.1f}{'*' if row.captured is False else ''}",
         f"{row.p20:.1f} to {row.p80:.1f}",
         shown(row.bytes, ".0f", 1e-3 / row.us),
-        "" if share is None else f"{share:.0f}%",
+        shown(share, ".0%", 0.01),
         "" if best is None else f"{best / row.us:.2f}x",
         shown(row.error, ".0e"),
         shown(row.launches, ".0f"),
@@ -55,49 +54,45 @@ def _line(row: Row, bandwidth: float, best: float | None) -> list[str]:
 
 
 def overhead(denominator: str, rows: Sequence[Row]) -> str:
-    """Steps of a slice: times and overheads, where the time goes, what did not work.
+    """The steps of a slice: times and overheads, where the time goes, what did not work.
 
-    Args:
-        denominator: what 100% is, in words.
-        rows: of one case.
+    `denominator` is what 100% is, in words.
     """
     tabulate = require("tabulate", "mhc-tile perf overhead", "perf").tabulate
     lines = []
     for row in rows:
         if row.us is None:
-            lines.append([row.contender, row.status if row.status != "ok" else "not timed"])
+            lines.append([row.contender, untimed(row)])
             continue
-        lines.append(
-            [
-                row.contender,
-                f"{row.us / 1000:.2f}",
-                shown(row.p20, ".2f", 1e-3) + " to " + shown(row.p80, ".2f", 1e-3),
-                with_error(*map(row.details.get, ("overhead_percent", "overhead_error"))),
-                shown(row.details.get("sublayer_us"), ".0f"),
-                shown(row.peak_bytes, ".2f", 1e-9),
-                shown(row.error, ".0e"),
-            ]
-        )
+        cells = [
+            row.contender,
+            _ms(row.us),
+            f"{_ms(row.p20)} to {_ms(row.p80)}",
+            with_error(*map(row.details.get, ("overhead_percent", "overhead_error"))),
+            shown(row.details.get("sublayer_us"), ".0f"),
+            shown(row.peak_bytes, ".2f", 1e-9),
+            shown(row.error, ".0e"),
+        ]
+        lines.append(cells)
     heads = ["contender", "step ms", "p20 to p80", "overhead", "us a sublayer", "peak GB", "error"]
     text = [f"100% is {denominator}", "", tabulate(lines, heads, disable_numparse=True), ""]
     spent = [row for row in rows if row.parts]
     names = list(dict.fromkeys(part for row in spent for part in row.parts))
     if names:
-        cells = [
-            [r.contender, _part(r.details, "profiled_us"), *(_part(r.parts, n) for n in names)]
+        lines = [
+            [r.contender, *map(_ms, (r.details.get("profiled_us"), *map(r.parts.get, names)))]
             for r in spent
         ]
         heads = ["ms under the profiler", "step", *names]
-        text += [tabulate(cells, heads, disable_numparse=True), ""]
+        text += [tabulate(lines, heads, disable_numparse=True), ""]
     return "\n".join([*text, *waits(rows), *faults(rows)])
 
 
 def waits(rows: Sequence[Row]) -> list[str]:
-    """A line for each step during which the GPU was often without a kernel.
+    """A line for each step of a case during which the GPU was often without a kernel.
 
-    Args:
-        rows: of one case. Kernels are as long with the profiler as without it, pauses are not: they
-            are what the step was timed to take more than its kernels.
+    Kernels are as long with the profiler as without it, pauses are not: they are what the step was
+    timed to take more than its kernels.
 
     Example:
         >>> parts = {"merge, forward": 25_800.0, "no kernel": 13_700.0}
@@ -129,12 +124,7 @@ def with_error(percent: float | None, error: float | None) -> str:
 
 
 def faults(rows: Sequence[Row], said: Mapping[str, str] | None = None) -> list[str]:
-    """A line for each contender's fault, however many cases have it.
-
-    Args:
-        rows: of a result.
-        said: words for a status, where others than its name are wanted.
-    """
+    """A line for each contender's fault, however many cases have it; `said` words a status."""
     found: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
         if row.status != "ok":
@@ -148,8 +138,13 @@ def faults(rows: Sequence[Row], said: Mapping[str, str] | None = None) -> list[s
     ]
 
 
-def _part(parts: Mapping[str, float], name: str) -> str:
-    return shown(parts.get(name), ".2f", 1e-3)
+def untimed(row: Row) -> str:
+    """Why a row has no time."""
+    return row.status if row.status != "ok" else "not timed"
+
+
+def _ms(us: float | None) -> str:
+    return shown(us, ".2f", 1e-3)
 
 
 def shown(value: float | None, form: str, scale: float = 1.0) -> str:

@@ -1,9 +1,8 @@
 """`mhc-tile perf run --warm`: what a run compiles, compiled by several processes before it.
 
-torch.compile and Triton compile on one core, while the GPU waits, and some packages compile anew
-for every shape: minutes each. So here each process takes the cases of one shape, as `perf run`
-would, with one turn. What it measures beside the others is thrown away; what it compiled stays in
-the caches of torch, Triton and TileLang, where the run finds it.
+torch.compile and Triton compile on one core, and some packages compile anew for every shape:
+minutes each. Each process takes the cases of one shape with one turn. Its times are thrown away;
+what it compiled stays in the caches of torch, Triton and TileLang, where the run finds it.
 """
 
 import contextlib
@@ -52,12 +51,7 @@ def compile_first(
 
 
 def by_shape(chosen: Sequence[Case]) -> dict[Shape, list[Case]]:
-    """Cases by T and C, in the order of what takes long: wide ones, then those of many cases.
-
-    Example:
-        >>> [*by_shape([Case("merge", "forward", 8, 64), Case("merge", "forward", 8, 128)])]
-        [(8, 128), (8, 64)]
-    """
+    """Cases by T and C, in the order of what takes long: wide ones, then those of many cases."""
     found: dict[Shape, list[Case]] = {}
     for case in chosen:
         found.setdefault((case.tokens, case.hidden_size), []).append(case)

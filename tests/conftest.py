@@ -25,6 +25,12 @@ def _poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def _own_numbers():
+    """A test's random numbers do not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread_each():
     """Tests run in parallel processes: one thread each."""

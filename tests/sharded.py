@@ -1,4 +1,4 @@
-"""What two processes of FSDP2 do in `test_sharded.py`: shared modules and whole ones must agree."""
+"""What two processes of FSDP2 do in `nn/test_sharded.py`: shared modules agree with whole ones."""
 
 from collections.abc import Callable
 

@@ -173,7 +173,7 @@ def test_describe_without_a_gpu():
 
 
 def test_the_table_in_use_is_named(monkeypatch, tmp_path):
-    from test_table import DEVICE, family
+    from tables import DEVICE, family
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -237,7 +237,7 @@ def test_describe_a_gpu():
 
 
 def test_a_device_reads_well():
-    device = Device("NVIDIA H200", (9, 0), 132, 150 * 2**30, 60 * 10**6, "13.0")
+    device = Device("NVIDIA H200", (9, 0), 132, 150 * 2**30, 60 * 10**6)
     assert device.slug == "nvidia_h200"
     expected = "NVIDIA H200, compute capability 9.0, 132 multiprocessors, 150 GiB, L2 60 MB"
     assert str(device) == expected

@@ -61,6 +61,7 @@ class Config(persistent.Config):
         rest = self.ahead * self.segment(n, C).width * 2 + (self.ahead + 1) * MAPS * 4
         return super().shared_bytes(n, C) + self.group * rest
 
+    @lru_cache(maxsize=1024)  # noqa: B019 - few configurations, asked for at every launch
     def launches(self, n: int, C: int, arch: str) -> bool:
         """Whether shared memory, registers and threads allow the kernel."""
         whole = self.group % self.apply_warps == 0
@@ -181,7 +182,7 @@ def forward(
         config = beside(config, n, C, arch)
         if config is None:
             return None
-    persistent.check("boundary", config, n, C, arch, available)
+    persistent.check_launch("boundary", config, n, C, arch, available)
     rows = logits_per_token(n)
     h_post_next, h_res_next, projection = (
         x.new_empty(tokens, columns, dtype=torch.float32) for columns in (n, n * n, rows)

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import tilelang.language as T
 
 from ..common.pairs import WORD, lower, upper
-from ..common.phi import load_macro, scale_macro
+from ..common.phi import load_phi, scale_phi
 from ..common.programs import F32, ceil_div, logits_per_token, macro
-from ..common.projection import WARP
+from ..common.projection import WARP, project_tile
 from ..pre.plan import ITERATION, PROJECTED, Cta, Plan
 from ..pre.roles import pre_apply, send_sums
 
@@ -46,31 +46,28 @@ def opaque(sums: Any, value: Any) -> Any:
 @macro
 def project_warps(plan: Plan, cta: Cta, phi, x_tile, sums, gather_mailbox, tx):
     """Projection warps: as those of `pre`, an iteration after the merge of a tile."""
-    segment, half = plan.segment, (plan.segment.steps + 1) // 2
-    load_first = load_macro(segment, plan.dtype, 0, half)
-    load_rest = load_macro(segment, plan.dtype, half)
-    scale_phi = scale_macro(segment, plan.dtype)
-    project = segment.project_macro(plan.dtype)
+    segment, dtype, half = plan.segment, plan.dtype, (plan.segment.steps + 1) // 2
     if plan.registers is not None:
         T.set_max_nreg(plan.registers[0], 1)
-    fragments = T.alloc_local(*segment.fragments(plan.dtype))
+    fragments = T.alloc_local(*segment.fragments(dtype))
     unscales = T.alloc_local((segment.phi_tiles,), F32)
     thread = T.alloc_var("int32", tx)
     # one half after the other; the compiler, to whom the second condition is not that of the
     # first, would load both at once, for which there are no registers
     if (tx < segment.threads) and (cta.iterations > 0):
-        load_first(fragments, phi, cta.rank, tx)
+        load_phi(segment, dtype, fragments, phi, cta.rank, tx, 0, half)
     if (tx < segment.threads) and (cta.last >= 0):
-        load_rest(fragments, phi, cta.rank, tx)
+        load_phi(segment, dtype, fragments, phi, cta.rank, tx, half)
     if (tx < segment.threads) and (cta.iterations + cta.last > 0):  # the same again
-        scale_phi(fragments, unscales)
+        scale_phi(segment, dtype, fragments, unscales)
     T.sync_grid()
     # sums = [sum_k x_next[k]^2, sum_k phi[r, k] * x_next[k]] of tile j - 1, k in the warp's share
     for j in T.serial(cta.iterations + plan.distance):
         T.sync_threads(ITERATION, plan.loop_threads)
         if (j > 0) and (j <= cta.iterations) and (tx < segment.threads):
             thread = opaque(sums, tx)
-            project(sums, 0, fragments, unscales, x_tile, (j - 1) % plan.num_stages, thread)
+            stage = (j - 1) % plan.num_stages
+            project_tile(segment, dtype, sums, 0, fragments, unscales, x_tile, stage, thread)
             T.sync_threads(PROJECTED, segment.threads)
             thread = opaque(sums, tx)
             send_sums(plan, cta, sums, gather_mailbox, j - 1, thread // WARP, thread % WARP)

@@ -15,8 +15,9 @@ def knob(default: Any = dataclasses.MISSING, *, reduction_order: bool = False) -
     return dataclasses.field(default=default, metadata={_KEY: reduction_order})
 
 
-def check(op: str, config: Any, **rules: tuple[bool, str]) -> None:
+def check(op: str, config: Any, *positive: str, **rules: tuple[bool, str]) -> None:
     """Reject knobs that cannot launch; `rules` are, by knob, whether one holds and what it is."""
+    rules = {name: (getattr(config, name) >= 1, "at least 1") for name in positive} | rules
     for name, (holds, rule) in rules.items():
         if not holds:
             raise ValueError(f"{op}: config.{name} must be {rule}, got {getattr(config, name)}")

@@ -40,16 +40,7 @@ class Lowered:
 
 
 def lower(prim_func: Any, arch: str, pass_configs: dict[str, Any] | None = None) -> Lowered:
-    """Generate CUDA source for an architecture.
-
-    Args:
-        prim_func: what a `@T.prim_func` factory returns.
-        arch: such as "sm_80" or "sm_90a".
-        pass_configs: as for `tilelang.compile`.
-
-    Returns:
-        The source and, per kernel, what a launch needs.
-    """
+    """CUDA source of a `@T.prim_func` for an architecture and what launches of its kernels need."""
     import tilelang
     from tilelang import tvm
 
@@ -64,11 +55,7 @@ def lower(prim_func: Any, arch: str, pass_configs: dict[str, Any] | None = None)
 
 
 def evaluate(expression: Any, sizes: dict[str, int]) -> int:
-    """The value of a TVM expression, such as a grid extent or a dimension.
-
-    Raises:
-        ValueError: It depends on a size that is not given.
-    """
+    """The value of a TVM expression, such as a grid extent; ValueError where a size is missing."""
     if isinstance(expression, int):
         return expression
     from tilelang import tvm

@@ -6,49 +6,30 @@ small range: each warp scales its elements of a row by a power of two that bring
 part is NaN, and `project` drops it: the element changes the sums of its own row alone.
 """
 
-from collections.abc import Callable
-
 import tilelang.language as T
 
 from .pairs import WORD
-from .programs import F32
+from .programs import F32, macro
 from .projection import SCALED, STEP, TILE_ROWS, WARP, Segment
 from .split import exponent_of, scale_of, unscale_of
 
 
-def load_macro(
-    segment: Segment, dtype: str, first: int = 0, last: int | None = None
-) -> Callable[..., None]:
-    """The macro `load_phi(fragments, phi, member, tx)`, of some or all of a warp's steps.
+@macro
+def load_phi(segment: Segment, dtype, fragments, phi, member, tx, first=0, end=None):
+    """phi[:, :, segment] into registers, of the warp's steps from `first` to before `end`.
 
-    Where phi is to be scaled the registers hold fp32 values: call `scale_phi` after all steps.
+    High and low parts, in the A operand's order. Where phi is to be scaled fp32 values in the
+    registers of the pairs to come: call `scale_phi` after all steps.
     """
-    n, C, rows, width, steps = (
-        segment.n, segment.C, segment.rows, segment.width, segment.steps
-    )  # fmt: skip
-    phi_tiles, scaled = segment.phi_tiles, dtype == SCALED
-    end = steps if last is None else last
-
-    @T.macro
-    def load_values(values, phi, member, tx, step, tile):
-        """Eight neighbouring elements of the lane's row, zeros beyond phi."""
-        inner = (tx // WARP * steps + step) * STEP + tx % 4 * 8
-        stream = inner // width
-        channel = member * width + inner % width
-        for v in T.vectorized(8):
-            values[v] = 0.0
-        row = tile * TILE_ROWS + tx % WARP // 4
-        if (stream < n) and (channel < C) and (row < rows):
-            for v in T.vectorized(8):
-                values[v] = phi[row, stream, channel + v]
-
-    @T.macro
-    def load_phi(fragments, phi, member, tx):
-        """phi[:, :, segment] into registers, high and low parts, in the A operand's order."""
-        values = T.alloc_local((8,), F32)
-        for step in T.unroll(first, end):
-            for tile in T.unroll(phi_tiles):
-                load_values(values, phi, member, tx, step, tile)
+    phi_tiles = segment.phi_tiles
+    values = T.alloc_local((8,), F32)
+    for step in T.unroll(first, segment.steps if end is None else end):
+        for tile in T.unroll(phi_tiles):
+            load_values(segment, values, phi, member, tx, step, tile)
+            if dtype == SCALED:
+                for v in T.unroll(8):
+                    fragments[((step * 2 + v // 4) * phi_tiles + tile) * 4 + v % 4] = values[v]
+            else:
                 for half in T.unroll(2):
                     for pair in T.unroll(2):
                         for e in T.unroll(2):
@@ -58,43 +39,46 @@ def load_macro(
                             low = value - T.cast(fragments[base], F32)
                             fragments[base + 2] = T.cast(low, dtype)
 
-    @T.macro
-    def load_values_of_phi(fragments, phi, member, tx):
-        """The same as fp32, in the registers of the pairs to come."""
-        values = T.alloc_local((8,), F32)
-        for step in T.unroll(first, end):
-            for tile in T.unroll(phi_tiles):
-                load_values(values, phi, member, tx, step, tile)
-                for v in T.unroll(8):
-                    fragments[((step * 2 + v // 4) * phi_tiles + tile) * 4 + v % 4] = values[v]
 
-    return load_values_of_phi if scaled else load_phi
+@macro
+def load_values(segment: Segment, values, phi, member, tx, step, tile):
+    """Eight neighbouring elements of the lane's row, zeros beyond phi."""
+    inner = (tx // WARP * segment.steps + step) * STEP + tx % 4 * 8
+    stream = inner // segment.width
+    channel = member * segment.width + inner % segment.width
+    for v in T.vectorized(8):
+        values[v] = 0.0
+    row = tile * TILE_ROWS + tx % WARP // 4
+    if (stream < segment.n) and (channel < segment.C) and (row < segment.rows):
+        for v in T.vectorized(8):
+            values[v] = phi[row, stream, channel + v]
 
 
-def scale_macro(segment: Segment, dtype: str) -> Callable[..., None]:
-    """The macro `scale_phi(fragments, unscales)`: from fp32 values to scaled pairs, for fp16."""
-    steps, phi_tiles = segment.steps, segment.phi_tiles
+@macro
+def scale_phi(segment: Segment, dtype, fragments, unscales):
+    """From fp32 values to scaled pairs, for fp16; what undoes the scales into `unscales`.
 
-    @T.macro
-    def scale_phi(fragments, unscales):
-        """A tile of a lane is of one row, and so is that of the other three of its quad."""
+    A tile of a lane is of one row, and so is that of the other three of its quad.
+    """
+    if dtype == SCALED:
         high_word, low_word = T.alloc_local((1,), WORD), T.alloc_local((1,), WORD)
         high, low = T.view(high_word, (2,), SCALED), T.view(low_word, (2,), SCALED)
         values = T.alloc_local((2,), F32)
         largest = T.alloc_var(F32, 0.0)
         exponent = T.alloc_var("int32", 0)
-        for tile in T.unroll(phi_tiles):
+        for tile in T.unroll(segment.phi_tiles):
             largest = 0.0
-            for block in T.unroll(steps * 2):
+            for block in T.unroll(segment.steps * 2):
                 for v in T.unroll(4):
-                    largest = T.max(largest, T.abs(fragments[(block * phi_tiles + tile) * 4 + v]))
+                    place = (block * segment.phi_tiles + tile) * 4 + v
+                    largest = T.max(largest, T.abs(fragments[place]))
             largest = T.max(largest, T.shfl_xor(largest, 1))
             largest = T.max(largest, T.shfl_xor(largest, 2))
             exponent = exponent_of(largest)
             unscales[tile] = unscale_of(exponent)
-            for block in T.unroll(steps * 2):
+            for block in T.unroll(segment.steps * 2):
                 for pair in T.unroll(2):
-                    place = (block * phi_tiles + tile) * 4 + pair * 2
+                    place = (block * segment.phi_tiles + tile) * 4 + pair * 2
                     for e in T.unroll(2):
                         values[e] = fragments[place + e] * scale_of(exponent)
                     for e in T.vectorized(2):
@@ -105,9 +89,3 @@ def scale_macro(segment: Segment, dtype: str) -> Callable[..., None]:
                         low[e] = T.cast(values[e], SCALED)
                     fragments[place] = T.reinterpret(high_word[0], F32)
                     fragments[place + 1] = T.reinterpret(low_word[0], F32)
-
-    @T.macro
-    def keep(fragments, unscales):
-        """Nothing is scaled."""
-
-    return scale_phi if dtype == SCALED else keep

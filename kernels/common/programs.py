@@ -16,7 +16,7 @@ import tilelang.language as T
 import torch
 
 from . import toolchain as _toolchain
-from .problem import Problem, Target
+from .problem import Target
 
 F32 = "float32"
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -38,9 +38,6 @@ UNGUARDED = {**PASS_CONFIGS, "tl.disable_safe_memory_legalize": True}
 class DryRun:
     """What launchers ask for on a GPU that need not exist, in order.
 
-    Inside `with dry_run(arch, multiprocessors) as asked:` launchers compile and launch nothing;
-    give them tensors on the meta device.
-
     programs: (factory, constants, configs) of what would be compiled. launches: (factory,
     constants, arguments) of what would be launched.
     """
@@ -60,7 +57,7 @@ _dry_run: ContextVar[DryRun | None] = ContextVar("dry_run", default=None)
 
 @contextlib.contextmanager
 def dry_run(arch: str, multiprocessors: int) -> Iterator[DryRun]:
-    """Record programs instead of compiling them; see `DryRun`."""
+    """Note programs and launches instead of making them; tensors are on the meta device."""
     asked = DryRun(arch, multiprocessors)
     token = _dry_run.set(asked)
     try:
@@ -73,10 +70,7 @@ def program(pass_configs: dict[str, Any] | None = None) -> Callable[..., Any]:
     """Decorate a factory of a PrimFunc: `decorated(arch, *constants)` is the compiled kernel.
 
     The factory itself stays reachable as `decorated.factory`, its pass configurations as
-    `decorated.pass_configs`, for the emulator and for static checks.
-
-    Args:
-        pass_configs: of `tilelang.compile`; `PASS_CONFIGS` if None.
+    `decorated.pass_configs`, for the emulator and for static checks; None are `PASS_CONFIGS`.
     """
     configs = dict(PASS_CONFIGS if pass_configs is None else pass_configs)
 
@@ -152,12 +146,6 @@ def _multiprocessors(device: torch.device) -> int:
 def target_of(device: torch.device) -> Target:
     """The target of a CUDA device."""
     return Target(architecture(device), multiprocessors(device))
-
-
-def problem_of(kernel: str, x: torch.Tensor) -> Problem:
-    """The problem of a kernel on streams x [T, n, C]."""
-    tokens, n, channels = x.shape
-    return Problem(kernel, n, channels, dtype_name(x), tokens)
 
 
 def dtype_name(tensor: torch.Tensor) -> str:

@@ -1,7 +1,7 @@
-"""What kernels that map tokens share: projecting a tile of tokens, sigmoid.
+"""What kernels that map tokens share: projecting a tile of tokens.
 
-The projection keeps phi in registers and lets tokens stream past. In one warp's `mma.m16n8k16`
-(lane = 4 * g + t) phi is the A operand and eight tokens are the B operand:
+The projection keeps phi in registers; tiles of tokens pass through shared memory. In one warp's
+`mma.m16n8k16` (lane = 4 * g + t) phi is the A operand and eight tokens are the B operand:
 
 * A holds eight rows of phi twice: rows 0-7 are their high parts, rows 8-15 what rounding left over
   (phi = high + low, see `phi.py`), so a thread adds the two products with one instruction.
@@ -10,7 +10,6 @@ The projection keeps phi in registers and lets tokens stream past. In one warp's
   needs `ldmatrix` or a shuffle.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,123 +107,109 @@ class Segment:
         """Shared memory of a ring of `tiles` tiles and of the sums of so many groups."""
         return self.group * (tiles * self.row * 2 + sums * self.warps * self.sums_row * 4)
 
-    def fetch_macro(self, tokens: object, threads: int) -> Callable[..., None]:
-        """The macro `fetch(tile, slot, x, first, member, tx)`; `tokens` is the dynamic T.
 
-        A thread keeps its place in the row and passes over the tokens of the tile.
-        """
-        n, C, G, width, chunks = self.n, self.C, self.group, self.width, self.chunks
-        rows = max(1, threads // chunks)
-        pieces = ceil_div(chunks, threads)
+@macro
+def fetch(segment: Segment, tile, slot, x, first, member, tx, threads):
+    """x[first : first + group, :, segment] on its way into tile[slot], zeros beyond x.
 
-        @T.macro
-        def fetch(tile, slot, x, first, member, tx):
-            """x[first : first + group, :, segment] on its way into tile[slot], zeros beyond x."""
-            for piece in T.unroll(pieces):
-                chunk = tx % chunks + piece * threads
-                inner = chunk * 8
-                stream = inner // width
-                channel = member * width + inner % width
-                inside = (stream < n) and (channel < C)
-                if (tx < rows * chunks) and (chunk < chunks):
-                    if inside and (first + G <= tokens):  # no predicates: half the instructions
-                        for row in T.unroll(ceil_div(G, rows)):
-                            place = row * rows + tx // chunks
-                            if place < G:
-                                T.ptx_cp_async(
-                                    T.access_ptr(tile[slot, place, inner], "w", 8),
-                                    T.access_ptr(x[first + place, stream, channel], "r", 8),
-                                    8,
-                                )
-                    else:
-                        for row in T.unroll(ceil_div(G, rows)):
-                            place = row * rows + tx // chunks
-                            if place < G:
-                                T.ptx_cp_async(
-                                    T.access_ptr(tile[slot, place, inner], "w", 8),
-                                    T.access_ptr(x[first + place, stream, channel], "r", 8),
-                                    8,
-                                    predicate=inside and (first + place < tokens),
-                                )
-
-        return fetch
-
-    def project_macro(self, dtype: str) -> Callable[..., None]:
-        """The macro `project(sums, buffer, fragments, unscales, tile, slot, tx)`."""
-        G, rows, steps, batches = self.group, self.rows, self.steps, self.batches
-        phi_tiles = self.phi_tiles
-        name = MMA_NAMES[dtype]
-        tile_size = 4 if dtype == SCALED else 8  # of `fragments`
-
-        def unscale(unscales, phi_tile):
-            return unscales[phi_tile] if dtype == SCALED else 1.0
-
-        @T.macro
-        def project(sums, buffer, fragments, unscales, tile, slot, tx):
-            """sums[buffer, warp] = [sum_k x[k]^2, sum_k phi[r, k] * x[k]] of a group of tokens.
-
-            k runs over the warp's elements. The sum of squares is the diagonal of x @ x^T: one
-            instruction for the tensor cores, sixteen for the ALUs.
-            """
-            accumulators = T.alloc_local((batches, phi_tiles * 4), F32)
-            squares = T.alloc_local((batches, 4), F32)
-            square_rows = T.alloc_local((8,), dtype)
-            x_lane = T.alloc_local((batches, 8), dtype)
-            warp = tx // WARP
-            lane_row = tx % WARP // 4
-            lane_pair = tx % 4
-            for eight in T.serial(G // 8 // batches):
-                for v in T.unroll(8):
-                    square_rows[v] = T.cast(0.0, dtype)
-                for b in T.unroll(batches):
-                    for v in T.unroll(phi_tiles * 4):
-                        accumulators[b, v] = 0.0
-                    for v in T.unroll(4):
-                        squares[b, v] = 0.0
-                # instructions issue in this order: the batches are independent chains
-                for step in T.unroll(steps):
-                    for b in T.unroll(batches):
-                        for v in T.vectorized(8):
-                            x_lane[b, v] = tile[
-                                slot, (eight * batches + b) * 8 + lane_row,
-                                (warp * steps + step) * STEP + lane_pair * 8 + v,
-                            ]  # fmt: skip
-                    for half in T.unroll(2):
-                        for phi_tile in T.unroll(phi_tiles):
-                            for b in T.unroll(batches):
-                                T.ptx_mma(
-                                    F32, "m16n8k16", "row", "col", name, name, "fp32",
-                                    fragments.data,
-                                    ((step * 2 + half) * phi_tiles + phi_tile) * tile_size,
-                                    x_lane.data, b * 8 + half * 4, accumulators.data,
-                                    (b * phi_tiles + phi_tile) * 4, T.bool(False),
-                                )  # fmt: skip
-                        for b in T.unroll(batches):
-                            for e in T.unroll(2):
-                                square_rows[e] = x_lane[b, half * 4 + e]
-                                square_rows[4 + e] = x_lane[b, half * 4 + 2 + e]
-                            T.ptx_mma(
-                                F32, "m16n8k16", "row", "col", name, name, "fp32",
-                                square_rows.data, 0, x_lane.data, b * 8 + half * 4,
-                                squares.data, b * 4, T.bool(False),
-                            )  # fmt: skip
-                for b in T.unroll(batches):
-                    token = (eight * batches + b) * 8
-                    if lane_row // 2 == lane_pair:
-                        sums[buffer, warp, token + lane_row, 0] = T.if_then_else(
-                            lane_row % 2 == 0, squares[b, 0], squares[b, 1]
+    A thread keeps its place in the row and passes over the tokens of the tile.
+    """
+    G, width, chunks = segment.group, segment.width, segment.chunks
+    rows, tokens = max(1, threads // chunks), x.shape[0]
+    for piece in T.unroll(ceil_div(chunks, threads)):
+        chunk = tx % chunks + piece * threads
+        inner = chunk * 8
+        stream = inner // width
+        channel = member * width + inner % width
+        inside = (stream < segment.n) and (channel < segment.C)
+        if (tx < rows * chunks) and (chunk < chunks):
+            if inside and (first + G <= tokens):  # no predicates: half the instructions
+                for row in T.unroll(ceil_div(G, rows)):
+                    place = row * rows + tx // chunks
+                    if place < G:
+                        T.ptx_cp_async(
+                            T.access_ptr(tile[slot, place, inner], "w", 8),
+                            T.access_ptr(x[first + place, stream, channel], "r", 8),
+                            8,
                         )
-                    for phi_tile in T.unroll(phi_tiles):
-                        row = phi_tile * TILE_ROWS + lane_row
-                        if row < rows:
-                            # the sum of low parts, where it is a number
-                            for e in T.unroll(2):
-                                sums[buffer, warp, token + lane_pair * 2 + e, 1 + row] = (
-                                    accumulators[b, phi_tile * 4 + e]
-                                    + T.min(accumulators[b, phi_tile * 4 + 2 + e], LARGEST)
-                                ) * unscale(unscales, phi_tile)
+            else:
+                for row in T.unroll(ceil_div(G, rows)):
+                    place = row * rows + tx // chunks
+                    if place < G:
+                        T.ptx_cp_async(
+                            T.access_ptr(tile[slot, place, inner], "w", 8),
+                            T.access_ptr(x[first + place, stream, channel], "r", 8),
+                            8,
+                            predicate=inside and (first + place < tokens),
+                        )
 
-        return project
+
+@macro
+def project_tile(segment: Segment, dtype, sums, buffer, fragments, unscales, tile, slot, tx):
+    """sums[buffer, warp] = [sum_k x[k]^2, sum_k phi[r, k] * x[k]] of a tile of tokens.
+
+    k runs over the warp's elements. The sum of squares is the diagonal of x @ x^T: one instruction
+    for the tensor cores, sixteen for the ALUs.
+    """
+    rows, steps, batches = segment.rows, segment.steps, segment.batches
+    phi_tiles, name = segment.phi_tiles, MMA_NAMES[dtype]
+    tile_size = 4 if dtype == SCALED else 8  # of `fragments`
+    accumulators = T.alloc_local((batches, phi_tiles * 4), F32)
+    squares = T.alloc_local((batches, 4), F32)
+    square_rows = T.alloc_local((8,), dtype)
+    x_lane = T.alloc_local((batches, 8), dtype)
+    warp = tx // WARP
+    lane_row = tx % WARP // 4
+    lane_pair = tx % 4
+    for eight in T.serial(segment.group // 8 // batches):
+        for v in T.unroll(8):
+            square_rows[v] = T.cast(0.0, dtype)
+        for b in T.unroll(batches):
+            for v in T.unroll(phi_tiles * 4):
+                accumulators[b, v] = 0.0
+            for v in T.unroll(4):
+                squares[b, v] = 0.0
+        # instructions issue in this order: the batches are independent chains
+        for step in T.unroll(steps):
+            for b in T.unroll(batches):
+                for v in T.vectorized(8):
+                    x_lane[b, v] = tile[
+                        slot, (eight * batches + b) * 8 + lane_row,
+                        (warp * steps + step) * STEP + lane_pair * 8 + v,
+                    ]  # fmt: skip
+            for half in T.unroll(2):
+                for phi_tile in T.unroll(phi_tiles):
+                    for b in T.unroll(batches):
+                        T.ptx_mma(
+                            F32, "m16n8k16", "row", "col", name, name, "fp32", fragments.data,
+                            ((step * 2 + half) * phi_tiles + phi_tile) * tile_size,
+                            x_lane.data, b * 8 + half * 4, accumulators.data,
+                            (b * phi_tiles + phi_tile) * 4, T.bool(False),
+                        )  # fmt: skip
+                for b in T.unroll(batches):
+                    for e in T.unroll(2):
+                        square_rows[e] = x_lane[b, half * 4 + e]
+                        square_rows[4 + e] = x_lane[b, half * 4 + 2 + e]
+                    T.ptx_mma(
+                        F32, "m16n8k16", "row", "col", name, name, "fp32",
+                        square_rows.data, 0, x_lane.data, b * 8 + half * 4,
+                        squares.data, b * 4, T.bool(False),
+                    )  # fmt: skip
+        for b in T.unroll(batches):
+            token = (eight * batches + b) * 8
+            if lane_row // 2 == lane_pair:
+                sums[buffer, warp, token + lane_row, 0] = T.if_then_else(
+                    lane_row % 2 == 0, squares[b, 0], squares[b, 1]
+                )
+            for phi_tile in T.unroll(phi_tiles):
+                row = phi_tile * TILE_ROWS + lane_row
+                if row < rows:
+                    # the sum of low parts, where it is a number
+                    for e in T.unroll(2):
+                        sums[buffer, warp, token + lane_pair * 2 + e, 1 + row] = (
+                            accumulators[b, phi_tile * 4 + e]
+                            + T.min(accumulators[b, phi_tile * 4 + 2 + e], LARGEST)
+                        ) * (unscales[phi_tile] if dtype == SCALED else 1.0)
 
 
 def add(total: Any, part: Any) -> Any:
@@ -245,9 +230,3 @@ def inverse_rms(scale: T.Ref, elements, norm_eps):
     eps = T.if_then_else(lift > 1.0, min(norm_eps * 2.0**64, 2.0**127), norm_eps)
     scale = T.if_then_else(scale == 0.0, 0.0, T.rsqrt(scale * (1.0 / elements) + eps))
     scale = T.if_then_else(lift > 1.0, scale * 2.0**32, scale)
-
-
-@macro
-def sigmoid(value: T.Ref):
-    """Value = 1 / (1 + exp(-value)); 0 far below, where 1 / infinity is 0, and never NaN."""
-    value = T.call_extern(F32, "__fdividef", 1.0, 1.0 + T.exp(-value))

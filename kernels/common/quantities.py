@@ -13,17 +13,11 @@ from torch import Tensor
 
 
 class Quantity(NamedTuple):
-    """What every tensor of one name has in common.
+    """What every tensor of one name has in common."""
 
-    Attributes:
-        axes: those after the tokens: "n" streams, "C" channels, "k" logits, "nC", "gates".
-        per_token: whether the leading dims are the tokens.
-        of_streams: whether the dtype is that of the streams; else fp32, or fp64 where x is.
-    """
-
-    axes: tuple[str, ...]
-    per_token: bool = True
-    of_streams: bool = False
+    axes: tuple[str, ...]  # after the tokens: "n" streams, "C" channels, "k" logits, "nC", "gates"
+    per_token: bool = True  # whether the leading dims are the tokens
+    of_streams: bool = False  # whether the dtype is that of the streams; else fp32, fp64 where x is
 
 
 _STREAMS = Quantity(("n", "C"), of_streams=True)
@@ -79,13 +73,7 @@ def shape_of(name: str, sizes: dict[str, Any]) -> tuple[Any, ...]:
 class Samples:
     """Random tensors by name for one size of everything, the same for the same seed.
 
-    Args:
-        tokens: T.
-        n: streams.
-        channels: C.
-        dtype: of the streams.
-        device: "cuda", "cpu", or "meta" for tensors without values.
-        seed: of the values.
+    `dtype` is that of the streams. On the device "meta" tensors have no values.
     """
 
     def __init__(

@@ -45,12 +45,8 @@ class RowConfig:
     op: ClassVar[str]
 
     def __post_init__(self):
-        check(
-            self.op,
-            self,
-            threads=(is_block(self.threads), "a multiple of 32 up to 1024"),
-            vectors=(self.vectors >= 1, "at least 1"),
-        )
+        threads = is_block(self.threads), "a multiple of 32 up to 1024"
+        check(self.op, self, "vectors", threads=threads)
 
 
 def default_row(problem: Problem) -> tuple[int, int]:

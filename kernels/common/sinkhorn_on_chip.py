@@ -29,7 +29,7 @@ from .programs import F32, macro
 
 
 def reciprocal(value: Any) -> Any:
-    """1 / value to 1 ulp in one instruction; 0 for infinity. A rounded one is a slow subroutine."""
+    """1 / value to 1 ulp in one instruction, 0 for infinity; `1 / value` would be a subroutine."""
     return T.call_extern(F32, "__fdividef", T.float32(1.0), value)
 
 
@@ -61,6 +61,71 @@ def check_sums(op: str, sinkhorn: Sinkhorn, n: int, lanes: int, shared_bytes: in
             f"{op}: iters must be at most {most} for the backward of {n} streams with {lanes} "
             f"threads a block on this GPU, got {sinkhorn.iters}"
         )
+
+
+@macro
+def sinkhorn_registers(matrix, n, sinkhorn):
+    """Turn the logits in `matrix[out * n + in]`, registers, into h_res; a thread, a token."""
+    iters, eps = sinkhorn
+    scale = T.alloc_var(F32, 0.0)
+    total = T.alloc_var(F32, 0.0)
+    if eps == 0:
+        # M[o, i] = logits[o, i] - log sum_o exp(logits[o, i])
+        for i in T.unroll(n):
+            column_maximum(matrix, scale, n, i)
+            total = 0.0
+            for o in T.unroll(n):
+                matrix[o * n + i] = matrix[o * n + i] - scale
+                total = total + T.exp(matrix[o * n + i])
+            total = T.log(total)
+            for o in T.unroll(n):
+                matrix[o * n + i] = matrix[o * n + i] - total
+        # M[o, i] = exp(M[o, i] - max_i M[o, i]) ; M[o, i] /= sum_i M[o, i]
+        for o in T.unroll(n):
+            scale = matrix[o * n]
+            for i in T.unroll(1, n):
+                scale = T.max(scale, matrix[o * n + i])
+            for i in T.unroll(n):
+                matrix[o * n + i] = T.exp(matrix[o * n + i] - scale)
+    else:
+        # M = exp(logits - column maximum) ; M[o, i] = M[o, i] / sum_o M[o, i] + eps
+        for i in T.unroll(n):
+            column_maximum(matrix, scale, n, i)
+            total = 0.0
+            for o in T.unroll(n):
+                matrix[o * n + i] = T.exp(matrix[o * n + i] - scale)
+                total = total + matrix[o * n + i]
+            total = reciprocal(total)
+            for o in T.unroll(n):
+                matrix[o * n + i] = matrix[o * n + i] * total + eps
+    # M[o, i] /= sum_i M[o, i] + eps
+    normalise(matrix, scale, n, n, 1, eps)
+    for _ in T.serial(iters - 1):
+        # M[o, i] /= sum_o M[o, i] + eps
+        normalise(matrix, scale, n, 1, n, eps)
+        # M[o, i] /= sum_i M[o, i] + eps
+        normalise(matrix, scale, n, n, 1, eps)
+
+
+@macro
+def column_maximum(matrix, scale: T.Ref, n, i):
+    """Scale = max_o M[o, i]."""
+    scale = matrix[i]
+    for o in T.unroll(1, n):
+        scale = T.max(scale, matrix[o * n + i])
+
+
+@macro
+def normalise(matrix, scale: T.Ref, n, line_stride, item_stride, eps):
+    """Divide every line (a row: strides n, 1; a column: strides 1, n) by its sum + eps."""
+    for line in T.unroll(n):
+        scale = matrix[line * line_stride] + eps
+        for item in T.unroll(1, n):
+            scale = scale + matrix[line * line_stride + item * item_stride]
+        scale = reciprocal(scale)
+        for item in T.unroll(n):
+            index = line * line_stride + item * item_stride
+            matrix[index] = matrix[index] * scale
 
 
 @macro
@@ -217,68 +282,3 @@ def softmax_out_back(matrix, grad, n):
             dot += grad[o, i] * matrix[o, i]
         for o in T.unroll(n):
             grad[o, i] = matrix[o, i] * (grad[o, i] - dot)
-
-
-@macro
-def sinkhorn_registers(matrix, n, sinkhorn):
-    """Turn the logits in `matrix[out * n + in]`, registers, into h_res; a thread, a token."""
-    iters, eps = sinkhorn
-    scale = T.alloc_var(F32, 0.0)
-    total = T.alloc_var(F32, 0.0)
-    if eps == 0:
-        # M[o, i] = logits[o, i] - log sum_o exp(logits[o, i])
-        for i in T.unroll(n):
-            column_maximum(matrix, scale, n, i)
-            total = 0.0
-            for o in T.unroll(n):
-                matrix[o * n + i] = matrix[o * n + i] - scale
-                total = total + T.exp(matrix[o * n + i])
-            total = T.log(total)
-            for o in T.unroll(n):
-                matrix[o * n + i] = matrix[o * n + i] - total
-        # M[o, i] = exp(M[o, i] - max_i M[o, i]) ; M[o, i] /= sum_i M[o, i]
-        for o in T.unroll(n):
-            scale = matrix[o * n]
-            for i in T.unroll(1, n):
-                scale = T.max(scale, matrix[o * n + i])
-            for i in T.unroll(n):
-                matrix[o * n + i] = T.exp(matrix[o * n + i] - scale)
-    else:
-        # M = exp(logits - column maximum) ; M[o, i] = M[o, i] / sum_o M[o, i] + eps
-        for i in T.unroll(n):
-            column_maximum(matrix, scale, n, i)
-            total = 0.0
-            for o in T.unroll(n):
-                matrix[o * n + i] = T.exp(matrix[o * n + i] - scale)
-                total = total + matrix[o * n + i]
-            total = T.call_extern(F32, "__fdividef", 1.0, total)
-            for o in T.unroll(n):
-                matrix[o * n + i] = matrix[o * n + i] * total + eps
-    # M[o, i] /= sum_i M[o, i] + eps
-    normalise(matrix, scale, n, n, 1, eps)
-    for _ in T.serial(iters - 1):
-        # M[o, i] /= sum_o M[o, i] + eps
-        normalise(matrix, scale, n, 1, n, eps)
-        # M[o, i] /= sum_i M[o, i] + eps
-        normalise(matrix, scale, n, n, 1, eps)
-
-
-@macro
-def column_maximum(matrix, scale: T.Ref, n, i):
-    """Scale = max_o M[o, i]."""
-    scale = matrix[i]
-    for o in T.unroll(1, n):
-        scale = T.max(scale, matrix[o * n + i])
-
-
-@macro
-def normalise(matrix, scale: T.Ref, n, line_stride, item_stride, eps):
-    """Divide every line (a row: strides n, 1; a column: strides 1, n) by its sum + eps."""
-    for line in T.unroll(n):
-        scale = matrix[line * line_stride] + eps
-        for item in T.unroll(1, n):
-            scale = scale + matrix[line * line_stride + item * item_stride]
-        scale = T.call_extern(F32, "__fdividef", 1.0, scale)
-        for item in T.unroll(n):
-            index = line * line_stride + item * item_stride
-            matrix[index] = matrix[index] * scale

@@ -12,7 +12,7 @@ import os
 import re
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,13 @@ from .files import write
 from .lowering import Lowered, lower
 
 FLAGS = "tl.device_compile_flags"  # the pass configuration that holds a program's nvcc options
+_REPORTED = {  # by ptxas, if it is not 0
+    "registers": r"Used (\d+) registers",
+    "spill_stores": r"(\d+) bytes spill stores",
+    "spill_loads": r"(\d+) bytes spill loads",
+    "stack": r"(\d+) bytes stack frame",
+    "static_smem": r"(\d+) bytes smem",
+}
 
 
 @dataclass(frozen=True)
@@ -59,9 +66,6 @@ class Resources:
     def occupancy(self, arch: str) -> float:
         """Share of a multiprocessor's threads that run at once, from 0 to 1.
 
-        Raises:
-            ValueError: The architecture has no record.
-
         Example:
             >>> Resources("merge", 96, 0, 0, 0, 0, 0, 160).occupancy("sm_90a")
             0.3125
@@ -91,15 +95,9 @@ def available() -> str | None:
 def resources(
     prim_func: Any, arch: str, pass_configs: dict[str, Any] | None = None
 ) -> tuple[Resources, ...]:
-    """Compile a program and read what its kernels take, in the order of their launches.
+    """Compile a `@T.prim_func` and read what its kernels take, in the order of their launches.
 
-    Args:
-        prim_func: what a `@T.prim_func` factory returns.
-        arch: such as "sm_80" or "sm_90a"; no such GPU is needed.
-        pass_configs: as for `tilelang.compile`.
-
-    Raises:
-        RuntimeError: There is no nvcc, or it rejects the source.
+    RuntimeError where there is no nvcc, or it rejects the source.
     """
     return compiled(lower(prim_func, arch, pass_configs), arch, pass_configs)
 
@@ -136,11 +134,7 @@ def source_digest(lowered: Lowered, arch: str, pass_configs: dict[str, Any] | No
 
 
 def nvcc_version() -> str:
-    """The version of the compiler that `resources` takes.
-
-    Raises:
-        RuntimeError: There is none.
-    """
+    """The version of the compiler that `resources` takes; RuntimeError where there is none."""
     compiler = _toolchain.nvcc()
     if compiler is None:
         raise RuntimeError(f"resources: {available()}")
@@ -149,38 +143,17 @@ def nvcc_version() -> str:
 
 def parse(report: str, lowered: Lowered, arch: str) -> tuple[Resources, ...]:
     """Read what `ptxas -v` printed about the kernels of `lowered`."""
-    sections = {}
-    for section in re.split(r"(?=Compiling entry function)", report):
-        if match := re.match(r"Compiling entry function '(\w+)'", section):
-            sections[match[1]] = section
-
-    def number(section: str, pattern: str) -> int:
-        match = re.search(pattern, section)
-        return int(match[1]) if match else 0
-
+    _, *pieces = re.split(r"Compiling entry function '(\w+)'", report)
+    sections = dict(zip(pieces[::2], pieces[1::2], strict=True))
     found = []
     for function in lowered.functions:
-        if function.name not in sections:
+        if (section := sections.get(function.name)) is None:
             raise RuntimeError(f"resources: ptxas says nothing of {function.name} on {arch}")
-        section = sections[function.name]
-        found.append(
-            Resources(
-                kernel=function.name,
-                registers=number(section, r"Used (\d+) registers"),
-                spill_stores=number(section, r"(\d+) bytes spill stores"),
-                spill_loads=number(section, r"(\d+) bytes spill loads"),
-                stack=number(section, r"(\d+) bytes stack frame"),
-                static_smem=number(section, r"(\d+) bytes smem"),
-                dynamic_smem=function.dynamic_shared,
-                threads=function.threads,
-            )
-        )
+        matches = {name: re.search(pattern, section) for name, pattern in _REPORTED.items()}
+        numbers = {name: int(match[1]) if match else 0 for name, match in matches.items()}
+        launch = {"dynamic_smem": function.dynamic_shared, "threads": function.threads}
+        found.append(Resources(function.name, **numbers, **launch))
     return tuple(found)
-
-
-def as_record(entries: tuple[Resources, ...]) -> dict[str, dict[str, int]]:
-    """Plain numbers by kernel, for the record in perf/static/."""
-    return {e.kernel: {k: v for k, v in asdict(e).items() if k != "kernel"} for e in entries}
 
 
 def regressions(record: dict[str, dict[str, int]], now: dict[str, dict[str, int]]) -> list[str]:

@@ -50,12 +50,12 @@ class Config:
         check(
             "mapping_backward",
             self,
+            "groups",
+            "min_blocks",
             threads=(self.threads == 32 * warps > 0, "a multiple of 32 and at least that"),
             columns=(power, f"a power of two and a multiple of {16 * warps}, 16 a warp"),
             tile=(self.tile in (16, 32), "16 or 32"),
             stages=(self.stages in (2, 3, 4), "2 to 4"),
-            groups=(self.groups >= 1, "positive"),
-            min_blocks=(self.min_blocks >= 1, "positive"),
         )
 
 

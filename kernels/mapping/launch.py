@@ -13,7 +13,7 @@ included: a token counts as zero where they vanish, as in the reference. docs/ke
 draws the pipeline.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from ..common.architectures import shared_limit
-from ..common.knobs import knob
-from ..common.phi import load_macro, scale_macro
+from ..common.knobs import check, knob
+from ..common.phi import load_phi, scale_phi
 from ..common.problem import Problem, Target
 from ..common.programs import (
     F32,
@@ -41,10 +41,12 @@ from ..common.projection import (
     WARP_ROLE_CONFIGS,
     Segment,
     add,
+    fetch,
     inverse_rms,
+    project_tile,
     segment_width,
-    sigmoid,
 )
+from ..common.sinkhorn_on_chip import sigmoid
 from . import simt
 
 
@@ -61,9 +63,9 @@ class Config:
 
     def __post_init__(self) -> None:
         """Reject what cannot launch on any GPU."""
-        smallest = min(self.members, self.blocks, self.steps, self.group, self.ahead)
-        if self.group % 8 or smallest < 1 or not 1 <= self.warps <= 32:
-            raise ValueError(f"mapping: config must be one that can launch, got {self}")
+        group, warps = self.group > 0 and self.group % 8 == 0, 1 <= self.warps <= 32
+        rules = {"group": (group, "a multiple of 8"), "warps": (warps, "1 to 32")}
+        check("mapping", self, "members", "blocks", "steps", "ahead", **rules)
 
     def segment(self, n: int, C: int) -> Segment:
         """The share of a member."""
@@ -124,14 +126,7 @@ def candidates(problem: Problem, target: Target) -> Iterator[Config | simt.Confi
 
 @program(WARP_ROLE_CONFIGS)
 def project_program(
-    n: int,
-    C: int,
-    dtype: str,
-    members: int,
-    most_blocks: int,
-    steps: int,
-    group: int,
-    ahead: int,
+    n: int, C: int, dtype: str, members: int, most_blocks: int, steps: int, group: int, ahead: int
 ) -> Any:
     """partials[member, token] = [sum x^2, sum phi[r] * x] over the member's segment of nC."""
     G = group
@@ -139,9 +134,6 @@ def project_program(
     segment = Segment(n, C, rows, segment_width(C, members), steps, G)
     columns, warps, threads = segment.columns, segment.warps, segment.threads
     tokens = T.dynamic("tokens")
-    load_phi, scale_phi = load_macro(segment, dtype), scale_macro(segment, dtype)
-    fetch = segment.fetch_macro(tokens, threads)
-    project = segment.project_macro(dtype)
     blocks = T.min(most_blocks, T.ceildiv(tokens, G))
 
     @T.prim_func
@@ -163,10 +155,11 @@ def project_program(
 
             # x_tile[j] = x[tile j, :, segment]
             for j in T.serial(ahead):
-                fetch(x_tile, j, x, T.cast(j * most_blocks + block, "int64") * G, member, tx)
+                first = T.cast(j * most_blocks + block, "int64") * G
+                fetch(segment, x_tile, j, x, first, member, tx, threads)
                 T.ptx_commit_group()
-            load_phi(fragments, phi, member, tx)
-            scale_phi(fragments, unscales)
+            load_phi(segment, dtype, fragments, phi, member, tx)
+            scale_phi(segment, dtype, fragments, unscales)
 
             # partials[member, token] = [sum x^2, sum phi[r] * x]: sums of a warp of tile j, then
             # those of all warps of tile j - 1
@@ -175,10 +168,12 @@ def project_program(
                 T.sync_threads()
                 if j + ahead < iterations:
                     first = T.cast((j + ahead) * most_blocks + block, "int64") * G
-                    fetch(x_tile, (j + ahead) % (ahead + 1), x, first, member, tx)
+                    slot = (j + ahead) % (ahead + 1)
+                    fetch(segment, x_tile, slot, x, first, member, tx, threads)
                 T.ptx_commit_group()
                 if j < iterations:
-                    project(sums, j % 2, fragments, unscales, x_tile, j % (ahead + 1), tx)
+                    slot = j % (ahead + 1)
+                    project_tile(segment, dtype, sums, j % 2, fragments, unscales, x_tile, slot, tx)
                 if j >= 1:
                     for p in T.serial(ceil_div(G * columns, threads)):
                         entry = p * threads + tx
@@ -193,27 +188,22 @@ def project_program(
     return mhc_project
 
 
-def gather_macro(n: int, C: int, members: int, norm_eps: float) -> Callable[..., None]:
-    """The macro that begins a `finish`."""
-    columns = logits_per_token(n) + 1
-
-    @T.macro
-    def gather(totals, scale: T.Ref, partials, token, lane):
-        """Scale = inv_rms of the token, totals[q] = its projection[q * 32 + lane - 1]."""
-        # [sum x^2, sum phi[r] * x] = sum over members, in order, a column a lane
-        for q in T.unroll(ceil_div(columns, WARP)):
-            totals[q] = 0.0
-            if q * WARP + lane < columns:
-                for m in T.unroll(members):
-                    totals[q] = add(totals[q], partials[m, token, q * WARP + lane])
-        # inv_rms = 1 / sqrt(mean of x^2 + norm_eps)
-        scale = T.shfl_sync(totals[0], 0)
-        inverse_rms(scale, n * C, norm_eps)
-        # projection = (vec(x) @ phi^T) * inv_rms
-        for q in T.unroll(ceil_div(columns, WARP)):
-            totals[q] = totals[q] * scale
-
-    return gather
+@macro
+def gather(totals, scale: T.Ref, partials, token, lane, elements, norm_eps):
+    """Scale = inv_rms of a token, totals[q] = its projection[q * 32 + lane - 1]."""
+    members, columns = int(partials.shape[0]), int(partials.shape[2])
+    # [sum x^2, sum phi[r] * x] = sum over members, in order, a column a lane
+    for q in T.unroll(ceil_div(columns, WARP)):
+        totals[q] = 0.0
+        if q * WARP + lane < columns:
+            for m in T.unroll(members):
+                totals[q] = add(totals[q], partials[m, token, q * WARP + lane])
+    # inv_rms = 1 / sqrt(mean of x^2 + norm_eps)
+    scale = T.shfl_sync(totals[0], 0)
+    inverse_rms(scale, elements, norm_eps)
+    # projection = (vec(x) @ phi^T) * inv_rms
+    for q in T.unroll(ceil_div(columns, WARP)):
+        totals[q] = totals[q] * scale
 
 
 @macro
@@ -229,19 +219,12 @@ def logit(value: T.Ref, projection, alpha, bias, r, n):
 
 @program(WARP_ROLE_CONFIGS)
 def finish_program(
-    n: int,
-    C: int,
-    members: int,
-    warps: int,
-    norm_eps: float,
-    pre_eps: float,
-    post_scale: float,
+    n: int, C: int, members: int, warps: int, norm_eps: float, pre_eps: float, post_scale: float
 ) -> Any:
     """From the members' partials to the maps, one warp a token."""
     rows = logits_per_token(n)
     lanes = ceil_div(rows + 1, WARP)
     tokens = T.dynamic("tokens")
-    gather = gather_macro(n, C, members, norm_eps)
 
     @T.prim_func
     def mhc_mapping_finish(
@@ -263,7 +246,7 @@ def finish_program(
             value = T.alloc_var(F32, 0.0)
 
             if token < tokens:
-                gather(totals, scale, partials, token, lane)
+                gather(totals, scale, partials, token, lane, n * C, norm_eps)
                 if lane == 0:
                     inv_rms[token] = scale
                 # logits = projection * [alpha_pre | alpha_post | alpha_res] + bias
@@ -274,7 +257,7 @@ def finish_program(
                         logit(value, totals[q], alpha, bias, r, n)
                         if r >= 2 * n:
                             h_res_logits[token, r - 2 * n] = value
-                        sigmoid(value)
+                        value = sigmoid(value)
                         # h_pre = sigmoid(logits_pre) + pre_eps
                         if r < n:
                             h_pre[token, r] = value + pre_eps

@@ -199,7 +199,7 @@ def token_state_program(
             for g in T.unroll(3):
                 gate[g] = alpha[g]
             # h_res = sinkhorn(logits_res), then grad_h_res_logits by the reverse pass
-            if manifold:
+            if manifold is not None:
                 _residual_logits(matrix, products, gate, bias, n)
                 sinkhorn_replay(matrix, sums, lane, n, manifold)
                 sinkhorn_reverse(matrix, grad_res, sums, lane, n, manifold)
@@ -257,7 +257,7 @@ def token_states(
     """
     tokens, n = grad_h_post.shape
     arch = architecture(projection.device)
-    if manifold:
+    if manifold is not None:
         check_sums("pre_backward", manifold, n, TOKENS_PER_BLOCK, shared_limit(arch))
     states = projection.new_empty(tokens, state_size(n))
     blocks = ceil_div(tokens, TOKENS_PER_BLOCK)

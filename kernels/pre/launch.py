@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..common.constants import Constants
-from ..common.knobs import knobs_of
+from ..common.knobs import check, knobs_of
 from ..common.problem import Problem, Target
 from ..common.programs import (
     F32,
@@ -31,8 +31,8 @@ from ..common.programs import (
     logits_per_token,
     program,
 )
-from ..common.projection import WARP, WARP_ROLE_CONFIGS, sigmoid
-from ..common.sinkhorn_on_chip import sinkhorn_registers
+from ..common.projection import WARP, WARP_ROLE_CONFIGS
+from ..common.sinkhorn_on_chip import sigmoid, sinkhorn_registers
 from ..mapping import launch as mapping
 from . import persistent, simt
 
@@ -50,8 +50,7 @@ class Config(mapping.Config):
     def __post_init__(self) -> None:
         """Reject what cannot launch on any GPU."""
         super().__post_init__()
-        if self.splits < 1:
-            raise ValueError(f"pre: config must be one that can launch, got {self}")
+        check("pre", self, "splits")
 
 
 @lru_cache(maxsize=1024)
@@ -65,7 +64,7 @@ def default_config(
     """
     if not problem.fits_tensor_cores:
         return simt.default_config(problem, target)
-    one = persistent.default_config(problem, target)
+    one = persistent.default_config(problem.at(1), target)
     if one and (batch_invariant or problem.tokens >= MANY_ITERATIONS * one.group * one.teams):
         return one
     # few tokens are split over warps until about 14 warps a multiprocessor run
@@ -89,7 +88,7 @@ def candidates(
     if isinstance(default, simt.Config):
         return
     ahead = mapping.default_config(problem, target).ahead
-    one_launch = persistent.default_config(problem, target) is not None
+    one_launch = persistent.default_config(problem.at(1), target) is not None
     splits = {1, 4, getattr(default, "splits", 1), ceil_div(problem.channels, PIECE)}
     for base in mapping.candidates(problem, target):
         if one_launch and base.ahead not in (1, ahead):
@@ -105,21 +104,14 @@ def candidates(
 
 @program(WARP_ROLE_CONFIGS)
 def finish_program(
-    n: int,
-    C: int,
-    dtype: str,
-    members: int,
-    warps: int,
-    splits: int,
-    constants: Constants,
+    n: int, C: int, dtype: str, members: int, warps: int, splits: int, constants: Constants
 ) -> Any:
     """From the split-K partials to the maps, h_res and layer_input, `splits` warps a token."""
+    norm_eps, pre_eps, post_scale, manifold = constants
     rows = logits_per_token(n)
     lanes = ceil_div(rows + 1, WARP)
     pieces = ceil_div(ceil_div(C, PIECE), splits)
     tokens = T.dynamic("tokens")
-    gather = mapping.gather_macro(n, C, members, constants.norm_eps)
-    logit = mapping.logit
 
     @T.prim_func
     def mhc_pre_finish(
@@ -150,7 +142,7 @@ def finish_program(
             value = T.alloc_var(F32, 0.0)
 
             if token >= 0:
-                gather(totals, scale, parts, token, lane)
+                mapping.gather(totals, scale, parts, token, lane, n * C, norm_eps)
                 if (split == 0) and (lane == 0):
                     inv_rms[token] = scale
                 # logits = projection * [alpha_pre | alpha_post | alpha_res] + bias
@@ -159,16 +151,16 @@ def finish_program(
                     if (r >= 0) and (r < rows):
                         if split == 0:
                             projection[token, r] = totals[q]
-                        logit(value, totals[q], alpha, bias, r, n)
+                        mapping.logit(value, totals[q], alpha, bias, r, n)
                         if (split == 0) and (r >= 2 * n):
                             residual[tx // WARP, r - 2 * n] = value
-                        sigmoid(value)
-                        # h_pre = sigmoid(logits_pre) + constants.pre_eps
+                        value = sigmoid(value)
+                        # h_pre = sigmoid(logits_pre) + pre_eps
                         if r < n:
-                            totals[q] = value + constants.pre_eps
+                            totals[q] = value + pre_eps
                         # h_post = post_scale * sigmoid(logits_post)
                         if (split == 0) and (r >= n) and (r < 2 * n):
-                            h_post[token, r - n] = value * constants.post_scale
+                            h_post[token, r - n] = value * post_scale
                 for i in T.unroll(n):
                     weights[i] = T.shfl_sync(totals[0], 1 + i)
 
@@ -194,7 +186,7 @@ def finish_program(
                 if (owned % splits == 0) and (owned < T.cast(tokens, "int64") * splits):
                     for v in T.vectorized(n * n):
                         matrix[v] = residual[tx, v]
-                    sinkhorn_registers(matrix, n, constants.manifold)
+                    sinkhorn_registers(matrix, n, manifold)
                     for v in T.vectorized(n * n):
                         h_res[tokens - 1 - owned // splits, v] = matrix[v]
 
@@ -236,14 +228,14 @@ def forward(
     outputs = layer_input, h_post, h_res, projection, inv_rms
     compiled = Constants.of(**constants)
     if tokens:
-        arch = architecture(x.device)
         if isinstance(config, persistent.Config):
             persistent.launch(config, x, phi, alpha, bias, outputs, compiled)
         else:
-            parts = mapping.project(x, phi, config)
+            arch = architecture(x.device)
+            partials = mapping.project(x, phi, config)
             knobs = config.members, config.warps, config.splits
             kernel = finish_program(arch, n, C, dtype_name(x), *knobs, compiled)
-            kernel(x, parts, alpha, bias, *outputs)
+            kernel(x, partials, alpha, bias, *outputs)
     return layer_input, h_post, h_res.view(tokens, n, n), projection, inv_rms
 
 

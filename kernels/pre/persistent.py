@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..common.architectures import overlaps, shared_limit
 from ..common.constants import Constants
-from ..common.knobs import knob
+from ..common.knobs import check, knob
 from ..common.problem import Problem, Target
 from ..common.programs import F32, architecture, ceil_div, dtype_name, logits_per_token, program
 from ..common.programs import multiprocessors as count_multiprocessors
@@ -50,18 +50,15 @@ class Config:
 
     def __post_init__(self) -> None:
         """Reject what cannot launch on any GPU."""
-        counts = (self.members, self.teams, self.steps, self.group, self.batches)
-        smallest = min(*counts, self.ahead, self.apply_warps, self.owners)
-        if smallest < 1 or self.lag < 2 or self.group % (8 * max(self.batches, 1)):
-            raise ValueError(
-                "pre: config must have positive counts, a lag of at least 2 and a group of a "
-                f"multiple of 8 * batches tokens, got {self}"
-            )
-        if self.registers % 8 or not 24 <= self.registers <= 240:
-            raise ValueError(
-                "pre: config.registers must be a multiple of 8 from 24 to 240, got "
-                f"{self.registers}"
-            )
+        group = self.group > 0 and self.group % (8 * max(self.batches, 1)) == 0
+        registers = self.registers % 8 == 0 and 24 <= self.registers <= 240
+        rules = {
+            "lag": (self.lag >= 2, "at least 2"),
+            "group": (group, "a multiple of 8 * batches"),
+            "registers": (registers, "a multiple of 8 from 24 to 240"),
+        }
+        positive = "members", "teams", "steps", "batches", "ahead", "apply_warps", "owners"
+        check("pre", self, *positive, **rules)
 
     @property
     def num_stages(self) -> int:
@@ -105,6 +102,7 @@ class Config:
         """Shared memory of a CTA."""
         return self.segment(n, C).shared_bytes(self.num_stages, 1) + 8 * n * self.group
 
+    @lru_cache(maxsize=1024)  # noqa: B019 - few configurations, asked for at every launch
     def launches(self, n: int, C: int, arch: str) -> bool:
         """Whether shared memory, registers and threads allow the kernel."""
         segment = self.segment(n, C)
@@ -144,18 +142,9 @@ def _longest_skip(tokens: int, ranks: int, reducers: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _launches(config: Config, n: int, C: int, arch: str) -> bool:
-    """`config.launches`, which a launch asks every time."""
-    return config.launches(n, C, arch)
-
-
 def default_config(problem: Problem, target: Target) -> Config | None:
     """Ranks of about 1024 elements (n = 4); None where too few fit or the GPU cannot run it."""
-    return _default(problem.n, problem.channels, target)
-
-
-@lru_cache(maxsize=1024)
-def _default(n: int, C: int, target: Target) -> Config | None:
+    n, C = problem.n, problem.channels
     width = max(32, 1024 // n // ceil_div(logits_per_token(n), 24))
     ranks = ceil_div(C, width)
     messages = ranks * ceil_div(logits_per_token(n) + 1, WARP)  # that a lane adds: registers
@@ -246,15 +235,15 @@ def launch(
     """
     _, n, C = x.shape
     arch, available = architecture(x.device), count_multiprocessors(x.device)
-    check("pre", config, n, C, arch, available)
+    check_launch("pre", config, n, C, arch, available)
     kernel = persistent_program(arch, n, C, dtype_name(x), config, constants, overlaps(arch))
     phi = phi.view(logits_per_token(n), n, C)
     kernel(x, phi, alpha, bias, *mailboxes(config, n, x.device), *outputs)
 
 
-def check(op: str, config: Config, n: int, C: int, arch: str, available: int) -> None:
+def check_launch(op: str, config: Config, n: int, C: int, arch: str, available: int) -> None:
     """Reject what does not launch on a GPU of so many multiprocessors."""
-    if config.members * config.teams > available or not _launches(config, n, C, arch):
+    if config.members * config.teams > available or not config.launches(n, C, arch):
         raise ValueError(
             f"{op}: config must launch for n {n}, C {C} on the {available} multiprocessors "
             f"of this {arch} GPU, got {config}"

@@ -8,10 +8,10 @@ import tilelang.language as T
 
 from ..common.mailbox import EMPTY, peek, send, stage_of, staleness, value_of
 from ..common.pairs import WORD, lower, upper
-from ..common.phi import load_macro, scale_macro
+from ..common.phi import load_phi, scale_phi
 from ..common.programs import F32, ceil_div, macro
-from ..common.projection import WARP, add, inverse_rms, sigmoid
-from ..common.sinkhorn_on_chip import sinkhorn_registers
+from ..common.projection import WARP, add, fetch, inverse_rms, project_tile
+from ..common.sinkhorn_on_chip import sigmoid, sinkhorn_registers
 from .plan import ITERATION, LANDED, PROJECTED, Cta, Plan, Reduced, message_columns
 
 
@@ -41,24 +41,22 @@ def empty_mailboxes(plan: Plan, cta: Cta, gather_mailbox, apply_mailbox, tx):
 @macro
 def project_warps(plan: Plan, cta: Cta, phi, x_tile, sums, gather_mailbox, tx):
     """Projection warps: phi stays in registers; every iteration projects a tile."""
-    segment = plan.segment
-    load_phi = load_macro(segment, plan.dtype)
-    scale_phi = scale_macro(segment, plan.dtype)
-    project = segment.project_macro(plan.dtype)
+    segment, dtype = plan.segment, plan.dtype
     if plan.registers is not None:
         T.set_max_nreg(plan.registers[0], 1)
-    fragments = T.alloc_local(*segment.fragments(plan.dtype))
+    fragments = T.alloc_local(*segment.fragments(dtype))
     unscales = T.alloc_local((segment.phi_tiles,), F32)
     if tx < segment.threads:
-        load_phi(fragments, phi, cta.rank, tx)
-        scale_phi(fragments, unscales)
+        load_phi(segment, dtype, fragments, phi, cta.rank, tx)
+        scale_phi(segment, dtype, fragments, unscales)
     T.sync_grid()
     # sums = [sum_k x[k]^2, sum_k phi[r, k] * x[k]] of tile j, k in the warp's share of the segment
     for j in T.serial(cta.iterations + plan.distance):
         T.sync_threads(ITERATION, plan.loop_threads)
         if (j < cta.iterations) and (tx < segment.threads):
             T.sync_threads(LANDED, segment.threads + plan.apply_threads)
-            project(sums, 0, fragments, unscales, x_tile, j % plan.num_stages, tx)
+            stage = j % plan.num_stages
+            project_tile(segment, dtype, sums, 0, fragments, unscales, x_tile, stage, tx)
             T.sync_threads(PROJECTED, segment.threads)
             send_sums(plan, cta, sums, gather_mailbox, j, tx // WARP, tx % WARP)
 
@@ -86,27 +84,28 @@ def send_sums(plan: Plan, cta: Cta, sums, gather_mailbox, tile, warp, lane):
 @macro
 def apply_warps(plan: Plan, cta: Cta, x, x_tile, weights, layer_input, thread):
     """Apply warps: load x `prefetch` tiles ahead, form layer_input `distance` tiles behind."""
-    fetch = plan.segment.fetch_macro(plan.tokens, plan.apply_threads)
+    segment, threads = plan.segment, plan.apply_threads
     if plan.registers is not None:
         T.set_max_nreg(plan.registers[1], 0)
-    if thread < plan.apply_threads:
+    if thread < threads:
         for j in T.serial(plan.prefetch):
             if j < cta.iterations:
-                fetch(x_tile, j, x, cta.first_token(plan, j), cta.rank, thread)
+                fetch(segment, x_tile, j, x, cta.first_token(plan, j), cta.rank, thread, threads)
             T.ptx_commit_group()
     T.sync_grid()
     # layer_input[c] = sum_i h_pre[i] * x[i, c] of tile j - distance
     for j in T.serial(cta.iterations + plan.distance):
         T.sync_threads(ITERATION, plan.loop_threads)
-        if thread < plan.apply_threads:
+        if thread < threads:
             # into the stage whose tile the previous iteration applied
             if j + plan.prefetch < cta.iterations:
                 first = cta.first_token(plan, j + plan.prefetch)
-                fetch(x_tile, (j + plan.prefetch) % plan.num_stages, x, first, cta.rank, thread)
+                stage = (j + plan.prefetch) % plan.num_stages
+                fetch(segment, x_tile, stage, x, first, cta.rank, thread, threads)
             T.ptx_commit_group()
             if j < cta.iterations:
                 T.ptx_wait_group(plan.prefetch)  # tile j is here; later ones may not be
-                T.sync_threads(LANDED, plan.segment.threads + plan.apply_threads)
+                T.sync_threads(LANDED, segment.threads + threads)
             if j >= plan.distance:
                 pre_apply(plan, cta, x_tile, weights, layer_input, j - plan.distance, thread)
 
@@ -279,7 +278,7 @@ def reduce_token(plan: Plan, cta: Cta, reduced: Reduced, tile, place, token, lan
                 totals[q] * T.if_then_else(r < n, reduced.alpha[0], reduced.alpha[1])
                 + reduced.bias[r]
             )
-            sigmoid(value)
+            value = sigmoid(value)
             # h_pre = sigmoid(logits_pre) + pre_eps
             if r < n:
                 send(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..common.architectures import overlaps, shared_limit
-from ..common.knobs import knob
+from ..common.knobs import check, knob
 from ..common.problem import Problem, Target
 from ..common.programs import F32, architecture, ceil_div, logits_per_token, program
 from ..common.programs import multiprocessors as count_multiprocessors
@@ -61,10 +61,10 @@ class Config:
 
     def __post_init__(self) -> None:
         """Reject what cannot launch on any GPU."""
-        if self.members < 2 or self.teams < 1 or self.lag < 2:
-            raise ValueError(f"pre_backward: config must be one that can launch, got {self}")
-        if self.registers % 8 or not 40 <= self.registers <= 168:
-            raise ValueError(f"pre_backward: config.registers must be 40 to 168, got {self}")
+        registers = self.registers % 8 == 0 and 40 <= self.registers <= 168
+        rules = {name: (getattr(self, name) >= 2, "at least 2") for name in ("members", "lag")}
+        rules["registers"] = registers, "a multiple of 8 from 40 to 168"
+        check("pre_backward", self, "teams", **rules)
 
     @property
     def group(self) -> int:
@@ -119,6 +119,7 @@ class Config:
         rest = WARP * 24 * 2 + 2 * WARP * 8 * 2 + TILE * 8 * 4
         return TILE * tiles * self.width(C) * 2 + rest
 
+    @lru_cache(maxsize=1024)  # noqa: B019 - few configurations, asked for at every launch
     def launches(self, C: int, arch: str) -> bool:
         """Whether shared memory and registers allow the kernel."""
         fits = self.shared_bytes(C) <= shared_limit(arch) and self.width(C) <= WIDEST
@@ -133,12 +134,6 @@ class Config:
             self.mailbox_shape[1], merge_grad, self.first_threads(C), tuple(registers),
             before, T.dynamic("tokens"),
         )  # fmt: skip
-
-
-@lru_cache(maxsize=1024)
-def _launches(config: Config, C: int, arch: str) -> bool:
-    """`config.launches`, which a launch asks every time."""
-    return config.launches(C, arch)
 
 
 @lru_cache(maxsize=1024)
@@ -245,7 +240,7 @@ def launch(
     """
     _, n, C = x.shape
     arch, available = architecture(x.device), count_multiprocessors(x.device)
-    fits = n == STREAMS and x.dtype == torch.bfloat16 and _launches(config, C, arch)
+    fits = n == STREAMS and x.dtype == torch.bfloat16 and config.launches(C, arch)
     if config.members * config.teams > available or not fits:
         raise ValueError(
             f"pre_backward: config must launch for {x.dtype}, n {n}, C {C} on the "

@@ -4,13 +4,6 @@ from .configs import CONFIGS, MLAConfig, ModelConfig, MoEConfig, model_config
 from .decoder import RESIDUALS, Decoder, count_active_parameters, count_parameters
 
 __all__ = [
-    "Decoder",
-    "RESIDUALS",
-    "ModelConfig",
-    "MoEConfig",
-    "MLAConfig",
-    "CONFIGS",
-    "model_config",
-    "count_parameters",
-    "count_active_parameters",
-]
+    "Decoder", "RESIDUALS", "ModelConfig", "MoEConfig", "MLAConfig", "CONFIGS", "model_config",
+    "count_parameters", "count_active_parameters",
+]  # fmt: skip

@@ -47,40 +47,33 @@ def spread(values: Tensor, source_R: Tensor, slots_TM: Tensor) -> Tensor:
     Slot [t, m], int64, is the m-th r whose source is t. `spread` and `gather` are each other's
     gradient. Both only read by index, without atomics: gradients have the same bits every time.
     """
-    run = _Spread.forward if under_transforms() else _Spread.apply
-    return run(values, source_R, slots_TM)
+    return _by_index(values, source_R, slots_TM, False)
 
 
 def gather(rows: Tensor, source_R: Tensor, slots_TM: Tensor) -> Tensor:
     """`out[t] = sum_m rows[slots[t, m]]`, summed in at least fp32: the transpose of `spread`."""
-    run = _Gather.forward if under_transforms() else _Gather.apply
-    return run(rows, source_R, slots_TM)
+    return _by_index(rows, source_R, slots_TM, True)
+
+
+def _by_index(*arguments: Any) -> Tensor:
+    return (_ByIndex.forward if under_transforms() else _ByIndex.apply)(*arguments)
 
 
 class _ByIndex(torch.autograd.Function):
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs[1:])
-
-
-class _Spread(_ByIndex):
-    @staticmethod
-    def forward(values: Tensor, source_R: Tensor, slots_TM: Tensor) -> Tensor:
+    def forward(values: Tensor, source_R: Tensor, slots_TM: Tensor, gathers: bool) -> Tensor:
+        if gathers:  # autocast on CUDA would return fp32
+            return values[slots_TM].sum(1, dtype=values.dtype)
         return values[source_R]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return gather(grad, *ctx.saved_tensors), None, None
-
-
-class _Gather(_ByIndex):
-    @staticmethod
-    def forward(rows: Tensor, source_R: Tensor, slots_TM: Tensor) -> Tensor:
-        return rows[slots_TM].sum(1, dtype=rows.dtype)  # autocast on CUDA would return fp32
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs[1:3])
+        ctx.gathers = inputs[3]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return spread(grad, *ctx.saved_tensors), None, None
+        return _by_index(grad, *ctx.saved_tensors, not ctx.gathers), None, None, None
 
 
 def _fits(rows: Tensor, other: Tensor, *widths: int) -> bool:
@@ -160,17 +153,11 @@ def _outer_backward(ctx: Any, grad_GNK: Tensor) -> tuple[Tensor | None, ...]:
 
 _outer = define(
     "_grouped_outer(Tensor left, Tensor right, Tensor ends) -> Tensor",
-    cpu=_outer_loop,
-    cuda=_outer_cuda,
-    fake=_outer_fake,
-    setup_context=_save,
-    backward=_outer_backward,
-)
+    cpu=_outer_loop, cuda=_outer_cuda, fake=_outer_fake,
+    setup_context=_save, backward=_outer_backward,
+)  # fmt: skip
 _linear = define(
     "_grouped_linear(Tensor rows, Tensor weights, Tensor ends, bool transposed) -> Tensor",
-    cpu=_linear_loop,
-    cuda=_linear_cuda,
-    fake=_linear_fake,
-    setup_context=_save,
-    backward=_linear_backward,
-)
+    cpu=_linear_loop, cuda=_linear_cuda, fake=_linear_fake,
+    setup_context=_save, backward=_linear_backward,
+)  # fmt: skip

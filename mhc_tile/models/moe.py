@@ -138,13 +138,6 @@ class MixtureOfExperts(nn.Module):
     matmul (`mhc_tile.models.grouped` says where that needs no host sync). Gates multiply the inner
     activation, which is narrower than the output. No token is dropped, and every pass, forward and
     backward, has the same bits each time. A configuration without `moe` is a ValueError.
-
-    Attributes:
-        router: chooses the experts.
-        experts_in: [E, 2F, C], gates then ups.
-        experts_out: [E, C, F].
-        shared: the shared experts as one SwiGLU; None without.
-        idle_parameters: number of parameters that a token does not use.
     """
 
     def __init__(self, config: "ModelConfig"):
@@ -155,8 +148,9 @@ class MixtureOfExperts(nn.Module):
         self.norm = RMSNorm(width, eps=config.norm_eps)
         self.router = Router(width, moe)
         count, inner = moe.num_experts, moe.expert_ffn_size
+        # those that a token does not use
         self.idle_parameters = (count - moe.experts_per_token) * 3 * inner * width
-        self.experts_in = nn.Parameter(torch.empty(count, 2 * inner, width))
+        self.experts_in = nn.Parameter(torch.empty(count, 2 * inner, width))  # gates, then ups
         self.experts_out = nn.Parameter(torch.empty(count, width, inner))
         self.shared = SwiGLU(width, moe.shared_experts * inner) if moe.shared_experts else None
         self.initialise(INPUT_STD)

@@ -7,14 +7,7 @@ from .stack import HyperConnectedStack
 from .streams import Collapse, Expand, Head
 
 __all__ = [
-    "Collapse",
-    "Expand",
-    "Head",
-    "HyperConnectedStack",
-    "HyperConnection",
-    "ManifoldHyperConnection",
-    "Residual",
-    "export_deepseek_v4",
-    "load_deepseek_v4",
-    "parameters_without_weight_decay",
-]
+    "ManifoldHyperConnection", "HyperConnection", "Residual", "HyperConnectedStack",
+    "Expand", "Collapse", "Head",
+    "load_deepseek_v4", "export_deepseek_v4", "parameters_without_weight_decay",
+]  # fmt: skip

@@ -72,13 +72,9 @@ class ManifoldHyperConnection(Connection):
     """
 
     def __init__(
-        self,
-        layer: nn.Module,
-        hidden_size: int,
-        config: MHCConfig | None = None,
-        *,
-        device: torch.device | str | None = None,
-    ) -> None:
+        self, layer: nn.Module, hidden_size: int, config: MHCConfig | None = None,
+        *, device: torch.device | str | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(layer, hidden_size, config)
         n = self.config.num_streams
         logits = n * (n + 2)
@@ -93,16 +89,9 @@ class ManifoldHyperConnection(Connection):
             start_mapping(phi, alpha, bias, self.config)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run the sublayer: x [..., n, C] to x_next [..., n, C].
+        """Run the sublayer: x [..., n, C] to x_next, in its dtype; the rest goes to the layer.
 
-        Args:
-            x: [..., n, C]. The residual streams.
-            *args: passed to the layer after its input.
-            **kwargs: passed to the layer.
-
-        Returns:
-            x_next: [..., n, C], dtype of x; where the layer returns a tuple of its output and
-            extras, (x_next, *extras).
+        Where the layer returns a tuple of its output and extras, the result is (x_next, *extras).
         """
         state = self.begin(x)
         h_res = self.tap(state.h_res)
@@ -163,14 +152,10 @@ class HyperConnection(Connection):
     """
 
     def __init__(
-        self,
-        layer: nn.Module,
-        hidden_size: int,
-        config: MHCConfig | None = None,
+        self, layer: nn.Module, hidden_size: int, config: MHCConfig | None = None,
         layer_index: int = 0,
-        *,
-        device: torch.device | str | None = None,
-    ) -> None:
+        *, device: torch.device | str | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(layer, hidden_size, config)
         n = self.config.num_streams
         self.layer_index = _checks.whole(type(self).__name__, "layer_index", layer_index, 0)

@@ -15,18 +15,6 @@ from .streams import collapse, expand, head
 from .sublayer import OpenSublayer, close_sublayer, next_sublayer, open_sublayer, sublayer
 
 __all__ = [
-    "OpenSublayer",
-    "boundary",
-    "close_sublayer",
-    "collapse",
-    "expand",
-    "head",
-    "mapping",
-    "merge",
-    "next_sublayer",
-    "open_sublayer",
-    "pre",
-    "pre_apply",
-    "sinkhorn",
-    "sublayer",
-]
+    "boundary", "collapse", "expand", "head", "mapping", "merge", "pre", "pre_apply", "sinkhorn",
+    "sublayer", "open_sublayer", "next_sublayer", "close_sublayer", "OpenSublayer",
+]  # fmt: skip

@@ -139,7 +139,7 @@ class Op:
             self.kernel,
             first,
             (size, n, first.shape[-1] if kernel.of_channels else 0),
-            lambda config: kernel.launch(kernel.load(), tensors, others, config),
+            lambda config: kernel.call(tensors, others, config),
         )
         if flattened:
             pairs = zip(results, self._unflattened, strict=True)

@@ -21,9 +21,6 @@ from .. import _checks
 from . import _plans
 from .._environment import BATCH_INVARIANT, REFERENCE_ONLY
 
-# The kernels of each op by its name, for those who count their launches.
-LAUNCHERS: dict[str, Callable[..., Any]] = {}
-
 
 def set_batch_invariant(enabled: bool) -> None:
     """Choose whether a token's bits are the same in a batch of any size, in every direction.
@@ -56,13 +53,9 @@ def set_batch_invariant(enabled: bool) -> None:
 def tuned(kernel: str, x: Tensor, sizes: Sequence[int], launch: Callable[[Any], Any]) -> Any:
     """Launch a kernel with the configuration that a table has for it, else with its default.
 
-    A configuration that fails where the default does not is never used again.
-
-    Args:
-        kernel: a name of `autotune.registry.KERNELS`.
-        x: a tensor of the device and the dtype that decide.
-        sizes: T, n and C; C is 0 for kernels that see none.
-        launch: returns the results of a configuration.
+    A configuration that fails where the default does not is never used again. `kernel` is a name of
+    `autotune.registry.KERNELS`, x a tensor of the device and the dtype that decide; sizes are T, n
+    and C (0 for kernels that see none). `launch` returns the results of a configuration.
     """
     asked = question(kernel, x, sizes)
     if not x.is_cuda:  # a dry run
@@ -96,19 +89,14 @@ def question(kernel: str, x: Tensor, sizes: Sequence[int]) -> lookup.Asked:
 
 
 def on_cuda(
-    op: str,
-    kernel: Callable[..., Any],
-    fallback: Callable[..., Any],
-    *,
-    streams: Callable[..., tuple[Tensor, int]],
-    dims: int = 2,
-) -> Callable[..., Any]:
+    op: str, kernel: Callable[..., Any], fallback: Callable[..., Any],
+    *, streams: Callable[..., tuple[Tensor, int]], dims: int = 2,
+) -> Callable[..., Any]:  # fmt: skip
     """The CUDA implementation of an op: its kernel, or `fallback` where no kernel fits.
 
     `streams` returns, from the op's arguments, the tensor whose device, dtype and tokens decide,
     and n. The last `dims` dims of that tensor are no tokens.
     """
-    LAUNCHERS[op] = kernel
 
     @functools.wraps(fallback)
     def implementation(*args: Any, **kwargs: Any) -> Any:

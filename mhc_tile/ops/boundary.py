@@ -112,10 +112,8 @@ BOUNDARY = Op(
     "boundary",
     ("x", "layer_output", "h_post", "h_res", "phi", "alpha", "bias"),
     ("x_next", "layer_input", "h_post_next", "h_res_next"),
-    _with_projection,
-    gradients.boundary_backward,
-    kernel=_kernel,
-    gradient_kernel=_gradient_kernel,
+    _with_projection, gradients.boundary_backward,
+    kernel=_kernel, gradient_kernel=_gradient_kernel,
     kept=("projection", "inv_rms"),
     # x_next again, not rebuilt: what reads it keeps it anyway
     reads=(

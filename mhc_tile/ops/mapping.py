@@ -9,15 +9,9 @@ from ._definition import Op
 
 
 def mapping(
-    x: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    *,
-    norm_eps: float,
-    pre_eps: float = 0.0,
-    post_scale: float = 2.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor,
+    *, norm_eps: float, pre_eps: float = 0.0, post_scale: float = 2.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Project the RMS-normalised streams to the maps of one sublayer (eqs. 14-18).
 
     `projection[k] = sum_{i,c} phi[k, i*C + c] * x[i, c] / sqrt(mean_{i,c} x[i, c]^2 + norm_eps)`
@@ -68,13 +62,9 @@ def _with_projection(
 
 
 MAPPING = Op(
-    "mapping",
-    ("x", "phi", "alpha", "bias"),
-    ("h_pre", "h_post", "h_res_logits"),
-    _with_projection,
-    gradients.mapping_backward,
-    kernel="mapping",
-    gradient_kernel="mapping_backward",
+    "mapping", ("x", "phi", "alpha", "bias"), ("h_pre", "h_post", "h_res_logits"),
+    _with_projection, gradients.mapping_backward,
+    kernel="mapping", gradient_kernel="mapping_backward",
     kept=("projection", "inv_rms"),
     constants="float norm_eps, float pre_eps=0.0, float post_scale=2.0",
-)
+)  # fmt: skip

@@ -44,14 +44,10 @@ def check_merge(op: str, x: Tensor, layer_output: Tensor, h_post: Tensor, h_res:
 
 
 MERGE = Op(
-    "merge",
-    ("x", "layer_output", "h_post", "h_res"),
-    ("x_next",),
-    reference.merge,
-    gradients.merge_backward,
-    kernel="merge",
-    gradient_kernel="merge_backward",
-)
+    "merge", ("x", "layer_output", "h_post", "h_res"), ("x_next",),
+    reference.merge, gradients.merge_backward,
+    kernel="merge", gradient_kernel="merge_backward",
+)  # fmt: skip
 # Its backward without grad_x, which the backward of `pre` forms.
 MERGE_BACKWARD_MAPS = Op(
     "_merge_backward_maps",

@@ -113,12 +113,9 @@ def check_pre(
     _checks.number(op, "post_scale", post_scale, above=True)
     _checks.count(op, iters=iters)
     return {
-        "norm_eps": norm_eps,
-        "pre_eps": pre_eps,
-        "post_scale": post_scale,
-        "iters": iters,
-        "sinkhorn_eps": sinkhorn_eps,
-    }
+        "norm_eps": norm_eps, "pre_eps": pre_eps, "post_scale": post_scale,
+        "iters": iters, "sinkhorn_eps": sinkhorn_eps,
+    }  # fmt: skip
 
 
 CONSTANTS = f"{MAPPING.constants}, int iters=20, float sinkhorn_eps=0.0"
@@ -134,14 +131,9 @@ def with_projection(
 
 
 PRE = Op(
-    "pre",
-    ("x", "phi", "alpha", "bias"),
-    ("layer_input", "h_post", "h_res"),
-    with_projection,
-    gradients.pre_backward,
-    kernel="pre",
-    gradient_kernel="pre_backward",
-    kept=("projection", "inv_rms"),
-    gradient_optional=("grad_x_part", "h_res"),
+    "pre", ("x", "phi", "alpha", "bias"), ("layer_input", "h_post", "h_res"),
+    with_projection, gradients.pre_backward,
+    kernel="pre", gradient_kernel="pre_backward",
+    kept=("projection", "inv_rms"), gradient_optional=("grad_x_part", "h_res"),
     constants=CONSTANTS,
-)
+)  # fmt: skip

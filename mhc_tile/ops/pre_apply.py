@@ -30,11 +30,7 @@ def pre_apply(x: Tensor, h_pre: Tensor) -> Tensor:
 
 
 PRE_APPLY = Op(
-    "pre_apply",
-    ("x", "h_pre"),
-    ("layer_input",),
-    reference.pre_apply,
-    gradients.pre_apply_backward,
-    kernel="pre_apply",
-    gradient_kernel="pre_apply_backward",
-)
+    "pre_apply", ("x", "h_pre"), ("layer_input",),
+    reference.pre_apply, gradients.pre_apply_backward,
+    kernel="pre_apply", gradient_kernel="pre_apply_backward",
+)  # fmt: skip

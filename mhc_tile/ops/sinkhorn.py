@@ -40,12 +40,8 @@ def sinkhorn(logits: Tensor, *, iters: int = 20, eps: float = 0.0) -> Tensor:
 
 
 SINKHORN = Op(
-    "sinkhorn",
-    ("logits",),
-    ("h_res",),
-    reference.sinkhorn,
-    gradients.sinkhorn_backward,
-    kernel="sinkhorn",
-    gradient_kernel="sinkhorn_backward",
+    "sinkhorn", ("logits",), ("h_res",),
+    reference.sinkhorn, gradients.sinkhorn_backward,
+    kernel="sinkhorn", gradient_kernel="sinkhorn_backward",
     constants="int iters=20, float eps=0.0",
-)
+)  # fmt: skip

@@ -101,34 +101,23 @@ def _head(
 
 
 EXPAND = Op(
-    "expand",
-    ("hidden",),
-    ("x",),
-    reference.expand,
-    gradients.expand_backward,
-    kernel="expand",
-    gradient_kernel="collapse",
+    "expand", ("hidden",), ("x",),
+    reference.expand, gradients.expand_backward,
+    kernel="expand", gradient_kernel="collapse",
     reads=("grad_x",),
     arguments={"num_streams": "SymInt num_streams"},
-)
+)  # fmt: skip
 COLLAPSE = Op(
-    "collapse",
-    ("x",),
-    ("hidden",),
-    reference.collapse,
-    gradients.collapse_backward,
-    kernel="collapse",
-    gradient_kernel="expand",
+    "collapse", ("x",), ("hidden",),
+    reference.collapse, gradients.collapse_backward,
+    kernel="collapse", gradient_kernel="expand",
     reads=("grad_hidden",),
     arguments={"mode": 'str mode="sum"'},
     gradient_arguments={"num_streams": "SymInt num_streams", "mode": "str mode"},
-)
+)  # fmt: skip
 HEAD = Op(
-    "head",
-    ("x", "phi", "alpha", "bias"),
-    ("hidden",),
-    _head,
-    gradients.head_backward,
+    "head", ("x", "phi", "alpha", "bias"), ("hidden",),
+    _head, gradients.head_backward,
     kept=("projection", "inv_rms"),
     constants="float norm_eps, float pre_eps=0.0",
-)
+)  # fmt: skip

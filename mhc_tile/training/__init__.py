@@ -7,15 +7,6 @@ from .metrics import read_metrics
 from .monitor import GainMonitor, GainRule, GainWarning, measure_gains
 
 __all__ = [
-    "TrainConfig",
-    "TrainResult",
-    "train",
-    "resume",
-    "Corpus",
-    "load_corpus",
-    "read_metrics",
-    "GainMonitor",
-    "GainRule",
-    "GainWarning",
-    "measure_gains",
-]
+    "TrainConfig", "TrainResult", "train", "resume", "Corpus", "load_corpus", "read_metrics",
+    "GainMonitor", "GainRule", "GainWarning", "measure_gains",
+]  # fmt: skip

@@ -139,15 +139,9 @@ def _of(config: type, *left_out: str) -> Options:
 
 
 def _check_given(command: str, given: dict[str, Any], beside_resume: tuple[str, ...]) -> None:
-    """Refuse texts that are empty, numbers that are too large, and what --resume would ignore.
-
-    A shell passes an empty text for a variable that is not set. As a path it would be the working
-    directory.
-    """
+    """Refuse numbers that are too large, and what --resume would ignore."""
     for name, value in given.items():
         option = flag(f"no_{name}" if value is False else name)
-        if isinstance(value, str) and not value.strip():
-            raise ValueError(f"{command}: {option} must not be empty, got {value!r}")
         if isinstance(value, int) and value >= _TOO_MANY and name != "seed":
             raise ValueError(f"{command}: {option} must be below {_TOO_MANY}, got {value}")
         if "resume" in given and name not in ("resume", *beside_resume):

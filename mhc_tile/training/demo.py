@@ -56,29 +56,21 @@ class DemoSettings:
         """Name -> configuration of each run, in order."""
         ordinary = TrainConfig(
             model=model_config("1m", context_length=128),
-            corpus=self.corpus,
-            steps=self.steps,
-            batch_size=8,
-            sequence_length=128,
+            corpus=self.corpus, seed=self.seed, device="cpu",
+            steps=self.steps, batch_size=8, sequence_length=128,
             learning_rate=2e-3,  # the best of 1e-3, 2e-3 and 3e-3 for the plain residual
             warmup_steps=20,
-            seed=self.seed,
-            device="cpu",
             monitor_every=max(1, min(10, self.steps // 20)),
-            eval_every=self.steps // 5,
-            eval_batches=12,
+            eval_every=self.steps // 5, eval_batches=12,
             checkpoint_every=100,
-        )
+        )  # fmt: skip
         stress = ordinary.replace(
-            model=STRESS_MODEL,
-            steps=self.stress_steps,
-            batch_size=4,
-            sequence_length=64,
-            learning_rate=5e-3,
-            warmup_steps=10,
+            model=STRESS_MODEL, steps=self.stress_steps,
+            batch_size=4, sequence_length=64,
+            learning_rate=5e-3, warmup_steps=10,
             monitor_every=max(1, min(5, self.stress_steps // 20)),
             eval_every=self.stress_steps // 3,
-        )
+        )  # fmt: skip
         legs = {kind: ordinary.replace(residual=kind) for kind in ("residual", "hc", "mhc")}
         return legs | {f"stress-{kind}": stress.replace(residual=kind) for kind in ("hc", "mhc")}
 

@@ -352,9 +352,10 @@ class _Run:
     def _show(self) -> None:
         """Give the listener the rows since the last call; its exceptions become warnings."""
         batches, self.unshown = self.unshown, []
-        for rows in batches if self.on_rows else ():
+        for rows in batches:
             try:
-                self.on_rows(rows)
+                if self.on_rows is not None:
+                    self.on_rows(rows)
             except Exception as error:
                 warnings.warn(
                     f"train: on_rows must not raise, got {_checks.reason(error)}; the run goes on",
