@@ -18,8 +18,8 @@ from mhc_tile.autotune import lookup
 from mhc_tile.kernels.common import toolchain as _toolchain
 
 from .. import _checks
-from . import _plans
 from .._environment import BATCH_INVARIANT, REFERENCE_ONLY
+from . import _native, _plans
 
 
 def set_batch_invariant(enabled: bool) -> None:
@@ -48,6 +48,7 @@ def set_batch_invariant(enabled: bool) -> None:
     global BATCH_INVARIANT
     _checks.flag("set_batch_invariant", enabled=enabled)
     BATCH_INVARIANT = enabled
+    _plans.clear()
 
 
 def tuned(kernel: str, x: Tensor, sizes: Sequence[int], launch: Callable[[Any], Any]) -> Any:
@@ -79,6 +80,7 @@ def tuned(kernel: str, x: Tensor, sizes: Sequence[int], launch: Callable[[Any], 
             raise
         results = launch(own)  # fails too where the configuration is not to blame
         lookup.reject(asked, error)
+        _plans.clear()
         return results
 
 
@@ -112,15 +114,11 @@ def on_cuda(
             _warn_once(f"{op}: the PyTorch reference runs instead of a kernel: {why}")
             return fallback(*args, **kwargs)
         with _current(x.device):
-            if not _plans.wanted():
-                return kernel(*map(_aligned, args), **kwargs)
-            token = _plans.served.set({})
-            try:
-                results = kernel(*map(_aligned, args), **kwargs)
-                _plans.add(kernel, args, kwargs, x.device)
-            finally:
-                _plans.served.reset(token)
-            return results
+            args = tuple(map(_aligned, args))
+            if _plans.wanted():
+                return _plans.call(kernel, args, kwargs, x.device)
+            _native.begin()
+            return kernel(*args, **kwargs)
 
     return implementation
 

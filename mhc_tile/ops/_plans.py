@@ -1,12 +1,12 @@
-"""Calls of ops without Python: launch plans and autograd in C++; see csrc.
+"""Launch plans: what a call of an op allocates and launches, for csrc/plans.cpp to replay.
 
-The first call of an op with its shapes, dtypes and constants runs in Python, which leaves a plan:
-a dry run on tensors without values says what the call allocates and launches. Later calls of the
-same kind replay the plan.
+The first call of an op with its shapes, dtypes and constants runs in Python. Then the same call on
+tensors without values, with the configurations that have just served, says what there is to replay.
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import _native
+
 # numbers of torch's ScalarType
-_DTYPES = {torch.bfloat16: 15, torch.float16: 5, torch.float32: 6, torch.int32: 3, torch.uint8: 0}
+_DTYPES = {torch.bfloat16: 15, torch.float16: 5, torch.float32: 6, torch.int32: 3}
 _ALIGNED = 256  # bytes, of each buffer within the scratch memory
 
-library: ctypes.CDLL | None = None
-
-# The configuration that served each kernel in the call that is to be planned.
+# By kernel and sizes, the configurations that served the call that is to be planned.
 served: ContextVar[dict[Any, Any] | None] = ContextVar("served", default=None)
 
 
 class Unplanned(Exception):
-    """A call does more than to allocate and launch."""
+    """A call does more than to allocate and to launch."""
 
 
 class _Allocations(TorchDispatchMode):
@@ -46,20 +46,50 @@ class _Allocations(TorchDispatchMode):
 
 def wanted() -> bool:
     """Whether the op that runs on this thread is to leave a plan."""
-    return library is not None and library.mhc_tile_wanted()
+    return _native.library is not None and _native.library.mhc_tile_wanted()
 
 
-def add(kernel: Callable[..., Any], args: Sequence[Any], constants: dict[str, Any], device: torch.device, functions=None) -> None:
-    """Leave the plan of the call that runs on this thread."""
-    assert library is not None
+def clear() -> None:
+    """Forget all plans: a switch or a configuration has changed."""
+    if _native.library is not None:
+        _native.library.mhc_tile_clear()
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Let every op run in Python for a while, in every thread."""
+    library = _native.library
+    if library is not None:
+        library.mhc_tile_pause(ctypes.c_bool(True))
     try:
-        words = _words(kernel, args, constants, device, functions or _function)
+        yield
+    finally:
+        if library is not None:
+            library.mhc_tile_pause(ctypes.c_bool(False))
+
+
+def call(
+    kernel: Callable[..., Any], args: Sequence[Any], constants: dict[str, Any], device: torch.device
+) -> Any:
+    """The results of a call, which leaves a plan."""
+    token = served.set({})
+    try:
+        results = kernel(*args, **constants)
+        found = _words(kernel, args, constants, device, _function)
+        assert _native.library is not None
+        _native.library.mhc_tile_add(_native.words(found))
     except Unplanned:
-        return
-    library.mhc_tile_add((ctypes.c_int64 * len(words))(*words))
+        pass
+    finally:
+        served.reset(token)
+    return results
 
 
-def _words(kernel, args, constants, device, functions) -> list[int]:
+def _words(
+    kernel: Callable[..., Any], args: Sequence[Any], constants: dict[str, Any],
+    device: torch.device, function: Callable[..., int],
+) -> list[int]:  # fmt: skip
+    """A plan as csrc/plans.cpp reads it; `function` finds the compiled program's handle."""
     from mhc_tile.kernels.common.programs import dry_run, target_of
 
     target = target_of(device)
@@ -79,7 +109,7 @@ def _words(kernel, args, constants, device, functions) -> list[int]:
         words += _shaped(value)
     words += [scratch, len(asked.launches)]
     for factory, built, arguments in asked.launches:
-        words += [functions(factory, built, target.arch), len(arguments)]
+        words += [function(factory, built, target.arch), len(arguments)]
         for value in arguments:
             source, start = places[_storage(value)]
             words += [source, start + value.storage_offset() * value.element_size()]
@@ -97,47 +127,13 @@ def _shaped(tensor: Tensor) -> list[int]:
     return [_DTYPES[tensor.dtype], tensor.dim(), *tensor.shape]
 
 
-def _function(build: Any, constants: Any, arch: str) -> int:
-    """The compiled host function of a program."""
-    kernel = build.build(arch, *constants)
-    executable = kernel.adapter.get_exportable_executable()
-    module = executable.jit() if hasattr(executable, "jit") else executable
-    function = module["main"] if True else None
-    _ALIVE.append(function)
+def _function(factory: Any, constants: Any, arch: str) -> int:
+    """The compiled host function of a program; the program's kernel keeps it alive."""
+    executable = factory.build(arch, *constants).adapter.get_exportable_executable()
+    jitted = getattr(executable, "jit", None)  # a fresh compilation; the disk cache has a module
+    function = (jitted() if jitted else executable)["main"]
+    _ALIVE[function.__chandle__()] = function
     return function.__chandle__()
 
 
-_ALIVE: list[Any] = []
-
-
-def load(path: str, ops, on_cpu: bool = False) -> None:
-    global library
-    import tvm_ffi
-    library = ctypes.CDLL(path)
-    library.mhc_tile_wanted.restype = ctypes.c_bool
-    for number, op in enumerate(ops):
-        library.mhc_tile_serve(op.name.encode(), ctypes.c_int64(number), ctypes.c_bool(on_cpu))
-        words = _formula(op) if op.gradient else [0]
-        library.mhc_tile_differentiate(op.name.encode(), (ctypes.c_int64 * len(words))(*words), ctypes.c_bool(on_cpu))
-
-
-def _formula(op: Any) -> list[int]:
-    backward = op.backward
-    cotangents = {f"grad_{name}": index for index, name in enumerate(op.results)}
-    inputs = [*op.tensors, *op.arguments]
-    words = [len(op.tensors), len(op.results), len(op.kept), len(backward.tensors)]
-    for name in backward.tensors:
-        if name in cotangents:
-            words += [0, cotangents[name]]
-        elif name in op.returned:
-            words += [2, op.returned.index(name)]
-        else:
-            words += [1, op.tensors.index(name)]
-    words.append(len(backward.arguments))
-    for name in backward.arguments:
-        if name in inputs:
-            words.append(inputs.index(name))
-        else:
-            tensor, dim = op._counted
-            words.append(-1 - tensor * 8 + dim)
-    return words
+_ALIVE: dict[int, Any] = {}

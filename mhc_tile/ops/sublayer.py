@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .._autocast import autocast_dtype
 from .._library import under_transforms
-from . import _plans
+from ..config import CONSTANTS
+from . import _native
 from ._definition import fill_missing_grads, save_output_shapes
 from .boundary import BOUNDARY
 from .merge import MERGE, MERGE_BACKWARD_MAPS, check_merge
@@ -272,25 +273,14 @@ def _kept(state: OpenSublayer) -> tuple[Tensor] | None:
 
 
 def _fused_merge(x_for_merge: Tensor, x: tuple[Tensor] | None, *rest: Any) -> Any:
-    """`_FusedMerge`, in C++ where that is loaded."""
-    *tensors, constants = rest
-    if _plans.library is None or torch.compiler.is_compiling():
+    """`_FusedMerge.apply`, in C++ where that is loaded and nothing is traced."""
+    if _native.library is None or torch.compiler.is_compiling():
         return _FusedMerge.apply(x_for_merge, x, *rest)
-    given = constants or _NO_CONSTANTS
-    results = torch.ops.mhc_tile_host.fused_merge.default(
-        x_for_merge,
-        None if x is None else x[0],
-        *tensors,
-        given["norm_eps"],
-        given["pre_eps"],
-        given["post_scale"],
-        given["iters"],
-        given["sinkhorn_eps"],
-    )
+    *tensors, constants = rest
+    values = map((constants or {}).get, CONSTANTS)
+    call = torch.ops.mhc_tile_native.fused_merge.default
+    results = call(x_for_merge, x and x[0], *tensors, *values)
     return results if constants else results[0]
-
-
-_NO_CONSTANTS = {"norm_eps": 0.0, "pre_eps": 0.0, "post_scale": 2.0, "iters": 1, "sinkhorn_eps": 0.0}
 
 
 class _FusedMerge(torch.autograd.Function):

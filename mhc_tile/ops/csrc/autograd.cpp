@@ -22,17 +22,27 @@ bool under_transforms() {
       included.has(c10::DispatchKey::FuncTorchDynamicLayerBackMode) || torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
 }
 
-// What a missing cotangent is made of.
-struct Shape {
-  std::vector<c10::SymInt> sizes;
-  at::TensorOptions options;
+using Values = std::vector<c10::IValue>;
 
-  explicit Shape(const Tensor& value)
-      : sizes(value.sym_sizes().vec()), options(value.options()) {}
-  Tensor filled(const Tensor& grad) const {
-    return grad.defined() ? grad : at::zeros_symint(sizes, options);
-  }
-};
+c10::IValue pack(Values values) { return c10::ivalue::Tuple::create(std::move(values)); }
+
+const Values unpack(const c10::IValue& tuple) { return tuple.toTupleRef().elements().vec(); }
+
+// What a missing cotangent is made of: a tensor's dtype, device and sizes.
+c10::IValue shape_of(const Tensor& value) {
+  Values found{static_cast<int64_t>(value.scalar_type()), value.device()};
+  for (const auto& size : value.sym_sizes()) found.emplace_back(size);
+  return pack(std::move(found));
+}
+
+Tensor filled(const Tensor& grad, const c10::IValue& shape) {
+  if (grad.defined()) return grad;
+  const auto known = unpack(shape);
+  std::vector<c10::SymInt> sizes;
+  for (size_t i = 2; i < known.size(); ++i) sizes.push_back(known[i].toSymInt());
+  auto options = at::TensorOptions().dtype(static_cast<at::ScalarType>(known[0].toInt()));
+  return at::zeros_symint(sizes, options.device(known[1].toDevice()));
+}
 
 enum Source : int64_t { kCotangent, kInput, kOutput };
 
@@ -44,17 +54,6 @@ struct Formula {
   std::vector<int64_t> arguments;  // an input of the op; -1 - t * 8 - d: the size of tensor t's dim -d
 };
 
-struct Context : torch::CustomClassHolder {
-  const Formula* formula = nullptr;
-  std::vector<Shape> results;
-  Stack arguments, constants;
-  bool merges = false, maps = false;
-};
-
-c10::intrusive_ptr<Context> context_of(AutogradContext* ctx) {
-  return c10::static_intrusive_pointer_cast<Context>(ctx->saved_data["context"].toCapsule());
-}
-
 struct Call {
   const c10::OperatorHandle* op;
   c10::DispatchKeySet keys;
@@ -65,48 +64,49 @@ struct Call {
 struct OpFunction : torch::autograd::Function<OpFunction> {
   static variable_list forward(AutogradContext* ctx, at::TensorList tensors, Call call) {
     const Formula& formula = *call.formula;
-    auto kept = c10::make_intrusive<Context>();
-    kept->formula = &formula;
     const auto& schema = call.op->schema().arguments();
     Stack stack = *call.stack;
+    Values arguments, constants, shapes;
     for (size_t i = 0; i < schema.size(); ++i)
-      if (schema[i].kwarg_only()) kept->constants.push_back(stack[i]);
+      if (schema[i].kwarg_only()) constants.push_back(stack[i]);
     for (int64_t source : formula.arguments)
       if (source >= 0)
-        kept->arguments.push_back(stack[source]);
+        arguments.push_back(stack[source]);
       else
-        kept->arguments.emplace_back(tensors[(-1 - source) / 8].sym_size(-((-1 - source) % 8)));
+        arguments.emplace_back(tensors[(-1 - source) / 8].sym_size(-((-1 - source) % 8)));
     {
       at::AutoDispatchBelowAutograd guard;
       call.op->redispatchBoxed(call.keys & c10::after_autograd_keyset, &stack);
     }
     variable_list outputs;
     for (auto& value : stack) outputs.push_back(value.toTensor());
-    for (int64_t i = 0; i < formula.results; ++i) kept->results.emplace_back(outputs[i]);
+    for (int64_t i = 0; i < formula.results; ++i) shapes.push_back(shape_of(outputs[i]));
     variable_list saved;
     for (auto [source, index] : formula.reads)
       if (source != kCotangent) saved.push_back(source == kInput ? tensors[index] : outputs[index]);
     ctx->save_for_backward(std::move(saved));
     ctx->mark_non_differentiable(variable_list(outputs.begin() + formula.results, outputs.end()));
     ctx->set_materialize_grads(false);
-    ctx->saved_data["context"] = c10::IValue::make_capsule(kept);
+    ctx->saved_data["call"] = pack(
+        {reinterpret_cast<int64_t>(&formula), pack(arguments), pack(constants), pack(shapes)});
     return outputs;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    auto kept = context_of(ctx);
-    const Formula& formula = *kept->formula;
+    const auto kept = unpack(ctx->saved_data["call"]);
+    const Formula& formula = *reinterpret_cast<const Formula*>(kept[0].toInt());
+    const auto shapes = unpack(kept[3]);
     auto saved = ctx->get_saved_variables();
     Stack stack;
     size_t next = 0;
     for (auto [source, index] : formula.reads)
       stack.emplace_back(
-          source == kCotangent ? kept->results[index].filled(grads[index]) : saved[next++]);
-    for (const auto& value : kept->arguments) stack.push_back(value);
+          source == kCotangent ? filled(grads[index], shapes[index]) : saved[next++]);
+    for (const auto& value : unpack(kept[1])) stack.push_back(value);
     for (const auto& argument : formula.backward.schema().arguments())
       if (!argument.kwarg_only() && stack.size() < static_cast<size_t>(argument_count(formula)))
         stack.emplace_back();  // an optional tensor
-    for (const auto& value : kept->constants) stack.push_back(value);
+    for (const auto& value : unpack(kept[2])) stack.push_back(value);
     formula.backward.callBoxed(stack);
     variable_list found;
     for (auto& value : stack) found.push_back(value.toTensor());
@@ -189,47 +189,48 @@ struct FusedMerge : torch::autograd::Function<FusedMerge> {
       const Optional& bias, const Stack* constants) {
     static const auto pre = handle("pre"), merge = handle("merge"), boundary = handle("boundary");
     at::AutoDispatchBelowAutograd guard;
-    auto kept = c10::make_intrusive<Context>();
-    kept->merges = layer_output.has_value();
-    kept->maps = phi.has_value();
+    const bool merges = layer_output.has_value(), maps = phi.has_value();
+    Values shapes;
     const Tensor& x = streams.x ? *streams.x : x_for_merge;
     variable_list saved, outputs;
-    if (!kept->maps) {
+    if (!maps) {
       outputs = call(merge, {x_for_merge, *layer_output, *h_post, *h_res});
     } else {
       Stack stack{x_for_merge};
-      if (kept->merges) stack.insert(stack.end(), {*layer_output, *h_post, *h_res});
+      if (merges) stack.insert(stack.end(), {*layer_output, *h_post, *h_res});
       stack.insert(stack.end(), {*phi, *alpha, *bias});
       stack.insert(stack.end(), constants->begin(), constants->end());
-      kept->constants = *constants;
-      auto results = call(kept->merges ? boundary : pre, std::move(stack));
+      auto results = call(merges ? boundary : pre, std::move(stack));
       Tensor x_next = x_for_merge;
-      if (kept->merges) {
+      if (merges) {
         x_next = results[0];
         results.erase(results.begin());
       }
-      for (int i = 0; i < 3; ++i) kept->results.emplace_back(results[i]);
-      outputs = {results[0], results[1], results[2], kept->merges ? x_next : share(x_next)};
-      if (kept->merges) outputs.push_back(share(x_next));
-      saved = {outputs.back(), *phi, *alpha, *bias, results[3], results[4], results[2]};
+      for (int i = 0; i < 3; ++i) shapes.push_back(shape_of(results[i]));
+      outputs = {results[0], results[1], results[2], merges ? x_next : share(x_next)};
+      if (merges) outputs.push_back(share(x_next));
+      saved = {merges ? outputs.back() : x_for_merge, *phi, *alpha, *bias, results[3], results[4], results[2]};
     }
-    if (kept->merges) saved.insert(saved.end(), {x, *layer_output, *h_post});
+    if (merges) saved.insert(saved.end(), {x, *layer_output, *h_post});
     ctx->save_for_backward(std::move(saved));
-    ctx->set_materialize_grads(!kept->maps);
-    ctx->saved_data["context"] = c10::IValue::make_capsule(kept);
+    ctx->set_materialize_grads(!maps);
+    ctx->saved_data["call"] =
+        pack({merges, maps, pack(maps ? *constants : Values{}), pack(shapes)});
     return outputs;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     static const auto pre_backward = handle("pre_backward");
     static const auto merge_backward_maps = handle("_merge_backward_maps");
-    auto kept = context_of(ctx);
+    const auto kept = unpack(ctx->saved_data["call"]);
+    const bool merges = kept[0].toBool(), maps = kept[1].toBool();
+    const auto constants = unpack(kept[2]), shapes = unpack(kept[3]);
     auto saved = ctx->get_saved_variables();
     Tensor grad_x_next = grads[0];
     variable_list grad_parameters(3), grad_merged(3);
-    if (kept->maps) {
+    if (maps) {
       Stack stack;
-      for (int i = 0; i < 3; ++i) stack.emplace_back(kept->results[i].filled(grads[i]));
+      for (int i = 0; i < 3; ++i) stack.emplace_back(filled(grads[i], shapes[i]));
       for (int i = 0; i < 6; ++i) stack.emplace_back(saved[i]);
       if (grads[3].defined()) {
         stack.emplace_back(grads[3]);
@@ -238,13 +239,13 @@ struct FusedMerge : torch::autograd::Function<FusedMerge> {
         stack.resize(stack.size() + 2);
       }
       // all constants but norm_eps, which the schema has as well
-      stack.insert(stack.end(), kept->constants.begin(), kept->constants.end());
+      stack.insert(stack.end(), constants.begin(), constants.end());
       auto found = call(pre_backward, std::move(stack));
       grad_x_next = grads.size() > 4 && grads[4].defined() ? found[0] + grads[4] : found[0];
       std::copy(found.begin() + 1, found.end(), grad_parameters.begin());
       saved.erase(saved.begin(), saved.begin() + 7);
     }
-    if (kept->merges) {
+    if (merges) {
       Stack stack{grad_x_next};
       for (const Tensor& value : saved) stack.emplace_back(value);
       grad_merged = call(merge_backward_maps, std::move(stack));
@@ -257,24 +258,28 @@ struct FusedMerge : torch::autograd::Function<FusedMerge> {
   }
 };
 
+// Without phi there are no constants.
 variable_list fused_merge(
     const Tensor& x_for_merge, const Optional& x, const Optional& layer_output,
     const Optional& h_post, const Optional& h_res, const Optional& phi, const Optional& alpha,
-    const Optional& bias, double norm_eps, double pre_eps, double post_scale, int64_t iters,
-    double sinkhorn_eps) {
-  c10::impl::ExcludeDispatchKeyGuard guard(
-      c10::autocast_dispatch_keyset);
-  Stack constants{norm_eps, pre_eps, post_scale, iters, sinkhorn_eps};
+    const Optional& bias, std::optional<double> norm_eps, std::optional<double> pre_eps,
+    std::optional<double> post_scale, std::optional<int64_t> iters,
+    std::optional<double> sinkhorn_eps) {
+  // under autocast x keeps its dtype and the maps stay fp32
+  c10::impl::ExcludeDispatchKeyGuard guard(c10::autocast_dispatch_keyset);
+  Stack constants;
+  if (phi) constants = {*norm_eps, *pre_eps, *post_scale, *iters, *sinkhorn_eps};
   return FusedMerge::apply(
       x_for_merge, Streams{x}, layer_output, h_post, h_res, phi, alpha, bias, &constants);
 }
 
-TORCH_LIBRARY(mhc_tile_host, library) {
+TORCH_LIBRARY(mhc_tile_native, library) {
   library.def(
       "fused_merge(Tensor x_for_merge, Tensor? x, Tensor? layer_output, Tensor? h_post, "
-      "Tensor? h_res, Tensor? phi, Tensor? alpha, Tensor? bias, float norm_eps, float pre_eps, "
-      "float post_scale, int iters, float sinkhorn_eps) -> Tensor[]",
-      torch::CppFunction(torch::dispatch(c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(fused_merge))));
+      "Tensor? h_res, Tensor? phi, Tensor? alpha, Tensor? bias, float? norm_eps, float? pre_eps, "
+      "float? post_scale, int? iters, float? sinkhorn_eps) -> Tensor[]",
+      torch::CppFunction(torch::dispatch(
+          c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(fused_merge))));
 }
 
 }  // namespace mhc_tile

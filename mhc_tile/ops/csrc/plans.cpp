@@ -147,6 +147,7 @@ DLDataType dlpack(at::ScalarType dtype) {
 }
 
 std::atomic<bool> on_cpu{false};  // whether tensors of the CPU may have plans: for tests
+std::atomic<bool> paused{false};  // whether all calls go on to Python
 
 class Stream {
  public:
@@ -239,6 +240,7 @@ class Planned : public c10::OperatorKernel {
     auto arguments = torch::jit::last(*stack, count);
     c10::SmallVector<void*, 16> inputs;
     may_plan = false;
+    if (paused) return false;
     for (const c10::IValue& value : arguments) {
       if (!describe(value, key)) return false;
       if (!value.isTensor() || !value.toTensor().defined()) continue;
@@ -330,6 +332,8 @@ bool mhc_tile_wanted() { return mhc_tile::missing != nullptr; }
 void mhc_tile_add(const int64_t* words) {
   if (mhc_tile::missing) mhc_tile::plans().add(*mhc_tile::missing, mhc_tile::read(words));
 }
+
+void mhc_tile_pause(bool paused) { mhc_tile::paused = paused; }
 
 void mhc_tile_clear() { mhc_tile::plans().clear(); }
 
