@@ -122,8 +122,8 @@ def _compiler() -> Iterator[Finding]:
 def _native_ops() -> Finding:
     from .ops import _native
 
-    if _environment.PYTHON_ONLY:
-        return Finding("ops in C++", "note", "off", "unset MHC_TILE_PYTHON; Python costs host time")
+    if not _environment.CPP:
+        return Finding("ops in C++", "ok", "off; MHC_TILE_CPP=1 tries them")
     try:
         path = _native.path()
     except metadata.PackageNotFoundError as error:

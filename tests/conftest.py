@@ -61,8 +61,8 @@ def batch_invariant():
 
 @pytest.fixture(autouse=True, scope="session")
 def _ops_are_native():
-    """On a GPU the ops' C++ library serves from the first test on; not with MHC_TILE_PYTHON=1."""
-    if torch.cuda.is_available() and not _environment.PYTHON_ONLY:
+    """On a GPU, with MHC_TILE_CPP=1, the ops' C++ library serves from the first test on."""
+    if torch.cuda.is_available() and _environment.CPP:
         _native.load()
 
 

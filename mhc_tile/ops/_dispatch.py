@@ -58,19 +58,17 @@ def tuned(kernel: str, x: Tensor, sizes: Sequence[int], launch: Callable[[Any], 
     `autotune.registry.KERNELS`, x a tensor of the device and the dtype that decide; sizes are T, n
     and C (0 for kernels that see none). `launch` returns the results of a configuration.
     """
-    asked = question(kernel, x, sizes)
+    asked, served, place = question(kernel, x, sizes), _plans.served.get(), (kernel, *sizes)
     if not x.is_cuda:  # a dry run
         from mhc_tile.kernels.common.programs import target_of
 
-        served = _plans.served.get() or {}
-        config = served.get((kernel, tuple(sizes)))
+        config = served.get(place) if served else None
         return launch(config or lookup.default(asked, target_of(x.device)))
     config = lookup.config(asked) if sizes[0] else lookup.default(asked)
-    served = _plans.served.get()
     try:
         results = launch(config)
         if served is not None:
-            served[kernel, tuple(sizes)] = config
+            served[place] = config
         return results
     except torch.OutOfMemoryError:
         raise

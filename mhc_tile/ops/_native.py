@@ -1,8 +1,8 @@
 """The ops' C++ library: autograd and launch plans without Python. See csrc/.
 
-The first call on a GPU loads it. Where it is not built yet for this torch, TVM FFI and sources, a
-thread builds it into the user's cache folder. Until then, and without a compiler, the ops run in
-Python. MHC_TILE_PYTHON=1 keeps them there.
+With MHC_TILE_CPP=1 the first call on a GPU loads it. Where it is not built yet for this torch, TVM
+FFI and sources, a thread builds it into the user's cache folder. Until then, and without a
+compiler, the ops run in Python.
 """
 
 import ctypes
@@ -102,7 +102,7 @@ def begin() -> None:
     """Load the library if it is built, else build it in the background; once a process."""
     global _begun
     with _lock:
-        if _begun or _environment.PYTHON_ONLY:
+        if _begun or not _environment.CPP:
             return
         _begun = True
     try:
@@ -127,14 +127,14 @@ def prepare() -> None:
     global _begun
     with _lock:
         begun, _begun = _begun, True
-    if not (begun or _environment.PYTHON_ONLY):
+    if _environment.CPP and not begun:
         _build_and_load()
 
 
 def _warn(error: Exception) -> None:
     warnings.warn(
         f"mhc_tile: the ops run in Python, which costs host time: {error}. `mhc-tile doctor` says "
-        "what is missing; MHC_TILE_PYTHON=1 silences this",
+        "what is missing; without MHC_TILE_CPP they always do",
         RuntimeWarning,
         stacklevel=2,
     )
