@@ -239,6 +239,7 @@ class Planned : public c10::OperatorKernel {
     const size_t count = op.schema().arguments().size();
     auto arguments = torch::jit::last(*stack, count);
     c10::SmallVector<void*, 16> inputs;
+    c10::Device device(c10::DeviceType::CPU);
     may_plan = false;
     if (paused) return false;
     for (const c10::IValue& value : arguments) {
@@ -246,10 +247,13 @@ class Planned : public c10::OperatorKernel {
       if (!value.isTensor() || !value.toTensor().defined()) continue;
       const at::Tensor& tensor = value.toTensor();
       if (inputs.empty()) {
-        if (!tensor.device().is_cuda() && !on_cpu) return false;
-        key[1] = tensor.device().index() * 32 + static_cast<int64_t>(tensor.device().type());
+        device = tensor.device();
+        if (!device.is_cuda() && !on_cpu) return false;
+        key[1] = device.index() * 32 + static_cast<int64_t>(device.type());
+      } else if (tensor.device() != device) {
+        return false;
       }
-      void* data = tensor.const_data_ptr() == nullptr ? nullptr : tensor.data_ptr();
+      void* data = tensor.data_ptr();
       if (reinterpret_cast<uintptr_t>(data) % kAlignment) return false;
       inputs.push_back(data);
     }
