@@ -5,7 +5,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -91,11 +91,11 @@ def main(argv: Sequence[str], prog: str = "mhc-tile autotune") -> int:
         run.close(wanted)
         return 0
     log = folder / "workers.log"
-    plans = [tuner.plan(problem, target) for problem in _bar(wanted, len(wanted), "plan")]
+    plans = [tuner.plan(problem, target) for problem in tuner.progress(wanted, len(wanted), "plan")]
     build = not options.measure_only
     if build and (why := _static.available()):
         raise ValueError(f"autotune: a compiler must be here, got none: {why}")
-    count = tuner.compile_plans(plans, processes=options.jobs, progress=_bar, log=log, build=build)
+    count = tuner.compile_plans(plans, processes=options.jobs, log=log, build=build)
     failed = [plan for plan in plans if plan.failed]
     if options.dry_run:
         _say(report.listing(plans, target.arch))
@@ -187,10 +187,6 @@ class _Run:
         """Measure what is compiled, and write the table if that is wanted."""
         options, kept = self._options, self._journal
 
-        def after(members: list[tuner.Plan]) -> None:
-            if not options.measure_only:
-                self.update([plan.problem for plan in members])
-
         with _alone(self._device), Measurer(seconds=options.timeout, log=log) as measurer:
             kept.refresh()  # what another tuner has measured while this one waited
             try:
@@ -204,11 +200,10 @@ class _Run:
                 driver=driver_version(),
                 budget=options.budget and options.budget * 60,
                 force=options.force,
-                progress=_bar,
-                after=after,
+                after=(lambda problems: None) if options.measure_only else self.update,
             )
         for plan in plans:
-            for name, found in kept.outcomes(plan.problem).items():
+            for name, found in kept.outcomes[plan.problem].items():
                 if found.status == "rejected":
                     _say(f"rejected: {plan.problem}: {name}: {found.why}")
         for failure in outcome.failed:
@@ -262,11 +257,6 @@ def _alone(device: Device) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _bar(items: Iterable[Any], total: int, title: str) -> Iterable[Any]:
-    tqdm = require("tqdm", "autotune").tqdm
-    return tqdm(items, total=total, desc=title, mininterval=0.5, disable=None, dynamic_ncols=True)
 
 
 def _say(text: str) -> None:
