@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from .bench import CudaBench, difference
 from .problems import Problem
-from .timing import HOPELESS, Sample, impression, interleaved
+from .timing import SLOW, Sample, impression, interleaved
 from .worker import Worker, WorkerDied, WorkerHung, resolve
 
 CUDA = f"{__package__}.bench:CudaBench"
@@ -93,8 +93,8 @@ def measure(task: Task, open_bench: Callable[[Problem], CudaBench]) -> Iterator[
             if outcomes[index].status != "rejected":
                 timer = bench.timer(candidate.config)
                 ratio = impression(timer) / default
-                why = f"{ratio:.2f} times the default at first sight"
-                if ratio <= HOPELESS * _fastest(outcomes):
+                why = f"{ratio:.2f} times the default in its first calls"
+                if ratio <= SLOW * _fastest(outcomes):
                     timers[index] = timer
                 outcomes[index] = Outcome("slow", why, ratio)
         except Exception as error:
@@ -118,7 +118,7 @@ def measure(task: Task, open_bench: Callable[[Problem], CudaBench]) -> Iterator[
 
     try:
         samples = interleaved([functools.partial(turn, index) for index in finalists])
-    except Exception as error:  # it worked at first sight: the others are timed in a new process
+    except Exception as error:  # its first calls worked: the others are timed in a new process
         yield running, Outcome("rejected", f"{'crashed: ' if running else ''}{_brief(error)}")
         raise
     for index, sample in zip(finalists, samples, strict=True):
@@ -159,7 +159,7 @@ def _fastest(outcomes: dict[int, Outcome]) -> float:
 
 def _finalists(candidates: tuple[Candidate, ...], outcomes: dict[int, Outcome]) -> list[int]:
     """The default, the best few of its reduction order, and the best of every other order."""
-    limit = HOPELESS * _fastest(outcomes)
+    limit = SLOW * _fastest(outcomes)
     ranked = sorted(
         (o.ratio, index) for index, o in outcomes.items() if index and 0 < o.ratio <= limit
     )
