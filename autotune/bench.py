@@ -45,17 +45,9 @@ def capture(
 ) -> torch.cuda.CUDAGraph:
     """A CUDA graph of one call on every input set, after one or two calls to warm up.
 
-    Args:
-        function: called with the values of a set.
-        sets: at least one.
-        stream: to warm up and capture on.
-        pool: of the graph's memory; a new one if None.
-        keep: whether each result has memory of its own; else a call may write where an earlier one
-            has just written.
-        keep_graph: as `torch.cuda.CUDAGraph` takes it; the caller then instantiates the graph.
-
-    Raises:
-        RuntimeError: The function cannot be captured.
+    With `keep` each result has memory of its own; else a call may write where an earlier one has
+    just written. With `keep_graph` the caller instantiates the graph. RuntimeError if the function
+    cannot be captured.
     """
     graph, kept = torch.cuda.CUDAGraph(keep_graph=keep_graph), []
     with torch.cuda.stream(stream):
@@ -100,11 +92,7 @@ def is_healthy() -> bool:
 
 
 class CudaBench:
-    """The inputs of one problem on the current GPU, and calls on them.
-
-    Args:
-        problem: kernel and shape.
-    """
+    """The inputs of one problem on the current GPU, and calls on them."""
 
     def __init__(self, problem: Problem) -> None:
         self._kernel = KERNELS[problem.kernel]
@@ -133,9 +121,7 @@ class CudaBench:
         graph = capture(call, self._sets, self._stream, pool=self._pool, keep=True)
         return repeated(graph.replay, self._stream, len(self._sets))
 
-    def healthy(self) -> bool:
-        """As `is_healthy`."""
-        return is_healthy()
+    healthy = staticmethod(is_healthy)
 
 
 @contextlib.contextmanager
@@ -157,13 +143,10 @@ def poisoned() -> Iterator[None]:
 def difference(
     actual: Sequence[Tensor], expected: Sequence[Tensor], *, same_bits: int
 ) -> str | None:
-    """Why results are wrong; None if they are right.
+    """Why a candidate's results are wrong; None if they are right.
 
-    Args:
-        actual: of a candidate.
-        expected: of the default.
-        same_bits: how many of the results, the first ones, must have the default's bits; the others
-            add in another order and may differ by a few roundings.
+    The first `same_bits` results must have the default's bits. The others are summed in another
+    order and may differ by a few roundings.
     """
     for index, (value, truth) in enumerate(zip(actual, expected, strict=True)):
         if index < same_bits:
@@ -189,10 +172,7 @@ def _relative_rms(actual: Tensor, expected: Tensor) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes read and written per second by a large copy kernel: the fastest of several.
-
-    A single copy is 7 to 11% slower now and then.
-    """
+    """Bytes read and written per second by a large copy kernel: the fastest of several."""
     buffers = [torch.randn(256 * 2**20, device="cuda") for _ in range(BUFFERS)]
     targets = [*buffers[1:], buffers[0]]
     fastest = min(map(_copy_us, buffers, targets))

@@ -1,16 +1,15 @@
 """The command `mhc-tile autotune`: its options, and the phases they ask for."""
 
-import contextlib
 import itertools
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from ..kernels.common import static as _static
 from ..kernels.common import toolchain as _toolchain
@@ -91,11 +90,11 @@ def main(argv: Sequence[str], prog: str = "mhc-tile autotune") -> int:
         run.close(wanted)
         return 0
     log = folder / "workers.log"
-    plans = [tuner.plan(problem, target) for problem in _bar(wanted, len(wanted), "plan")]
+    plans = [tuner.plan(problem, target) for problem in tuner.progress(wanted, len(wanted), "plan")]
     build = not options.measure_only
     if build and (why := _static.available()):
         raise ValueError(f"autotune: a compiler must be here, got none: {why}")
-    count = tuner.compile_plans(plans, processes=options.jobs, progress=_bar, log=log, build=build)
+    count = tuner.compile_plans(plans, processes=options.jobs, log=log, build=build)
     failed = [plan for plan in plans if plan.failed]
     if options.dry_run:
         _say(report.listing(plans, target.arch))
@@ -117,11 +116,7 @@ def _options(argv: Sequence[str], prog: str) -> SimpleNamespace:
 
 
 def _shapes(options: SimpleNamespace) -> Sequence[Shape]:
-    """What is tuned.
-
-    Raises:
-        ValueError: Options do not fit together, or have values that nobody can mean.
-    """
+    """What is tuned; ValueError if options do not fit together, or a number is out of range."""
     if bool(options.preset) == bool(options.hidden):
         raise ValueError(f"autotune: one of --preset {sorted(PRESETS)} and --hidden must be given")
     for names in (_PHASES, ("resume", "force")):
@@ -133,10 +128,8 @@ def _shapes(options: SimpleNamespace) -> Sequence[Shape]:
             raise ValueError(f"autotune: {option} must come with {flag(partner)}, got none")
         for number in value if isinstance(value, tuple) else (value,):
             if name in MOST and number is not None and not 0 < number <= MOST[name]:
-                most = MOST[name]
-                raise ValueError(
-                    f"autotune: {option} must be above 0 and at most {most}, got {number}"
-                )
+                rule = f"above 0 and at most {MOST[name]}"
+                raise ValueError(f"autotune: {option} must be {rule}, got {number}")
     if wrong := [n for n in options.streams or () if n not in _toolchain.STREAMS]:
         raise ValueError(f"autotune: --streams must be in {_toolchain.STREAMS}, got {wrong}")
     tokens = options.tokens or TOKENS
@@ -187,11 +180,7 @@ class _Run:
         """Measure what is compiled, and write the table if that is wanted."""
         options, kept = self._options, self._journal
 
-        def after(members: list[tuner.Plan]) -> None:
-            if not options.measure_only:
-                self.update([plan.problem for plan in members])
-
-        with _alone(self._device), Measurer(seconds=options.timeout, log=log) as measurer:
+        with _locked(self._device), Measurer(seconds=options.timeout, log=log) as measurer:
             kept.refresh()  # what another tuner has measured while this one waited
             try:
                 kept.note_bandwidth(measurer.ask(_BANDWIDTH))
@@ -204,11 +193,10 @@ class _Run:
                 driver=driver_version(),
                 budget=options.budget and options.budget * 60,
                 force=options.force,
-                progress=_bar,
-                after=after,
+                after=(lambda problems: None) if options.measure_only else self.update,
             )
         for plan in plans:
-            for name, found in kept.outcomes(plan.problem).items():
+            for name, found in kept.outcomes[plan.problem].items():
                 if found.status == "rejected":
                     _say(f"rejected: {plan.problem}: {name}: {found.why}")
         for failure in outcome.failed:
@@ -249,24 +237,14 @@ class _Run:
             _say(f"ops do not read this table by themselves: set {table.VARIABLE}={path}")
 
 
-@contextlib.contextmanager
-def _alone(device: Device) -> Iterator[None]:
-    """Measure on this GPU while no other tuner does; a killed one releases the lock."""
+def _locked(device: Device) -> AcquireReturnProxy:
+    """The lock of this GPU, which one tuner holds at a time; the end of a process releases it."""
     lock = FileLock(journal.folder() / f"{device.slug}{identity()}.lock")
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout:
         _say("another tuner measures on this GPU: waiting until it has ended")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _bar(items: Iterable[Any], total: int, title: str) -> Iterable[Any]:
-    tqdm = require("tqdm", "autotune").tqdm
-    return tqdm(items, total=total, desc=title, mininterval=0.5, disable=None, dynamic_ncols=True)
+        return lock.acquire()
 
 
 def _say(text: str) -> None:

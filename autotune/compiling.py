@@ -34,24 +34,12 @@ _KERNELS = Path(_toolchain.__file__).parents[1]
 
 @dataclass(frozen=True)
 class Job:
-    """One program for one architecture.
-
-    Attributes:
-        module: that has the decorated factory.
-        name: the factory's.
-        constants: its arguments.
-        arch: such as "sm_90a".
-    """
+    """One program for one architecture: `module.name(arch, *constants)` compiles it."""
 
     module: str
     name: str
     constants: tuple[Any, ...]
-    arch: str
-
-    @classmethod
-    def of(cls, program: Any, constants: tuple[Any, ...], arch: str) -> "Job":
-        """The job that compiles `program(arch, *constants)`."""
-        return cls(program.factory.__module__, program.factory.__name__, constants, arch)
+    arch: str  # such as "sm_90a"
 
     @property
     def path(self) -> Path:
@@ -67,10 +55,10 @@ class Job:
 
 
 class _Record(msgspec.Struct):
-    """What is kept of a compiled program: for a person, its folder in the cache, its kernels."""
+    """What is kept of a compiled program."""
 
-    program: str
-    kernel: str
+    program: str  # for a person
+    kernel: str  # its folder in TileLang's cache
     takes: tuple[Resources, ...]
 
 
@@ -126,11 +114,10 @@ def known(job: Job) -> tuple[Resources, ...] | None:
 def compile_all(
     jobs: Iterable[Job], *, processes: int, log: Path | None = None, build: bool = True
 ) -> Iterator[tuple[Job, tuple[Resources, ...] | str]]:
-    """Compile programs that are not in the cache.
+    """Compile programs that are not in the cache, unless `build` is off.
 
-    Yields:
-        (job, what its kernels take), in the order of completion; or a text that says why it does
-        not compile.
+    Yields (job, what its kernels take) in the order of completion, or (job, why it does not
+    compile).
     """
     left = []
     for job in jobs:
@@ -141,8 +128,7 @@ def compile_all(
     if not build:
         yield from ((job, "it is not compiled yet") for job in left)
         return
-    answers = worker.pooled(_HANDLER, left, jobs=processes, seconds=SECONDS, log=log)
-    for job, answer in answers:
+    for job, answer in worker.pooled(_HANDLER, left, jobs=processes, seconds=SECONDS, log=log):
         yield job, str(answer) if isinstance(answer, Exception) else answer
 
 
@@ -159,14 +145,7 @@ def handler() -> Any:
 
 
 def build(job: Job) -> tuple[Resources, ...]:
-    """Compile a program, or find it in TileLang's cache, and keep a record of what it takes.
-
-    Returns:
-        One entry per kernel.
-
-    Raises:
-        RuntimeError: It does not compile.
-    """
+    """Compile a program, or find it in TileLang's cache, and keep a record of what it takes."""
     from ..kernels.common import lowering as _lowering
 
     program = getattr(importlib.import_module(job.module), job.name)
@@ -178,10 +157,10 @@ def build(job: Job) -> tuple[Resources, ...]:
         functions = _lowering.lower(prim_func, job.arch, program.pass_configs).functions
     folder = Path(kernel._tilelang_cache_path)
     usage = cubin.usage((folder / _LIBRARY).read_bytes())
+    spills = 0, 0  # a cubin does not tell; what spills has a stack
     taken = []
     for function in functions:
         used = usage[function.name]
-        spills = 0, 0  # a cubin does not tell; what spills has a stack
         shared = used.static_smem, function.dynamic_shared
         taken.append(
             Resources(function.name, used.registers, *spills, used.stack, *shared, function.threads)

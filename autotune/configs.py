@@ -13,6 +13,7 @@ _FORMER = {
     "pre_team.Config": "pre.persistent.Config",
     "pre_backward_team.Config": "pre_backward.persistent.Config",
 }
+_FORMER_KNOBS = {"batches": 1}  # gone from their types, with the one value that older tables have
 
 
 def type_name(config: Any) -> str:
@@ -41,7 +42,11 @@ def decode(values: Any) -> Any:
         kind = None
     if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
         raise ValueError(f"decode: type must be a configuration of a kernel, got {values['type']}")
-    knobs = {key: value for key, value in values.items() if key != "type"}
+    knobs = {
+        key: value
+        for key, value in values.items()
+        if key != "type" and _FORMER_KNOBS.get(key) != value
+    }
     fields = {field.name for field in dataclasses.fields(kind)}
     if set(knobs) != fields or not all(type(value) in (int, bool) for value in knobs.values()):
         raise ValueError(

@@ -55,21 +55,18 @@ _DECODER = msgspec.json.Decoder(_Line)
 class Journal:
     """Outcomes by problem and configuration, in memory and in a file.
 
-    Args:
-        path: of the file; it and its folder need not exist.
-        code: what the outcomes are of, as `compiling.fingerprint`.
-
-    Attributes:
-        bandwidth: bytes per second of a large copy, measured last; 0 if it never was.
+    Neither file nor folder need exist. `code` is the `compiling.fingerprint` that was measured.
     """
 
     def __init__(self, path: Path, code: str) -> None:
         self.path = path
+        # What is known of a problem, by `name_of` the configuration.
+        self.outcomes: dict[Problem, dict[str, Outcome]] = defaultdict(dict)
+        # Date (YYYY-MM-DD) and driver of the problems that were measured to the end.
+        self.complete: dict[Problem, tuple[str, str]] = {}
+        self.bandwidth = 0.0  # bytes per second of a large copy; 0 if it was never measured
         self._code = code
-        self._outcomes: dict[Problem, dict[str, Outcome]] = defaultdict(dict)
-        self._complete: dict[Problem, tuple[str, str]] = {}
         self._seen = 0  # bytes
-        self.bandwidth = 0.0
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self.refresh()
@@ -85,22 +82,6 @@ class Journal:
         self._seen += len(whole)
         for line in whole.splitlines():
             self._read(line)
-
-    def outcomes(self, problem: Problem) -> dict[str, Outcome]:
-        """What is known of a problem, by `name_of` the configuration."""
-        return self._outcomes[problem]
-
-    def complete(self, problem: Problem) -> bool:
-        """Whether a problem was measured to the end."""
-        return problem in self._complete
-
-    def problems(self) -> list[Problem]:
-        """Those that were measured to the end."""
-        return sorted(self._complete)
-
-    def measured(self, problem: Problem) -> tuple[str, str]:
-        """When a complete problem was measured, YYYY-MM-DD, and with which driver."""
-        return self._complete[problem]
 
     def add(self, problem: Problem, config: dict[str, Any], outcome: Outcome) -> None:
         """Keep an outcome; a later one replaces an earlier one."""
@@ -138,9 +119,9 @@ class Journal:
         if line.bandwidth is not None:
             self.bandwidth = line.bandwidth
         elif line.problem and line.outcome:
-            self._outcomes[line.problem][name_of(line.config or {})] = line.outcome
+            self.outcomes[line.problem][name_of(line.config or {})] = line.outcome
         elif line.problem and line.complete:
-            self._complete[line.problem] = line.date, line.driver
+            self.complete[line.problem] = line.date, line.driver
         elif line.problem:
-            self._complete.pop(line.problem, None)
-            self._outcomes.pop(line.problem, None)
+            self.complete.pop(line.problem, None)
+            self.outcomes.pop(line.problem, None)

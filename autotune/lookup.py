@@ -1,13 +1,12 @@
 """Which configuration an op uses: the table's for this shape, its neighbour's, or the default.
 
-A decision is remembered by kernel, shape and GPU: a later call costs one lookup in a dict. Nothing
-is compiled or measured here.
+A decision is remembered by kernel, shape and GPU: a later call costs one lookup in a dict.
 
-With a table a token's bits depend on the number of tokens no more than with the defaults: all
-configurations of a family have one reduction order. Few and many tokens have families of their own
-where their defaults have different orders; with batch invariance the family of many tokens serves
-every number of tokens. At a C that is in no table, all numbers of tokens take the order of the
-neighbour's entry of most tokens, or the default's order where blocks share a token's C.
+All configurations of a family have one reduction order, so a token's bits depend on the number of
+tokens no more than with the defaults. Few and many tokens have families of their own where their
+defaults have different orders. With batch invariance the family of many tokens serves every number
+of tokens. At a C that is in no table, all numbers of tokens take the order of the neighbour's entry
+of most tokens, or the default's order where blocks share a token's C.
 """
 
 import math
@@ -258,8 +257,7 @@ def explain(asked: Asked) -> Decision:
     """What `config` returns, and why."""
     with _lock:
         tables = of_device(asked[5])
-        before = len(tables.faults)
-        arch = _target(asked).arch
+        before, arch = len(tables.faults), _target(asked).arch
         decision = decide(tables, _problem(asked), arch=arch, batch_invariant=asked[6])
         _report(tables.faults[before:])
     return decision
@@ -281,11 +279,11 @@ def _problem(asked: Asked) -> Problem:
 
 
 def reject(asked: Asked, error: Exception) -> None:
-    """Do not use the family that answered: its configuration failed where the default did not."""
+    """Block the family whose configuration failed where the default did not."""
     decision = explain(asked)
     with _lock:
         tables = of_device(asked[5])
-        if decision.family is not None:
+        if decision.family:
             why = f"{decision.config} must launch, got {error}"
             tables.block(decision.family, decision.problem.channels, why)
             _report(tables.faults[-1:])

@@ -1,21 +1,20 @@
 """The second phase: run, check and time the candidates of a problem, in a process that may fail.
 
 In the worker process `measure` tries one candidate after another: its results must be the
-default's, and a first impression of its time must not be hopeless. The best then take turns with
-the default. In the tuner's process `Measurer` listens and replaces a worker that hangs or dies.
+default's, and its first few times near the fastest. The best then take turns with the default. In
+the tuner's process `Measurer` collects the outcomes and replaces a worker that hangs or dies.
 """
 
 import functools
-import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-from .bench import difference
+from .bench import CudaBench, difference
 from .problems import Problem
-from .timing import HOPELESS, Sample, Timer, impression, interleaved
-from .worker import Worker, WorkerDied, WorkerHung
+from .timing import SLOW, Sample, impression, interleaved
+from .worker import Worker, WorkerDied, WorkerHung, resolve
 
 CUDA = f"{__package__}.bench:CudaBench"
 FINALISTS = 4  # of the default's reduction order, and the best of every other order
@@ -23,57 +22,30 @@ RESTARTS = 2  # of a worker that failed without a candidate to blame
 _HANDLER = f"{__name__}:handler"
 
 
-class Bench(Protocol):
-    """What measures one problem: `bench.CudaBench`, or a test's."""
-
-    def results(self, config: Any) -> Iterator[Any]:
-        """Results of several calls, each a tuple of tensors."""
-
-    def timer(self, config: Any) -> Timer:
-        """A timer of a call."""
-
-    def healthy(self) -> bool:
-        """Whether it can go on after an error."""
-
-
 class Candidate(NamedTuple):
-    """Launch knobs, and their reduction order: of the default's order, they have its bits."""
+    """A configuration to measure."""
 
     config: Any
-    order: Any
+    order: Any  # its reduction order: a candidate of the default's order has the default's bits
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a candidate.
+    """What became of a candidate."""
 
-    Attributes:
-        status: "measured", "slow" (hopeless at first sight) or "rejected".
-        why: for a person, where it is not measured.
-        ratio: first impression of its time over the default's; 0 if there is none.
-        sample: its time, if it was measured.
-    """
-
-    status: str
-    why: str = ""
-    ratio: float = 0.0
-    sample: Sample | None = None
+    status: str  # "measured", "slow" (by its first few times) or "rejected"
+    why: str = ""  # for a person, where it is not measured
+    ratio: float = 0.0  # median of its first few times over the default's; 0 if it has none
+    sample: Sample | None = None  # its time, if it was measured
 
 
 class Task(NamedTuple):
-    """A problem for a worker.
-
-    Attributes:
-        problem: kernel and shape.
-        candidates: the default first.
-        known: outcomes of earlier attempts, by index.
-        parameter_grads: results, the last ones, that sum over tokens: their bits may differ.
-    """
+    """A problem for a worker."""
 
     problem: Problem
-    candidates: tuple[Candidate, ...]
-    known: dict[int, Outcome]
-    parameter_grads: int = 0
+    candidates: tuple[Candidate, ...]  # the default first
+    known: dict[int, Outcome]  # of earlier attempts, by index
+    parameter_grads: int = 0  # results, the last ones, that sum over tokens: their bits may differ
 
 
 Message = tuple[int, Outcome | None]
@@ -92,21 +64,12 @@ def handler(bench: str) -> Callable[[Any], Iterator[Any]]:
     return handle
 
 
-def resolve(name: str) -> Any:
-    """What "module:attribute" names."""
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
-
-
-def measure(task: Task, open_bench: Callable[[Problem], Bench]) -> Iterator[Message]:
+def measure(task: Task, open_bench: Callable[[Problem], CudaBench]) -> Iterator[Message]:
     """Check and time the candidates of a problem.
 
-    Yields:
-        (index, None) before whatever may fail, (index, outcome) for each candidate, again for each
-        finalist. The default is "rejected" before its error is raised.
-
-    Raises:
-        RuntimeError: The default fails, or an error after which nothing runs: the process must end.
+    Yields (index, None) before whatever may fail, (index, outcome) for each candidate and again for
+    each finalist. Raises an error of the default, after it is "rejected", and an error after which
+    nothing runs: the process must end.
     """
     yield 0, None
     try:
@@ -130,8 +93,8 @@ def measure(task: Task, open_bench: Callable[[Problem], Bench]) -> Iterator[Mess
             if outcomes[index].status != "rejected":
                 timer = bench.timer(candidate.config)
                 ratio = impression(timer) / default
-                why = f"{ratio:.2f} times the default at first sight"
-                if ratio <= HOPELESS * _fastest(outcomes):
+                why = f"{ratio:.2f} times the default in its first calls"
+                if ratio <= SLOW * _fastest(outcomes):
                     timers[index] = timer
                 outcomes[index] = Outcome("slow", why, ratio)
         except Exception as error:
@@ -155,7 +118,7 @@ def measure(task: Task, open_bench: Callable[[Problem], Bench]) -> Iterator[Mess
 
     try:
         samples = interleaved([functools.partial(turn, index) for index in finalists])
-    except Exception as error:  # it worked at first sight: the others are timed in a new process
+    except Exception as error:  # its first calls worked: the others are timed in a new process
         yield running, Outcome("rejected", f"{'crashed: ' if running else ''}{_brief(error)}")
         raise
     for index, sample in zip(finalists, samples, strict=True):
@@ -168,7 +131,7 @@ def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line}"
 
 
-def _repeated(bench: Bench, config: Any) -> Any:
+def _repeated(bench: CudaBench, config: Any) -> Any:
     """The default's results; they must have the same bits every time."""
     first, *others = bench.results(config)
     for results in others:
@@ -177,7 +140,7 @@ def _repeated(bench: Bench, config: Any) -> Any:
     return first
 
 
-def _check(bench: Bench, config: Any, expected: Any, same_bits: int) -> Outcome:
+def _check(bench: CudaBench, config: Any, expected: Any, same_bits: int) -> Outcome:
     """Compare several results with the default's, and with each other."""
     first = None
     for results in bench.results(config):
@@ -196,7 +159,7 @@ def _fastest(outcomes: dict[int, Outcome]) -> float:
 
 def _finalists(candidates: tuple[Candidate, ...], outcomes: dict[int, Outcome]) -> list[int]:
     """The default, the best few of its reduction order, and the best of every other order."""
-    limit = HOPELESS * _fastest(outcomes)
+    limit = SLOW * _fastest(outcomes)
     ranked = sorted(
         (o.ratio, index) for index, o in outcomes.items() if index and 0 < o.ratio <= limit
     )
@@ -212,10 +175,8 @@ def _finalists(candidates: tuple[Candidate, ...], outcomes: dict[int, Outcome]) 
 class Measurer:
     """Measures problems in a worker process that is replaced when it fails.
 
-    Args:
-        seconds: that a candidate may take before its process is killed.
-        bench: "module:class" of a `Bench`.
-        log: where the process's own output goes.
+    A candidate that takes longer than `seconds` is killed. `bench` is "module:class" of a
+    `CudaBench`. What the process prints goes to `log`.
     """
 
     def __init__(self, *, seconds: float, bench: str = CUDA, log: Path | None = None) -> None:
@@ -225,11 +186,9 @@ class Measurer:
         self._worker: Worker | None = None
 
     def __enter__(self) -> "Measurer":
-        """Itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the process."""
         if self._worker:
             self._worker.kill()
 
@@ -246,10 +205,9 @@ class Measurer:
         keep: Callable[[int, Outcome], None],
         parameter_grads: int = 0,
     ) -> dict[int, Outcome]:
-        """Outcomes of a problem's candidates, by index.
+        """Outcomes of a problem's candidates, by index; each is given to `keep` once it is known.
 
-        Raises:
-            RuntimeError: The default itself fails, or workers fail without a candidate to blame.
+        RuntimeError if the default itself fails, or workers fail without a candidate to blame.
         """
         outcomes = dict(known)
         restarts = 0

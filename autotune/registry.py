@@ -91,7 +91,7 @@ class Kernel:
         return None
 
     def order(self, config: Any) -> tuple[Any, ...]:
-        """What decides in which order a token's sums are formed: equal orders, equal bits."""
+        """The reduction order of a token's sums: equal orders give equal bits."""
         marked = reduction_order(config)
         return (type_name(config), *marked) if marked else ()
 
@@ -187,9 +187,9 @@ def candidates(problem: Problem, target: Target) -> list[Any]:
 
 
 def programs(problem: Problem, config: Any, target: Target) -> list[tuple[Any, tuple[Any, ...]]]:
-    """The programs that a call launches, with their constants, in the order of the launches.
+    """The factories of the programs that a call launches, with their constants, in that order.
 
-    It needs no GPU. ValueError or RuntimeError where the launcher refuses the configuration.
+    Needs no GPU. ValueError or RuntimeError where the launcher refuses the configuration.
     """
     from ..kernels.common.programs import dry_run
 
@@ -197,7 +197,4 @@ def programs(problem: Problem, config: Any, target: Target) -> list[tuple[Any, t
     tensors = kernel.samples(problem, "meta")
     with dry_run(target.arch, target.multiprocessors) as asked:
         kernel.call(tensors, kernel.others(problem), config)
-    return [
-        (getattr(importlib.import_module(factory.__module__), factory.__name__), constants)
-        for factory, constants, _ in asked.programs
-    ]
+    return [(factory, constants) for factory, constants, _ in asked.programs]

@@ -40,24 +40,22 @@ def _row(plan: Plan, option: Option, arch: str) -> tuple[str, ...]:
     verdict = "default" if option is plan.options[0] else ""
     if option.pruned:
         verdict = f"{verdict} pruned: {option.pruned}".strip()
-    if not option.takes:
-        return short(vars(option.config)), "", "", "", verdict
-    return (
-        short(vars(option.config)),
-        str(max(t.registers for t in option.takes)),
-        str(max(t.dynamic_smem + t.static_smem for t in option.takes)),
-        f"{min(t.occupancy(arch) for t in option.takes):.0%}",
-        verdict,
-    )
+    taken = "", "", ""
+    if option.takes:
+        registers = max(kernel.registers for kernel in option.takes)
+        shared = max(kernel.dynamic_smem + kernel.static_smem for kernel in option.takes)
+        occupancy = min(kernel.occupancy(arch) for kernel in option.takes)
+        taken = str(registers), str(shared), f"{occupancy:.0%}"
+    return short(vars(option.config)), *taken, verdict
 
 
 @dataclass(frozen=True)
 class Row:
-    """One entry of a table, for the closing report; floor_us is 0 where it is not known."""
+    """One entry of a table, for the closing report."""
 
     problem: Problem
     entry: table.Entry
-    floor_us: float
+    floor_us: float  # the time that bandwidth allows; 0 where it is not known
 
     @property
     def gain(self) -> float:
@@ -69,10 +67,9 @@ def rows(families: Sequence[table.Family], bandwidth: float) -> list[Row]:
     """The entries of families, sorted."""
     found = []
     for family in families:
-        key = family.key
         for tokens, entry in family.entries.items():
-            problem = key.problem(tokens)
-            moved = KERNELS[key.kernel].traffic(problem)
+            problem = family.key.problem(tokens)
+            moved = KERNELS[problem.kernel].traffic(problem)
             found.append(Row(problem, entry, moved / bandwidth * 1e6 if bandwidth else 0.0))
     return sorted(found, key=lambda row: row.problem)
 
@@ -114,20 +111,19 @@ def draw(found: Sequence[Row], path: Path, title: str) -> None:
     axes = figure.subplots(lines, columns, squeeze=False, sharex=True).flatten()
     for axis in axes[len(kernels) :]:
         axis.set_axis_off()
+    shapes: dict[Problem, list[Row]] = {}
+    for row in found:
+        shapes.setdefault(row.problem.at(1), []).append(row)
+    axis_of = dict(zip(kernels, axes, strict=False))
     drawn: dict[str, Any] = {}  # the first line of every label, for one legend
-    for axis, kernel in zip(axes, kernels, strict=False):
-        shapes: dict[Problem, list[Row]] = {}
-        for row in found:
-            if row.problem.kernel == kernel:
-                shapes.setdefault(row.problem.at(1), []).append(row)
-        for shape, members in shapes.items():
-            size = f"C {shape.channels}, " if shape.channels else ""
-            label = f"{size}n {shape.n}, {shape.dtype}"
-            colour = drawn[label].get_color() if label in drawn else f"C{len(drawn)}"
-            tokens = [row.problem.tokens for row in members]
-            gains = [row.gain for row in members]
-            (line,) = axis.plot(tokens, gains, ".-", color=colour, linewidth=1)
-            drawn.setdefault(label, line)
+    for shape, members in shapes.items():
+        size = f"C {shape.channels}, " if shape.channels else ""
+        label = f"{size}n {shape.n}, {shape.dtype}"
+        colour = drawn[label].get_color() if label in drawn else f"C{len(drawn)}"
+        tokens, gains = [row.problem.tokens for row in members], [row.gain for row in members]
+        (line,) = axis_of[shape.kernel].plot(tokens, gains, ".-", color=colour, linewidth=1)
+        drawn.setdefault(label, line)
+    for kernel, axis in axis_of.items():
         axis.axhline(1, color="black", linewidth=0.5)
         axis.set_xscale("log", base=2)
         axis.set_title(kernel, fontsize=9)

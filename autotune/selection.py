@@ -31,21 +31,18 @@ class Choice(NamedTuple):
 
 
 def select(family: Mapping[int, Sequence[Timed]]) -> dict[int, Choice]:
-    """Choose a configuration for each number of tokens of a family.
+    """Choose a configuration for each number of tokens of a family, all of one reduction order.
 
-    Returns:
-        A choice for each number of tokens, all of one reduction order; none if the defaults
-        themselves have several.
+    There is no choice if the defaults, which come first, have several orders.
     """
-    own = {tokens: timed[0] for tokens, timed in family.items()}
-    orders = {timed.order for timed in own.values()}
-    if len(orders) > 1:
+    own, *others = {timed[0].order for timed in family.values()}
+    if others:
         return {}
-    choices = {tokens: _pick(timed, own[tokens].order) for tokens, timed in family.items()}
-    best, best_score = choices, _score(choices.values())
-    found = [dict.fromkeys(one.order for one in timed) for timed in family.values()]
-    for order in found[0] if found else ():
-        if order in orders or not all(order in known for known in found):
+    best = {tokens: _pick(timed, own) for tokens, timed in family.items()}
+    best_score = _score(best.values())
+    first, *rest = [dict.fromkeys(one.order for one in timed) for timed in family.values()]
+    for order in first:
+        if order == own or not all(order in known for known in rest):
             continue
         rival = {tokens: _pick(timed, order) for tokens, timed in family.items()}
         slower = any(choice.us > choice.default_us for choice in rival.values())

@@ -167,8 +167,9 @@ def read(path: Path, device: Device | None = None) -> Table:
     table = Table(found.gpu, found.multiprocessors)
     for row in found.families:
         key = Key(row.kernel, row.n, row.C, row.dtype, row.regime)
+        order = row.order.replace(", ('batches', 1)", "")  # a knob that is gone, in older tables
         made = row.tilelang, row.driver, row.date
-        table.families[key] = Family(key, row.order, *made, row.tokens, str(path))
+        table.families[key] = Family(key, order, *made, row.tokens, str(path))
     return table
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 Timer = Callable[[], float]
 
 MARGIN = 0.015  # of the slower: differences below are not told apart
-HOPELESS = 1.2  # times the fastest first impression: not measured further
+SLOW = 1.2  # times the fastest impression, beyond which a candidate is not measured further
 FIRST_TURNS = 3
 TURNS = 20
 _SPREAD = 1.683  # standard deviations between the 20th and the 80th percentile

@@ -17,62 +17,46 @@ from typing import Any
 from ..kernels.common import toolchain as _toolchain
 from ..kernels.common.static import Resources
 from . import compiling, registry, table
+from ._extras import require
 from .compiling import Job
 from .configs import encode
 from .journal import Journal, name_of
 from .measuring import Candidate, Measurer, Outcome
 from .problems import Problem
 from .registry import KERNELS, Target
-from .selection import Choice, Timed, select
-
-Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
+from .selection import Timed, select
 
 
-def silent(items: Iterable[Any], total: int, title: str) -> Iterable[Any]:
-    """No progress bar."""
-    return items
+def progress(items: Iterable[Any], total: int, title: str) -> Iterable[Any]:
+    """The items, with a bar where standard error is a terminal."""
+    tqdm = require("tqdm", "autotune").tqdm
+    return tqdm(items, total=total, desc=title, mininterval=0.5, disable=None, dynamic_ncols=True)
 
 
 @dataclass
 class Option:
-    """A candidate of a problem before it is measured.
-
-    Attributes:
-        config: launch knobs.
-        order: how it forms a token's sums.
-        jobs: its programs, in the order of their launches.
-        pruned: why it is not measured; empty if it is.
-        takes: what the kernels of its programs take, once they are compiled.
-    """
+    """A candidate of a problem before it is measured."""
 
     config: Any
-    order: Any
-    jobs: tuple[Job, ...] = ()
-    pruned: str = ""
-    takes: tuple[Resources, ...] = ()
+    order: Any  # its reduction order
+    jobs: tuple[Job, ...] = ()  # its programs, in the order of their launches
+    pruned: str = ""  # why it is not measured
+    takes: tuple[Resources, ...] = ()  # what its kernels take, once they are compiled
 
 
 @dataclass
 class Plan:
-    """A problem and its options, the default first.
-
-    Attributes:
-        problem: kernel and shape.
-        options: what could run.
-        bytes: that a call must move.
-        idle: why there is nothing to tune; empty if there is.
-        failed: why nothing can be measured; empty if it can.
-    """
+    """A problem and its options, the default first."""
 
     problem: Problem
     options: list[Option]
-    bytes: int
-    idle: str = ""
-    failed: str = ""
+    bytes: int  # that a call must move
+    idle: str = ""  # why there is nothing to tune
+    failed: str = ""  # why nothing can be measured
 
     @property
     def candidates(self) -> list[Option]:
-        """Options that are not pruned; the default is the first, unless all has failed."""
+        """Options that are not pruned; the default is the first, unless the plan has failed."""
         return [option for option in self.options if not option.pruned]
 
 
@@ -87,8 +71,11 @@ def plan(problem: Problem, target: Target) -> Plan:
     for config in configs:
         option = Option(config, kernel.order(config))
         try:
-            programs = registry.programs(problem, config, target)
-            option.jobs = tuple(dict.fromkeys(Job.of(*item, target.arch) for item in programs))
+            jobs = [
+                Job(factory.__module__, factory.__name__, constants, target.arch)
+                for factory, constants in registry.programs(problem, config, target)
+            ]
+            option.jobs = tuple(dict.fromkeys(jobs))
         except (ValueError, RuntimeError) as error:
             option.pruned = f"refused: {error}"
             if config is configs[0]:
@@ -98,19 +85,12 @@ def plan(problem: Problem, target: Target) -> Plan:
 
 
 def compile_plans(
-    plans: Sequence[Plan],
-    *,
-    processes: int,
-    progress: Progress = silent,
-    log: Path | None = None,
-    build: bool = True,
+    plans: Sequence[Plan], *, processes: int, log: Path | None = None, build: bool = True
 ) -> int:
     """Compile every option's programs; prune what does not compile, spills or cannot launch.
 
-    A plan whose default does not compile has failed; the others go on.
-
-    Returns:
-        How many programs there are.
+    A plan whose default does not compile has failed; the others go on. Returns the number of
+    programs.
     """
     active = [plan for plan in plans if not (plan.idle or plan.failed)]
     options = [option for plan in active for option in plan.candidates]
@@ -132,15 +112,10 @@ def compile_plans(
 
 @dataclass
 class Report:
-    """What measuring did.
+    """What measuring did."""
 
-    Attributes:
-        failed: why problems could not be measured.
-        left: problems that the budget did not reach.
-    """
-
-    failed: list[str] = field(default_factory=list)
-    left: list[Problem] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)  # why problems could not be measured
+    left: list[Problem] = field(default_factory=list)  # what the budget did not reach
 
 
 def measure_plans(
@@ -151,23 +126,20 @@ def measure_plans(
     driver: str = "",
     budget: float | None = None,
     force: bool = False,
-    progress: Progress = silent,
-    after: Callable[[list[Plan]], None] = lambda plans: None,
+    after: Callable[[list[Problem]], None] = lambda problems: None,
 ) -> Report:
-    """Measure what the journal does not know yet.
+    """Measure what the journal does not know yet, for at most `budget` seconds.
 
-    Returns:
-        What went wrong, and what is left.
+    `after` is called with the problems of each shape when all its numbers of tokens are measured.
     """
     report, begin = Report(), time.monotonic()
     active = [plan for plan in plans if not plan.idle]
-
     steps = progress(active, len(active), "measure")
     for _, group in itertools.groupby(steps, key=lambda plan: plan.problem.at(1)):
-        members = []
+        problems = []
         for plan in group:
             problem = plan.problem
-            members.append(plan)
+            problems.append(problem)
             if plan.failed:
                 report.failed.append(plan.failed)
                 continue
@@ -183,28 +155,26 @@ def measure_plans(
                 journal.finish(problem, driver)
             except RuntimeError as error:
                 report.failed.append(str(error))
-        after(members)
+        after(problems)
     return report
 
 
 def _known(plan: Plan, journal: Journal) -> bool:
     """Whether a plan was measured to the end, with every candidate that it has now."""
-    outcomes = journal.outcomes(plan.problem)
-    names = (name_of(encode(option.config)) for option in plan.candidates)
-    return journal.complete(plan.problem) and all(name in outcomes for name in names)
+    names = {name_of(encode(option.config)) for option in plan.candidates}
+    return plan.problem in journal.complete and names <= journal.outcomes[plan.problem].keys()
 
 
 def _measure(plan: Plan, journal: Journal, measurer: Measurer) -> None:
-    options = plan.candidates
-    encoded = [encode(option.config) for option in options]
-    earlier = journal.outcomes(plan.problem)
+    encoded = [encode(option.config) for option in plan.candidates]
+    earlier = journal.outcomes[plan.problem]
     names = enumerate(map(name_of, encoded))
     known = {index: earlier[name] for index, name in names if index and name in earlier}
 
     def keep(index: int, outcome: Outcome) -> None:
         journal.add(plan.problem, encoded[index], outcome)
 
-    candidates = tuple(Candidate(option.config, option.order) for option in options)
+    candidates = tuple(Candidate(option.config, option.order) for option in plan.candidates)
     grads = KERNELS[plan.problem.kernel].parameter_grads
     measurer.measure(plan.problem, candidates, known, keep, grads)
 
@@ -213,10 +183,10 @@ def families(journal: Journal, shapes: Iterable[Problem], target: Target) -> lis
     """The families of kernels and shapes, from everything that the journal knows of them."""
     wanted = {problem.at(1) for problem in shapes}
     timed: dict[table.Key, dict[int, list[Timed]]] = defaultdict(dict)
-    for problem in journal.problems():
+    for problem in sorted(journal.complete):
         if problem.at(1) not in wanted:
             continue
-        outcomes = journal.outcomes(problem)
+        outcomes = journal.outcomes[problem]
         samples = [
             Timed(config, KERNELS[problem.kernel].order(config), outcome.sample)
             for config in registry.candidates(problem, target)
@@ -231,12 +201,15 @@ def families(journal: Journal, shapes: Iterable[Problem], target: Target) -> lis
     for key, by_tokens in timed.items():
         if choices := select(by_tokens):
             order = repr(next(iter(choices.values())).order)
-            entries = {tokens: _entry(choice) for tokens, choice in choices.items()}
-            date, driver = max(journal.measured(key.problem(tokens)) for tokens in choices)
+            entries = {
+                tokens: table.Entry(
+                    encode(choice.config),
+                    choice.default,
+                    round(choice.us, 3),
+                    round(choice.default_us, 3),
+                )
+                for tokens, choice in choices.items()
+            }
+            date, driver = max(journal.complete[key.problem(tokens)] for tokens in choices)
             found.append(table.Family(key, order, version, driver, date, entries))
     return found
-
-
-def _entry(choice: Choice) -> table.Entry:
-    times = round(choice.us, 3), round(choice.default_us, 3)
-    return table.Entry(encode(choice.config), choice.default, *times)

@@ -39,11 +39,8 @@ class WorkerHung(RuntimeError):
 class Worker:
     """One process.
 
-    Args:
-        handler: "module:name" of what to call in the process with the arguments; it returns a
-            function from a task to an iterable of messages.
-        arguments: for it; they are pickled.
-        log: where the process's own output goes; nowhere if None.
+    It calls `handler`, "module:name", with the arguments, which are pickled. The handler returns a
+    function from a task to an iterable of messages. What the process prints goes to `log`.
     """
 
     def __init__(
@@ -56,7 +53,7 @@ class Worker:
         self._connection, theirs = context.Pipe()
         given = theirs, dict(os.environ), handler, arguments, log
         self._process = context.Process(target=_serve, args=given, daemon=True)
-        with _deaf_to_ctrl_c():
+        with _without_ctrl_c():
             self._process.start()
         theirs.close()
         self._ready = False
@@ -67,22 +64,17 @@ class Worker:
         return self._process.pid
 
     def send(self, task: Any) -> None:
-        """Give it a task.
-
-        Raises:
-            WorkerDied: It is gone.
-        """
+        """Give the process a task; WorkerDied if it has ended."""
         try:
             self._connection.send(task)
         except OSError as error:
-            raise WorkerDied(self._epitaph()) from error
+            raise WorkerDied(self._ending()) from error
 
     def messages(self, seconds: float) -> Iterator[Any]:
-        """What it answers to the task, one by one.
+        """The answers to a task, one by one.
 
-        Raises:
-            WorkerDied: It ended instead.
-            WorkerHung: It said nothing in time; it has been killed.
+        WorkerDied if the process ends instead. WorkerHung if no answer comes within the seconds:
+        the process has been killed.
         """
         if not self._ready:
             self.message(START_SECONDS)
@@ -92,21 +84,16 @@ class Worker:
             self.send(GO_ON)
 
     def message(self, seconds: float) -> Any:
-        """The next message as it is: READY once, then answers, DONE after each task.
-
-        Raises:
-            WorkerDied: It ended instead.
-            WorkerHung: It said nothing in time; it has been killed.
-        """
+        """The next message: READY once, then answers, DONE after each task."""
         try:
             if not self._connection.poll(seconds):
                 self.kill()
                 raise WorkerHung(f"no answer for {seconds:.0f} s")
             return self._connection.recv()
         except (EOFError, OSError) as error:
-            raise WorkerDied(self._epitaph()) from error
+            raise WorkerDied(self._ending()) from error
 
-    def _epitaph(self) -> str:
+    def _ending(self) -> str:
         self._process.join(5)
         code = self._process.exitcode
         self.kill()
@@ -115,13 +102,13 @@ class Worker:
         return f"the process ended with code {code}"
 
     def end(self) -> None:
-        """Let it end by itself, which frees what it shares; it must be idle."""
+        """Let the idle process end by itself, which frees what it shares."""
         self._connection.close()
         self._process.join(5)
         self.kill()
 
     def kill(self) -> None:
-        """End it at once."""
+        """End the process at once."""
         self._process.kill()
         self._process.join()
         self._connection.close()
@@ -136,11 +123,10 @@ def pooled(
     arguments: tuple[Any, ...] = (),
     log: Path | None = None,
 ) -> Generator[tuple[Any, Any], None, None]:
-    """Hand tasks, of one answer each, to several workers.
+    """Give tasks, of one answer each, to several workers.
 
-    Yields:
-        (task, its message), in the order of completion; the message is a `WorkerDied` or a
-        `WorkerHung` where the process failed.
+    Yields (task, answer) in the order of completion; a `WorkerDied` or a `WorkerHung` is the answer
+    where the process failed.
     """
     started: list[Worker] = []
     idle: list[Worker] = []
@@ -176,6 +162,12 @@ def pooled(
             (worker.end if worker in idle else worker.kill)()
 
 
+def resolve(name: str) -> Any:
+    """What "module:attribute" names."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
 def _serve(
     connection: Connection,
     environment: dict[str, str],
@@ -194,10 +186,7 @@ def _serve(
     os.environ.clear()  # a forked process has the environment with which the server began
     os.environ.update(environment)
     os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")
-    module, _, name = handler.partition(":")
-    handle: Callable[[Any], Iterable[Any]] = getattr(importlib.import_module(module), name)(
-        *arguments
-    )
+    handle: Callable[[Any], Iterable[Any]] = resolve(handler)(*arguments)
     connection.send(READY)
     with contextlib.suppress(EOFError):
         while True:
@@ -208,11 +197,10 @@ def _serve(
 
 
 @contextlib.contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Have processes that are started meanwhile ignore Ctrl-C, which the terminal sends to all.
+def _without_ctrl_c() -> Iterator[None]:
+    """Start processes that ignore Ctrl-C, before `_serve` does: it would end their imports.
 
-    It would break off their imports with a traceback before `_serve` could ignore it. This process
-    gets the signal after the block.
+    This process gets the signal after the block.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield

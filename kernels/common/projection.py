@@ -50,8 +50,7 @@ class Segment:
     rows: int  # of phi
     width: int  # channels of the segment, a multiple of 8
     steps: int  # pieces of 32 elements that each warp holds
-    group: int  # tokens of a tile, a multiple of 8 * batches
-    batches: int = 1  # of 8 tokens that a warp projects at a time
+    group: int  # tokens of a tile, a multiple of 8
 
     @property
     def warps(self) -> int:
@@ -151,65 +150,56 @@ def project_tile(segment: Segment, dtype, sums, buffer, fragments, unscales, til
     k runs over the warp's elements. The sum of squares is the diagonal of x @ x^T: one instruction
     for the tensor cores, sixteen for the ALUs.
     """
-    rows, steps, batches = segment.rows, segment.steps, segment.batches
-    phi_tiles, name = segment.phi_tiles, MMA_NAMES[dtype]
+    rows, steps, phi_tiles = segment.rows, segment.steps, segment.phi_tiles
+    name = MMA_NAMES[dtype]
     tile_size = 4 if dtype == SCALED else 8  # of `fragments`
-    accumulators = T.alloc_local((batches, phi_tiles * 4), F32)
-    squares = T.alloc_local((batches, 4), F32)
+    accumulators = T.alloc_local((phi_tiles * 4,), F32)
+    squares = T.alloc_local((4,), F32)
     square_rows = T.alloc_local((8,), dtype)
-    x_lane = T.alloc_local((batches, 8), dtype)
+    x_lane = T.alloc_local((8,), dtype)
     warp = tx // WARP
     lane_row = tx % WARP // 4
     lane_pair = tx % 4
-    for eight in T.serial(segment.group // 8 // batches):
+    for eight in T.serial(segment.group // 8):
         for v in T.unroll(8):
             square_rows[v] = T.cast(0.0, dtype)
-        for b in T.unroll(batches):
-            for v in T.unroll(phi_tiles * 4):
-                accumulators[b, v] = 0.0
-            for v in T.unroll(4):
-                squares[b, v] = 0.0
-        # instructions issue in this order: the batches are independent chains
+        for v in T.unroll(phi_tiles * 4):
+            accumulators[v] = 0.0
+        for v in T.unroll(4):
+            squares[v] = 0.0
         for step in T.unroll(steps):
-            for b in T.unroll(batches):
-                for v in T.vectorized(8):
-                    x_lane[b, v] = tile[
-                        slot, (eight * batches + b) * 8 + lane_row,
-                        (warp * steps + step) * STEP + lane_pair * 8 + v,
-                    ]  # fmt: skip
+            for v in T.vectorized(8):
+                x_lane[v] = tile[
+                    slot, eight * 8 + lane_row, (warp * steps + step) * STEP + lane_pair * 8 + v
+                ]
             for half in T.unroll(2):
                 for phi_tile in T.unroll(phi_tiles):
-                    for b in T.unroll(batches):
-                        T.ptx_mma(
-                            F32, "m16n8k16", "row", "col", name, name, "fp32", fragments.data,
-                            ((step * 2 + half) * phi_tiles + phi_tile) * tile_size,
-                            x_lane.data, b * 8 + half * 4, accumulators.data,
-                            (b * phi_tiles + phi_tile) * 4, T.bool(False),
-                        )  # fmt: skip
-                for b in T.unroll(batches):
-                    for e in T.unroll(2):
-                        square_rows[e] = x_lane[b, half * 4 + e]
-                        square_rows[4 + e] = x_lane[b, half * 4 + 2 + e]
                     T.ptx_mma(
-                        F32, "m16n8k16", "row", "col", name, name, "fp32",
-                        square_rows.data, 0, x_lane.data, b * 8 + half * 4,
-                        squares.data, b * 4, T.bool(False),
+                        F32, "m16n8k16", "row", "col", name, name, "fp32", fragments.data,
+                        ((step * 2 + half) * phi_tiles + phi_tile) * tile_size,
+                        x_lane.data, half * 4, accumulators.data, phi_tile * 4, T.bool(False),
                     )  # fmt: skip
-        for b in T.unroll(batches):
-            token = (eight * batches + b) * 8
-            if lane_row // 2 == lane_pair:
-                sums[buffer, warp, token + lane_row, 0] = T.if_then_else(
-                    lane_row % 2 == 0, squares[b, 0], squares[b, 1]
-                )
-            for phi_tile in T.unroll(phi_tiles):
-                row = phi_tile * TILE_ROWS + lane_row
-                if row < rows:
-                    # the sum of low parts, where it is a number
-                    for e in T.unroll(2):
-                        sums[buffer, warp, token + lane_pair * 2 + e, 1 + row] = (
-                            accumulators[b, phi_tile * 4 + e]
-                            + T.min(accumulators[b, phi_tile * 4 + 2 + e], LARGEST)
-                        ) * (unscales[phi_tile] if dtype == SCALED else 1.0)
+                for e in T.unroll(2):
+                    square_rows[e] = x_lane[half * 4 + e]
+                    square_rows[4 + e] = x_lane[half * 4 + 2 + e]
+                T.ptx_mma(
+                    F32, "m16n8k16", "row", "col", name, name, "fp32", square_rows.data, 0,
+                    x_lane.data, half * 4, squares.data, 0, T.bool(False),
+                )  # fmt: skip
+        token = eight * 8
+        if lane_row // 2 == lane_pair:
+            sums[buffer, warp, token + lane_row, 0] = T.if_then_else(
+                lane_row % 2 == 0, squares[0], squares[1]
+            )
+        for phi_tile in T.unroll(phi_tiles):
+            row = phi_tile * TILE_ROWS + lane_row
+            if row < rows:
+                # the sum of low parts, where it is a number
+                for e in T.unroll(2):
+                    sums[buffer, warp, token + lane_pair * 2 + e, 1 + row] = (
+                        accumulators[phi_tile * 4 + e]
+                        + T.min(accumulators[phi_tile * 4 + 2 + e], LARGEST)
+                    ) * (unscales[phi_tile] if dtype == SCALED else 1.0)
 
 
 def add(total: Any, part: Any) -> Any:

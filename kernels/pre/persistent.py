@@ -42,7 +42,6 @@ class Config:
     group: int = knob(16, reduction_order=True)  # tokens of a tile
     ahead: int = 1  # prefetch distance
     lag: int = 4  # pipeline distance
-    batches: int = knob(1, reduction_order=True)  # 8-token pieces whose instructions interleave
     apply_warps: int = 4
     owners: int = 3  # reducer warps
     registers: int = 80  # of a thread of all roles but projection, which takes what is left
@@ -50,14 +49,14 @@ class Config:
 
     def __post_init__(self) -> None:
         """Reject what cannot launch on any GPU."""
-        group = self.group > 0 and self.group % (8 * max(self.batches, 1)) == 0
+        group = self.group > 0 and self.group % 8 == 0
         registers = self.registers % 8 == 0 and 24 <= self.registers <= 240
         rules = {
             "lag": (self.lag >= 2, "at least 2"),
-            "group": (group, "a multiple of 8 * batches"),
+            "group": (group, "a multiple of 8"),
             "registers": (registers, "a multiple of 8 from 24 to 240"),
         }
-        positive = "members", "teams", "steps", "batches", "ahead", "apply_warps", "owners"
+        positive = "members", "teams", "steps", "ahead", "apply_warps", "owners"
         check("pre", self, *positive, **rules)
 
     @property
@@ -77,7 +76,7 @@ class Config:
     def segment(self, n: int, C: int) -> Segment:
         """The channels of a rank."""
         width, rows = segment_width(C, self.members), logits_per_token(n)
-        return Segment(n, C, rows, width, self.steps, self.group, self.batches)
+        return Segment(n, C, rows, width, self.steps, self.group)
 
     def first_threads(self, n: int, C: int) -> tuple[int, int, int]:
         """As in `Plan`: roles are whole warpgroups; the reducer warps follow the receiver warp."""
@@ -107,7 +106,7 @@ class Config:
         """Whether shared memory, registers and threads allow the kernel."""
         segment = self.segment(n, C)
         threads = self.first_threads(n, C)[2]
-        needed = segment.fragment_registers + self.batches * 4 * (segment.phi_tiles + 1)
+        needed = segment.fragment_registers + 4 * (segment.phi_tiles + 1)
         granted = 65536 // max(threads, 1) // 8 * 8
         if overlaps(arch):
             granted = self.registers_of_roles(n, C)[0]

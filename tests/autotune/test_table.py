@@ -217,6 +217,14 @@ def test_a_table_of_another_tilelang_is_used_and_named(places):
     assert "0.1.14" in lookup.load(DEVICE).other_tilelang
 
 
+def test_an_order_with_a_knob_that_is_gone_is_the_same_order(tmp_path):
+    path = tmp_path / "table.json"
+    table.update(path, DEVICE, [family(order="('x', ('group', 16), ('batches', 1))", at=64)])
+    table.update(path, DEVICE, [family(order="('x', ('group', 16))", at=256)])
+    (member,) = table.read(path).families.values()
+    assert set(member.entries) == {64, 256}
+
+
 def test_buckets_are_powers_of_two_at_or_below():
     assert [bucket(t) for t in (1, 2, 3, 4, 1023, 1024, 1663, 65536)] == [
         1, 2, 2, 4, 512, 1024, 1024, 65536,

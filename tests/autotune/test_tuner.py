@@ -222,16 +222,15 @@ def test_a_journal_remembers_what_was_written_but_not_of_other_code(tmp_path):
     journal.add(PROBLEM, config, Outcome("slow", "why", 1.5))
     journal.add(PROBLEM, config, outcome)
     journal.note_bandwidth(4e12)
-    assert not journal.complete(PROBLEM)
+    assert PROBLEM not in journal.complete
     journal.finish(PROBLEM)
     again = Journal(tmp_path / "j.jsonl", "code")
-    assert again.outcomes(PROBLEM) == {name_of(config): outcome}
-    assert again.complete(PROBLEM)
-    assert again.problems() == [PROBLEM]
+    assert again.outcomes[PROBLEM] == {name_of(config): outcome}
+    assert list(again.complete) == [PROBLEM]
     assert again.bandwidth == 4e12
-    assert not Journal(tmp_path / "j.jsonl", "other").outcomes(PROBLEM)
+    assert not Journal(tmp_path / "j.jsonl", "other").outcomes[PROBLEM]
     again.forget(PROBLEM)
-    assert not Journal(tmp_path / "j.jsonl", "code").outcomes(PROBLEM)
+    assert not Journal(tmp_path / "j.jsonl", "code").outcomes[PROBLEM]
 
 
 def test_a_journal_sees_what_another_tuner_appends(tmp_path):
@@ -240,9 +239,8 @@ def test_a_journal_sees_what_another_tuner_appends(tmp_path):
     other.add(PROBLEM, encode(ForwardConfig(64)), Outcome("slow"))
     other.finish(PROBLEM, "580.1")
     one.refresh()
-    assert one.complete(PROBLEM)
-    assert len(one.outcomes(PROBLEM)) == len(other.outcomes(PROBLEM)) == 2
-    date, driver = one.measured(PROBLEM)
+    assert len(one.outcomes[PROBLEM]) == len(other.outcomes[PROBLEM]) == 2
+    date, driver = one.complete[PROBLEM]
     assert driver == "580.1"
     assert len(date) == len("YYYY-MM-DD")
 
@@ -254,9 +252,9 @@ def test_a_torn_line_costs_no_other(tmp_path):
         journal.add(PROBLEM, encode(ForwardConfig(threads)), Outcome("slow"))
     path.write_bytes(path.read_bytes()[:-20])
     again = Journal(path, "code")
-    assert len(again.outcomes(PROBLEM)) == 2
+    assert len(again.outcomes[PROBLEM]) == 2
     again.add(PROBLEM, encode(ForwardConfig(128)), Outcome("slow"))
-    assert len(Journal(path, "code").outcomes(PROBLEM)) == 3
+    assert len(Journal(path, "code").outcomes[PROBLEM]) == 3
 
 
 SHAPES = (Shape(2560, tokens=(16, 64, 4096)),)
