@@ -55,6 +55,14 @@ def clear() -> None:
         _native.library.mhc_tile_clear()
 
 
+def calls() -> tuple[int, int]:
+    """Calls of ops that plans served, and those that went on to Python, in this process."""
+    counts = _native.words([0, 0])
+    if _native.library is not None:
+        _native.library.mhc_tile_calls(counts)
+    return counts[0], counts[1]
+
+
 @contextmanager
 def paused() -> Iterator[None]:
     """Let every op run in Python for a while, in every thread."""

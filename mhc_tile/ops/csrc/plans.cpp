@@ -147,6 +147,7 @@ DLDataType dlpack(at::ScalarType dtype) {
 }
 
 std::atomic<bool> on_cpu{false};  // whether tensors of the CPU may have plans: for tests
+std::atomic<int64_t> replayed{0}, passed_on{0};  // calls that a plan served, and others
 std::atomic<bool> paused{false};  // whether all calls go on to Python
 
 class Stream {
@@ -226,7 +227,11 @@ class Planned : public c10::OperatorKernel {
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
     Words key{op_, 0};
     bool may_plan = true;
-    if (run(op, stack, key, may_plan)) return;
+    if (run(op, stack, key, may_plan)) {
+      ++replayed;
+      return;
+    }
+    ++passed_on;
     Missing mark(may_plan ? &key : nullptr);
     op.redispatchBoxed(
           keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, c10::DispatchKey::BackendSelect),
@@ -340,6 +345,12 @@ void mhc_tile_add(const int64_t* words) {
 void mhc_tile_pause(bool paused) { mhc_tile::paused = paused; }
 
 void mhc_tile_clear() { mhc_tile::plans().clear(); }
+
+// Calls since the library was loaded: served by a plan, and passed on to Python.
+void mhc_tile_calls(int64_t* counts) {
+  counts[0] = mhc_tile::replayed;
+  counts[1] = mhc_tile::passed_on;
+}
 
 int64_t mhc_tile_count() { return static_cast<int64_t>(mhc_tile::plans().size()); }
 
