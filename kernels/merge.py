@@ -80,7 +80,8 @@ def default_config(
     vector = _backward_vector(n, C, dtype)
     warps = 16 if n <= 4 else 8
     if problem.tokens >= 1024 or batch_invariant:
-        return BackwardConfig(32, vector, warps)
+        narrow = _steps_waste(C, vector) and n <= 4
+        return BackwardConfig(32, 4, 20) if narrow else BackwardConfig(32, vector, warps)
     threads = 128
     while threads > 32 and threads // 2 * vector * FEW_STEPS >= C:
         threads //= 2
@@ -98,6 +99,8 @@ def candidates(problem: Problem, target: Target) -> Iterator[ForwardConfig | Bac
         yield from (ForwardConfig(*row) for row in candidate_rows(problem))
         return
     vector = _backward_vector(n, C, dtype)
+    if _steps_waste(C, vector):
+        yield from (BackwardConfig(32, 4, warps) for warps in (16, 20) if n <= 4)
     for threads in (32, 64, 128, 256):
         if threads == 32 or threads * vector <= 2 * C:
             for warps in (16, 20) if n == 4 else (threads // 32, 16, 20):
@@ -108,6 +111,11 @@ def candidates(problem: Problem, target: Target) -> Iterator[ForwardConfig | Bac
 def _backward_vector(n: int, C: int, dtype: str) -> int:
     """Channels a lane; four at most with eight streams, whose 72 sums and 64 weights fill it."""
     return min(vector_width(C, dtype), 8 if n <= 4 else 4)
+
+
+def _steps_waste(C: int, vector: int) -> bool:
+    """Whether a tenth or more of a warp's lanes has no channels in a step, with 8 a lane."""
+    return vector == 8 and ceil_div(C, 256) * 256 > 1.1 * C
 
 
 @program(UNGUARDED)

@@ -38,12 +38,20 @@ from .roles import CHUNK, MAPS, STREAMS, Inputs, Staged, merge_warps, project_wa
 
 MEASURED = ("sm_90a",)  # on sm_100a two words of a round spill
 MOST_RANKS = 28  # measured; more of them spill more
+FEW_RANKS = 3  # whose reducers are busy: a tile in flight is enough
 
 
 @dataclass(frozen=True)
 class Config(persistent.Config):
-    """Launch knobs: those of the persistent `pre`, with other defaults."""
+    """Launch knobs: those of the persistent `pre`, with other defaults.
 
+    Smaller tiles than `pre` has, and twice as many: what shared memory holds then hides the
+    latency of the mailboxes. No bit depends on the tile.
+    """
+
+    group: int = 8  # tokens of a tile
+    ahead: int = 2
+    lag: int = 8
     apply_warps: int = 8
     registers: int = 48  # of a thread of the receiver and reducer warps
     merge_registers: int = 88  # of a thread of the merge warps
@@ -74,9 +82,10 @@ def beside(config: Any, n: int, C: int, arch: str) -> Config | None:
     """The configuration that adds as `pre` does with `config`; None where two launches run."""
     if not isinstance(config, persistent.Config):
         return None
-    own = Config(config.members, config.teams, config.steps, config.group)
-    # more ranks leave lanes idle and are slower
-    full = own.members == ceil_div(C, WARP * CHUNK) <= MOST_RANKS
+    ranks = config.members
+    own = Config(ranks, config.teams, config.steps, ahead=2 if ranks > FEW_RANKS else 1)
+    # more ranks leave lanes idle and are slower; one alone waits for its reducers
+    full = 1 < ranks == ceil_div(C, WARP * CHUNK) <= MOST_RANKS
     return own if full and arch in MEASURED and own.launches(n, C, arch) else None
 
 

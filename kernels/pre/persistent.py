@@ -25,8 +25,11 @@ from ..common.projection import WARP, WARP_ROLE_CONFIGS, Segment, segment_width
 from .plan import Cta, Plan, Reduced, message_columns
 from .roles import apply_warps, empty_mailboxes, project_warps, receive_and_reduce_warps
 
+# Apply warps, reducer warps, and registers of their threads, worth timing.
+ROLES = ((4, 3, 80), (8, 3, 64), (4, 7, 64), (4, 7, 48), (4, 11, 48))
 WARPGROUP = 4  # warps that reallocate registers together
-MINIMUM_RANKS = 4  # of fewer, each reduces so many tokens that two launches are faster
+MINIMUM_RANKS = 4  # of fewer, each reduces many tokens of a tile; measured for n = 4 alone,
+MINIMUM_CHANNELS = 256  # from which on any number of ranks is faster than two launches
 
 
 @dataclass(frozen=True)
@@ -142,15 +145,16 @@ def _longest_skip(tokens: int, ranks: int, reducers: int) -> int:
 
 @lru_cache(maxsize=1024)
 def default_config(problem: Problem, target: Target) -> Config | None:
-    """Ranks of about 1024 elements (n = 4); None where too few fit or the GPU cannot run it."""
+    """Ranks of about 1024 elements (n = 4); None where two launches are faster or it cannot run."""
     n, C = problem.n, problem.channels
     width = max(32, 1024 // n // ceil_div(logits_per_token(n), 24))
     ranks = ceil_div(C, width)
     messages = ranks * ceil_div(logits_per_token(n) + 1, WARP)  # that a lane adds: registers
-    if ranks < MINIMUM_RANKS or ranks > target.multiprocessors or messages > 48:
+    enough = ranks >= MINIMUM_RANKS or (n == 4 and C >= MINIMUM_CHANNELS)
+    if not enough or ranks > target.multiprocessors or messages > 48:
         return None
-    # of fewer than 8 ranks each reduces several tokens of a tile
-    reducers, registers = (7, 48) if ranks < 8 else (3, 80)
+    # of fewer than 8 ranks each reduces several tokens of a tile; one alone, all of them
+    reducers, registers = (11 if ranks == 1 else 7, 48) if ranks < 8 else (3, 80)
     steps = 4 if n <= 4 else 1
     groups = target.multiprocessors // ranks
     config = Config(ranks, groups, steps, owners=reducers, registers=registers)
@@ -164,7 +168,7 @@ def candidates(problem: Problem, target: Target) -> Iterator[Config]:
         if ranks <= target.multiprocessors:
             groups = target.multiprocessors // ranks
             for ahead, lag in ((1, 4), (2, 3), (2, 4)):
-                for applying, owners, registers in ((4, 3, 80), (8, 3, 64), (4, 7, 64)):
+                for applying, owners, registers in ROLES:
                     knobs = {"ahead": ahead, "lag": lag, "apply_warps": applying}
                     config = Config(ranks, groups, owners=owners, registers=registers, **knobs)
                     if config.launches(n, C, target.arch):

@@ -44,7 +44,7 @@ def folder() -> Path:
 def path() -> Path:
     """The library's file, by what it is built of and for."""
     digest = hashlib.sha256()
-    for source in sorted(SOURCES.glob("*.cpp")):
+    for source in sorted(SOURCES.iterdir()):
         digest.update(source.read_bytes())
     versions = (torch.__version__, torch.version.git_version, metadata.version("apache-tvm-ffi"))
     digest.update(" ".join(map(str, versions)).encode())

@@ -150,10 +150,10 @@ def open_sublayer(
         >>> close_sublayer(state, torch.tanh(state.layer_input)).shape
         torch.Size([7, 4, 64])
     """
-    constants = check_pre(
-        "open_sublayer", x, phi, alpha, bias, norm_eps, pre_eps, post_scale, iters, sinkhorn_eps
-    )
-    return _open(x, phi, alpha, bias, constants)
+    given = phi, alpha, bias, norm_eps, pre_eps, post_scale, iters, sinkhorn_eps
+    if found := _planned(x, (), given):
+        return OpenSublayer(found[:3], x, *found[3:])
+    return _open(x, phi, alpha, bias, check_pre("open_sublayer", x, *given))
 
 
 def next_sublayer(
@@ -195,10 +195,11 @@ def next_sublayer(
         torch.Size([7, 4, 64])
     """
     name = "next_sublayer"
+    given = phi, alpha, bias, norm_eps, pre_eps, post_scale, iters, sinkhorn_eps
+    if found := _planned_merge(state, layer_output, given):
+        return OpenSublayer(found[:3], found[-1], *found[3:-1])
     x = _check(name, state, layer_output)
-    constants = check_pre(
-        name, x, phi, alpha, bias, norm_eps, pre_eps, post_scale, iters, sinkhorn_eps
-    )
+    constants = check_pre(name, x, *given)
     tensors = (layer_output, state._h_post, state._h_res, phi, alpha, bias)
     if state._x_for_merge is None or not _fuses():
         x_next, *maps = BOUNDARY.call(state.x, *tensors, **constants)[:4]
@@ -247,6 +248,8 @@ def _open(
 
 
 def _close(name: str, state: OpenSublayer, layer_output: Tensor) -> Tensor:
+    if found := _planned_merge(state, layer_output, ()):
+        return found[0]
     x = _check(name, state, layer_output)
     tensors = (layer_output, state._h_post, state._h_res)
     if state._x_for_merge is None or not _fuses():
@@ -279,8 +282,41 @@ def _fused_merge(x_for_merge: Tensor, x: tuple[Tensor] | None, *rest: Any) -> An
     *tensors, constants = rest
     values = map((constants or {}).get, CONSTANTS)
     call = torch.ops.mhc_tile_native.fused_merge.default
-    results = call(x_for_merge, x and x[0], *tensors, *values)
+    results = call(x_for_merge, x and x[0], *tensors, *values, False)
     return results if constants else results[0]
+
+
+def _planned_merge(
+    state: OpenSublayer, layer_output: Tensor, given: tuple[Any, ...]
+) -> list[Tensor]:
+    """`_planned` of a merge, and of the `pre` after it if its parameters are given."""
+    if _native.library is None or not isinstance(state, OpenSublayer):
+        return []
+    x = state._x_for_merge if torch.is_grad_enabled() else state._x
+    return _planned(x, (state._x, layer_output, state._h_post, state._h_res), given)
+
+
+def _planned(
+    x_for_merge: Any, merged: tuple[Any, ...], given: tuple[Any, ...]
+) -> list[Tensor]:
+    """The results in C++ of a call that has a launch plan, as `_FusedMerge` lists them; else none.
+
+    Such a call needs no checks: one of the same shapes, dtypes, device and constants has passed
+    them. `given` are phi, alpha, bias and the constants.
+    """
+    if _native.library is None or torch.compiler.is_compiling():
+        return []
+    tensors = (x_for_merge, *merged[1:], *given[:3])
+    if not all([isinstance(value, Tensor) for value in tensors]):
+        return []
+    if given and [type(value) for value in given[3:]] != _TYPES:
+        return []
+    call = torch.ops.mhc_tile_native.fused_merge.default
+    return call(x_for_merge, *(merged or _NOTHING[:4]), *(given or _NOTHING), True)
+
+
+_TYPES = [float, float, float, int, float]  # of CONSTANTS; others need a check
+_NOTHING = (None,) * (3 + len(CONSTANTS))
 
 
 class _FusedMerge(torch.autograd.Function):

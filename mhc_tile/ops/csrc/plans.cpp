@@ -6,9 +6,16 @@
 // them and calls those through TVM FFI's C API. Everything else goes on to the kernel that Python
 // registered: a key without a plan, a tensor that is not contiguous or does not start at 16 bytes.
 
-#include <ATen/ATen.h>
+#include "plans.h"
+
+#include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/record_function.h>
+#include <c10/core/Allocator.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/PythonDispatcherTLS.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 #include <tvm/ffi/c_api.h>
@@ -25,7 +32,6 @@
 namespace mhc_tile {
 
 using torch::jit::Stack;
-using Words = c10::SmallVector<int64_t, 64>;
 
 constexpr int64_t kAlignment = 16;   // bytes that kernels read at once
 constexpr int64_t kScratchAlignment = 256;
@@ -104,20 +110,62 @@ Plans& plans() {
   return *all;
 }
 
-// Appends what decides on the plan; false for arguments that no plan takes.
-bool describe(const c10::IValue& value, Words& key) {
-  if (value.isTensor()) {
-    const at::Tensor& tensor = value.toTensor();
-    if (!tensor.defined()) {
-      key.push_back(-1);
-      return true;
-    }
-    if (!tensor.is_contiguous() || tensor.is_conj() || tensor.is_neg()) return false;
-    key.push_back(tensor.dim() << 8 | static_cast<int64_t>(tensor.scalar_type()));
-    for (int64_t size : tensor.sizes()) key.push_back(size);
-    return true;
+DLDataType dlpack(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat: return {kDLFloat, 32, 1};
+    case at::kBFloat16: return {kDLBfloat, 16, 1};
+    case at::kHalf: return {kDLFloat, 16, 1};
+    case at::kInt: return {kDLInt, 32, 1};
+    default: TORCH_CHECK(false, "mhc_tile: no kernel takes ", dtype);
   }
-  if (value.isNone()) {
+}
+
+std::atomic<bool> on_cpu{false};  // whether tensors of the CPU may have plans: for tests
+std::atomic<bool> paused{false};  // whether all calls go on to Python
+std::atomic<int64_t> replayed{0}, passed_on{0};  // calls that a plan served, and others
+
+std::unordered_map<std::string, int64_t>& numbers() {
+  static auto* all = new std::unordered_map<std::string, int64_t>;
+  return *all;
+}
+
+int64_t number_of(const std::string& name) {
+  auto found = numbers().find(name);
+  return found == numbers().end() ? -1 : found->second;
+}
+
+bool unobserved() {
+  return !paused && !at::hasCallbacks() && !c10::impl::dispatch_mode_enabled() &&
+      !c10::impl::PythonDispatcherTLS::get_state();
+}
+
+void Call::add(const at::Tensor& tensor) {
+  if (!plannable) return;
+  if (!tensor.defined()) {
+    key.push_back(-1);
+    return;
+  }
+  if (inputs.empty()) {
+    device = tensor.device();
+    key[1] = device.index() * 32 + static_cast<int64_t>(device.type());
+  }
+  const bool plain = tensor.device() == device && (device.is_cuda() || on_cpu) &&
+      tensor.layout() == at::kStrided && !tensor.unsafeGetTensorImpl()->is_python_dispatch() &&
+      tensor.is_contiguous() && !tensor.is_conj() && !tensor.is_neg();
+  if (!plain) {
+    plannable = false;
+    return;
+  }
+  key.push_back(tensor.dim() << 8 | static_cast<int64_t>(tensor.scalar_type()));
+  for (int64_t size : tensor.sizes()) key.push_back(size);
+  inputs.push_back(tensor.data_ptr());
+  plannable = reinterpret_cast<uintptr_t>(inputs.back()) % kAlignment == 0;
+}
+
+void Call::add(const c10::IValue& value) {
+  if (value.isTensor()) {
+    add(value.toTensor());
+  } else if (value.isNone()) {
     key.push_back(-1);
   } else if (value.isDouble()) {
     int64_t bits;
@@ -131,24 +179,19 @@ bool describe(const c10::IValue& value, Words& key) {
   } else if (value.isString()) {
     key.push_back(static_cast<int64_t>(std::hash<std::string>{}(value.toStringRef())));
   } else {
-    return false;
-  }
-  return true;
-}
-
-DLDataType dlpack(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kFloat: return {kDLFloat, 32, 1};
-    case at::kBFloat16: return {kDLBfloat, 16, 1};
-    case at::kHalf: return {kDLFloat, 16, 1};
-    case at::kInt: return {kDLInt, 32, 1};
-    default: TORCH_CHECK(false, "mhc_tile: no kernel takes ", dtype);
+    plannable = false;
   }
 }
 
-std::atomic<bool> on_cpu{false};  // whether tensors of the CPU may have plans: for tests
-std::atomic<int64_t> replayed{0}, passed_on{0};  // calls that a plan served, and others
-std::atomic<bool> paused{false};  // whether all calls go on to Python
+// `at::empty` on the current device, without the dispatcher.
+at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype, c10::Device device) {
+  const auto& context = at::globalContext();
+  const bool filled = context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
+  if (!device.is_cuda() || filled) return at::empty(sizes, at::device(device).dtype(dtype));
+  static c10::Allocator* allocator = c10::GetAllocator(c10::DeviceType::CUDA);
+  constexpr c10::DispatchKeySet keys(c10::DispatchKey::CUDA);
+  return at::detail::empty_generic(sizes, allocator, keys, dtype, std::nullopt);
+}
 
 class Stream {
  public:
@@ -168,15 +211,14 @@ class Stream {
   TVMFFIStreamHandle before_ = nullptr;
 };
 
-// Runs a plan. `inputs` are data pointers, `results` are filled. False if a launch failed.
-bool replay(const Plan& plan, at::ArrayRef<void*> inputs, std::vector<at::Tensor>& results) {
+// Runs a plan. `results` are filled. False if a launch failed.
+bool run(const Plan& plan, at::ArrayRef<void*> inputs, Results& results) {
   c10::DeviceGuard guard(plan.device);
-  auto options = at::TensorOptions().device(plan.device);
   results.reserve(plan.results.size());
   for (const Result& each : plan.results)
-    results.push_back(at::empty(each.shape, options.dtype(each.dtype)));
+    results.push_back(empty(each.shape, each.dtype, plan.device));
   at::Tensor scratch;
-  if (plan.scratch) scratch = at::empty({plan.scratch}, options.dtype(at::kByte));
+  if (plan.scratch) scratch = empty({plan.scratch}, at::kByte, plan.device);
   Stream stream(plan.device);
   const int64_t count = static_cast<int64_t>(inputs.size());
   for (const Launch& launch : plan.launches) {
@@ -207,6 +249,21 @@ bool replay(const Plan& plan, at::ArrayRef<void*> inputs, std::vector<at::Tensor
   return true;
 }
 
+bool has_plan(const Call& call) { return call.plannable && plans().find(call.key); }
+
+std::optional<Results> replay(Call& call) {
+  auto plan = call.plannable && !paused ? plans().find(call.key) : nullptr;
+  if (!plan) return std::nullopt;
+  Results results;
+  if (!run(*plan, call.inputs, results)) {
+    plans().remove(call.key);
+    call.plannable = false;
+    return std::nullopt;
+  }
+  ++replayed;
+  return results;
+}
+
 // The key of the innermost call on this thread that has no plan yet; null where no plan can be.
 thread_local const Words* missing = nullptr;
 
@@ -222,60 +279,25 @@ class Missing {
 // The boxed kernel of every op with a plan, above the backends' kernels.
 class Planned : public c10::OperatorKernel {
  public:
-  Planned(int64_t op) : op_(op) {}
+  explicit Planned(int64_t op) : op_(op) {}
 
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
-    Words key{op_, 0};
-    bool may_plan = true;
-    if (run(op, stack, key, may_plan)) {
-      ++replayed;
+    const size_t count = op.schema().arguments().size();
+    Call call(op_);
+    for (const c10::IValue& value : torch::jit::last(*stack, count)) call.add(value);
+    if (auto results = replay(call)) {
+      torch::jit::drop(*stack, count);
+      for (at::Tensor& result : *results) stack->emplace_back(std::move(result));
       return;
     }
     ++passed_on;
-    Missing mark(may_plan ? &key : nullptr);
+    Missing mark(call.plannable && !paused ? &call.key : nullptr);
     op.redispatchBoxed(
-          keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, c10::DispatchKey::BackendSelect),
-          stack);
+        keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, c10::DispatchKey::BackendSelect),
+        stack);
   }
 
  private:
-  // Whether a plan served. `may_plan`: whether the call is one that a plan could serve.
-  bool run(const c10::OperatorHandle& op, Stack* stack, Words& key, bool& may_plan) {
-    const size_t count = op.schema().arguments().size();
-    auto arguments = torch::jit::last(*stack, count);
-    c10::SmallVector<void*, 16> inputs;
-    c10::Device device(c10::DeviceType::CPU);
-    may_plan = false;
-    if (paused) return false;
-    for (const c10::IValue& value : arguments) {
-      if (!describe(value, key)) return false;
-      if (!value.isTensor() || !value.toTensor().defined()) continue;
-      const at::Tensor& tensor = value.toTensor();
-      if (inputs.empty()) {
-        device = tensor.device();
-        if (!device.is_cuda() && !on_cpu) return false;
-        key[1] = device.index() * 32 + static_cast<int64_t>(device.type());
-      } else if (tensor.device() != device) {
-        return false;
-      }
-      void* data = tensor.data_ptr();
-      if (reinterpret_cast<uintptr_t>(data) % kAlignment) return false;
-      inputs.push_back(data);
-    }
-    may_plan = true;
-    auto plan = plans().find(key);
-    if (!plan) return false;
-    std::vector<at::Tensor> results;
-    if (!replay(*plan, inputs, results)) {
-      plans().remove(key);
-      may_plan = false;
-      return false;
-    }
-    torch::jit::drop(*stack, count);
-    for (at::Tensor& result : results) stack->emplace_back(std::move(result));
-    return true;
-  }
-
   const int64_t op_;
 };
 
@@ -331,6 +353,7 @@ void mhc_tile_serve(const char* name, int64_t op, bool on_cpu) {
   static auto* library = new torch::Library(
       torch::Library::IMPL, "mhc_tile", c10::DispatchKey::BackendSelect, __FILE__, __LINE__);
   if (on_cpu) mhc_tile::on_cpu = true;
+  numbers()[name] = op;
   library->impl(name, torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Planned>(op)));
 }
 
