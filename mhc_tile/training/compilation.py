@@ -55,8 +55,10 @@ def compile_loss(
 ) -> Loss:
     """`forward_loss` under torch.compile, compiled forward and backward for one shape of tokens.
 
-    The model keeps its parameters' names and its buffers' values; the monitor must listen in every
-    call. Other arguments as of `forward_loss`. An exception is torch.compile's, or the model's.
+    The model keeps its parameters' names and its buffers' values. In every call the monitor must
+    listen, and be cleared before the backward pass: CUDA graphs are captured for the tensors that
+    are alive then. Other arguments as of `forward_loss`. An exception is torch.compile's, or the
+    model's.
     """
     from torch._dynamo import config as dynamo
 
@@ -75,6 +77,7 @@ def compile_loss(
             torch.compiler.cudagraph_mark_step_begin()
         with monitor.listen():
             result = loss(model, tokens, bf16)
+        monitor.clear()
         result.backward()
         model.zero_grad(set_to_none=True)
 

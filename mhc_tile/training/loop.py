@@ -308,6 +308,7 @@ class _Run:
         with self.monitor.listen(due or self.mode != "off"):
             loss = self.loss(self.model, tokens, self._bf16)
         gains = measure_gains(self.monitor.samples()) if due else None
+        self.monitor.clear()
         loss.backward()
         self.waits.mark()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)

@@ -179,11 +179,16 @@ def test_tensorboard_events_are_written(config, tmp_path):
 @pytest.mark.gpu
 @both_models
 @pytest.mark.parametrize("residual", RESIDUALS)
-def test_a_step_on_the_gpu_waits_for_nothing(config, tmp_path, residual, model):
+@pytest.mark.parametrize("mode", ["off", "default", "graphs"])
+def test_a_step_on_the_gpu_waits_for_nothing(config, tmp_path, residual, model, mode):
     if model is EXPERTS and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("torch's grouped matmul waits before compute capability 9.0")
-    config = config.replace(residual=residual, device="cuda", model=model)
+    config = config.replace(residual=residual, device="cuda", model=model, compile=mode)
     run = loop._Run(config, tmp_path / "run", None, None)
+    if mode != "off":
+        torch._dynamo.reset()
+        torch.use_deterministic_algorithms(False)  # they keep CUDA graphs from some kernels
+        run._compile()
     run._start_clock()
     for _ in range(3):
         run._train_step()
