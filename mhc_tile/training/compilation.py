@@ -99,7 +99,8 @@ def compile_loss(
 
 def refusal(mode: str, error: Exception) -> str:
     """What a user reads where torch.compile failed in a mode."""
+    others = "'default' or 'off'" if mode == "graphs" else "'off'"
     return (
-        f"train: compile must be 'off' (--compile off) where torch.compile fails, got {mode!r} "
+        f"train: compile must be {others} (--compile) where torch.compile fails, got {mode!r} "
         f"({_checks.reason(error)})"
     )

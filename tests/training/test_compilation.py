@@ -216,7 +216,9 @@ def test_auto_goes_on_without_a_compiler_with_one_warning(
     config = config.replace(model=model)
     train(config.replace(compile="off"), tmp_path / "eager")
     monkeypatch.setattr(loop, "choose_mode", lambda *_: "default")
-    said = r"--compile off\) .* got 'default' \(.*no compiler.*\); the run goes on without"
+    said = (
+        r"'off' \(--compile\) where .* got 'default' \(.*no compiler.*\); the run goes on without"
+    )
     with pytest.warns(RuntimeWarning, match=said) as warned:
         train(config.replace(compile="auto"), tmp_path / "run")
     assert len([w for w in warned if "compile" in str(w.message)]) == 1
@@ -231,7 +233,10 @@ def test_a_mode_that_is_asked_for_and_fails_is_refused(failing, config, tmp_path
     assert again.status == "done"
     words = ["--corpus", config.corpus, "--device", "cpu", "--compile", "default", "--steps", "1"]
     assert main(["train", "--no-tensorboard", *words, "--out", str(tmp_path / "other")]) == 1
-    assert "train: compile must be 'off' (--compile off)" in capsys.readouterr().err
+    assert (
+        "train: compile must be 'off' (--compile) where torch.compile fails"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_full_memory_is_no_fault_of_the_compiler(config, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mhc_tile.__main__ import main
 from mhc_tile.models import RESIDUALS, Decoder, MLAConfig, ModelConfig, MoEConfig, model_config
@@ -174,6 +175,24 @@ def test_tensorboard_events_are_written(config, tmp_path):
     pytest.importorskip("tensorboard")
     train(config.replace(tensorboard=True, steps=2), tmp_path / "run")
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_a_step_reads_no_value_of_a_tensor(config, tmp_path, residual):
+    """Each would wait for the device, on CUDA."""
+    run = loop._Run(config.replace(residual=residual), tmp_path / "run", None, None)
+    ops = []
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            ops.append(str(function))
+            return function(*args, **kwargs or {})
+
+    with Recorded():
+        run._train_step()
+        run._train_step()  # which records gains
+    assert "aten._fused_adamw_.default" in ops
+    assert not [name for name in ops if "_local_scalar_dense" in name]
 
 
 @pytest.mark.gpu
