@@ -52,7 +52,8 @@ def define(
     formula = torch._library.autograd.Info(backward, setup_context)
     reverse = torch._library.autograd.make_autograd_impl(op, formula)
     autograd = _composite_under_transforms(name, composite, reverse)
-    _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+    for key in ("Autograd", "AutogradXPU"):  # the latter by its name is where C++ asks for it
+        _LIBRARY.impl(name, autograd, key, with_keyset=True)
     for device in ("cpu", "cuda"):
         _LIBRARY.impl(name, _outside_autocast(op, device), f"Autocast{device.upper()}")
     if not name.startswith("_"):

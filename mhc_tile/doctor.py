@@ -13,7 +13,7 @@ import torch
 
 from mhc_tile.kernels.common import toolchain as _toolchain
 
-from . import _checks
+from . import _checks, _environment
 from ._version import __version__
 
 TRAIN_PACKAGES = ("jinja2", "matplotlib", "tabulate", "tensorboard", "tqdm", "tyro")
@@ -116,6 +116,22 @@ def _compiler() -> Iterator[Finding]:
     else:
         yield Finding("C++ compiler", "note", "not found", "install g++; only GPU kernels need it")
     yield _cache(_toolchain.kernel_cache())
+    yield _native_ops()
+
+
+def _native_ops() -> Finding:
+    from .ops import _native
+
+    if not _environment.CPP:
+        return Finding("ops in C++", "ok", "off; MHC_TILE_CPP=1 tries them")
+    try:
+        path = _native.path()
+    except metadata.PackageNotFoundError as error:
+        return Finding("ops in C++", "note", f"without {error.name}", "install TileLang")
+    if path.is_file():
+        return Finding("ops in C++", "ok", str(path))
+    found = f"not built yet in {path.parent}"
+    return Finding("ops in C++", "note", found, "the first call on a GPU builds them, or warmup")
 
 
 def _cache(folder: Path) -> Finding:

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-import mhc_tile  # noqa: F401 - registers the ops before any test collects them
+import mhc_tile
+from mhc_tile import _environment
 from mhc_tile.autotune import worker
+from mhc_tile.ops import _native
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,6 +50,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "device" in metafunc.fixturenames:
         devices = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
         metafunc.parametrize("device", devices)
+
+
+@pytest.fixture
+def batch_invariant():
+    """`mhc_tile.set_batch_invariant`, for one test."""
+    yield mhc_tile.set_batch_invariant
+    mhc_tile.set_batch_invariant(False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _ops_are_native():
+    """On a GPU, with MHC_TILE_CPP=1, the ops' C++ library serves from the first test on."""
+    if torch.cuda.is_available() and _environment.CPP:
+        _native.load()
 
 
 @pytest.fixture

@@ -97,6 +97,7 @@ def program(pass_configs: dict[str, Any] | None = None) -> Callable[..., Any]:
 
         build.factory = factory  # type: ignore[attr-defined]
         build.pass_configs = configs  # type: ignore[attr-defined]
+        factory.build = build
         return build
 
     return decorate

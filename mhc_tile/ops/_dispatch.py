@@ -19,6 +19,7 @@ from mhc_tile.kernels.common import toolchain as _toolchain
 
 from .. import _checks
 from .._environment import BATCH_INVARIANT, REFERENCE_ONLY
+from . import _native, _plans
 
 
 def set_batch_invariant(enabled: bool) -> None:
@@ -47,6 +48,7 @@ def set_batch_invariant(enabled: bool) -> None:
     global BATCH_INVARIANT
     _checks.flag("set_batch_invariant", enabled=enabled)
     BATCH_INVARIANT = enabled
+    _plans.clear()
 
 
 def tuned(kernel: str, x: Tensor, sizes: Sequence[int], launch: Callable[[Any], Any]) -> Any:
@@ -56,14 +58,18 @@ def tuned(kernel: str, x: Tensor, sizes: Sequence[int], launch: Callable[[Any], 
     `autotune.registry.KERNELS`, x a tensor of the device and the dtype that decide; sizes are T, n
     and C (0 for kernels that see none). `launch` returns the results of a configuration.
     """
-    asked = question(kernel, x, sizes)
+    asked, served, place = question(kernel, x, sizes), _plans.served.get(), (kernel, *sizes)
     if not x.is_cuda:  # a dry run
         from mhc_tile.kernels.common.programs import target_of
 
-        return launch(lookup.default(asked, target_of(x.device)))
+        config = served.get(place) if served else None
+        return launch(config or lookup.default(asked, target_of(x.device)))
     config = lookup.config(asked) if sizes[0] else lookup.default(asked)
     try:
-        return launch(config)
+        results = launch(config)
+        if served is not None:
+            served[place] = config
+        return results
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -72,6 +78,7 @@ def tuned(kernel: str, x: Tensor, sizes: Sequence[int], launch: Callable[[Any], 
             raise
         results = launch(own)  # fails too where the configuration is not to blame
         lookup.reject(asked, error)
+        _plans.clear()
         return results
 
 
@@ -105,7 +112,11 @@ def on_cuda(
             _warn_once(f"{op}: the PyTorch reference runs instead of a kernel: {why}")
             return fallback(*args, **kwargs)
         with _current(x.device):
-            return kernel(*map(_aligned, args), **kwargs)
+            args = tuple(map(_aligned, args))
+            if _plans.wanted():
+                return _plans.call(kernel, args, kwargs, x.device)
+            _native.begin()
+            return kernel(*args, **kwargs)
 
     return implementation
 

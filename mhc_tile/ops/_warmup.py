@@ -16,7 +16,7 @@ from mhc_tile.kernels.common.quantities import Samples
 
 from .. import _checks
 from ..config import MHCConfig
-from . import _dispatch
+from . import _dispatch, _native
 from .boundary import BOUNDARY
 from .merge import MERGE, MERGE_BACKWARD_MAPS
 from .pre import PRE
@@ -62,6 +62,7 @@ def warmup(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if place.type != "cuda":
         return
+    _native.prepare()
     total = len(counts) * len(_calls(config, hidden_size, 1, dtype, torch.device("cpu")))
     bar = _bar(total) if progress else None
     with torch.cuda.device(place), ThreadPoolExecutor(threads) as pool:

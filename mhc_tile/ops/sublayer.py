@@ -17,6 +17,8 @@ from torch import Tensor
 
 from .._autocast import autocast_dtype
 from .._library import under_transforms
+from ..config import CONSTANTS
+from . import _native
 from ._definition import fill_missing_grads, save_output_shapes
 from .boundary import BOUNDARY
 from .merge import MERGE, MERGE_BACKWARD_MAPS, check_merge
@@ -201,7 +203,7 @@ def next_sublayer(
     if state._x_for_merge is None or not _fuses():
         x_next, *maps = BOUNDARY.call(state.x, *tensors, **constants)[:4]
         return OpenSublayer(maps, x_next)
-    results = _FusedMerge.apply(x, _kept(state), *tensors, constants)
+    results = _fused_merge(x, _kept(state), *tensors, constants)
     if len(results) == 4:  # compiled
         return OpenSublayer(results[:3], None, results[3], (state, layer_output))
     return OpenSublayer(results[:3], results[4], results[3])
@@ -240,7 +242,7 @@ def _open(
     if not _fuses():
         return OpenSublayer(PRE.call(x, phi, alpha, bias, **constants)[:3], x)
     merged = (None, None, None, None)
-    *maps, x_for_merge = _FusedMerge.apply(x, *merged, phi, alpha, bias, constants)
+    *maps, x_for_merge = _fused_merge(x, *merged, phi, alpha, bias, constants)
     return OpenSublayer(maps, x, x_for_merge)
 
 
@@ -249,7 +251,7 @@ def _close(name: str, state: OpenSublayer, layer_output: Tensor) -> Tensor:
     tensors = (layer_output, state._h_post, state._h_res)
     if state._x_for_merge is None or not _fuses():
         return MERGE.call(state.x, *tensors)
-    return _FusedMerge.apply(x, _kept(state), *tensors, None, None, None, None)
+    return _fused_merge(x, _kept(state), *tensors, None, None, None, None)
 
 
 def _check(name: str, state: OpenSublayer, layer_output: Tensor) -> Tensor:
@@ -268,6 +270,17 @@ def _fuses() -> bool:
 def _kept(state: OpenSublayer) -> tuple[Tensor] | None:
     """What to save of x for the backward, hidden from autograd, which has no gradient for it."""
     return None if state._x is None else (state._x,)
+
+
+def _fused_merge(x_for_merge: Tensor, x: tuple[Tensor] | None, *rest: Any) -> Any:
+    """`_FusedMerge.apply`, in C++ where that is loaded and nothing is traced."""
+    if _native.library is None or torch.compiler.is_compiling():
+        return _FusedMerge.apply(x_for_merge, x, *rest)
+    *tensors, constants = rest
+    values = map((constants or {}).get, CONSTANTS)
+    call = torch.ops.mhc_tile_native.fused_merge.default
+    results = call(x_for_merge, x and x[0], *tensors, *values)
+    return results if constants else results[0]
 
 
 class _FusedMerge(torch.autograd.Function):

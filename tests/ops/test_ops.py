@@ -265,8 +265,8 @@ def test_a_bad_token_does_not_touch_the_others(name, device):
     ],
 )
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "head"])
-def test_a_tokens_bits_do_not_depend_on_its_batch(name, tokens, width, parts, monkeypatch):
-    monkeypatch.setattr(_dispatch, "BATCH_INVARIANT", tokens > 1024)
+def test_a_tokens_bits_do_not_depend_on_its_batch(name, tokens, width, parts, batch_invariant):
+    batch_invariant(tokens > 1024)
     shape = Shape("batch", tokens=(tokens,), width=width)
     made = call(name, shape, torch.bfloat16, "cuda").to(grad=True)
     results = made.run()
@@ -286,8 +286,8 @@ def test_a_tokens_bits_do_not_depend_on_its_batch(name, tokens, width, parts, mo
 @pytest.mark.gpu
 @pytest.mark.parametrize(("tokens", "width"), [(2100, 1280), (333, 1048), (5, 2560)])
 @pytest.mark.parametrize("name", ["merge", "pre", "boundary"])
-def test_the_kernels_of_many_tokens_match_float64(name, tokens, width, monkeypatch):
-    monkeypatch.setattr(_dispatch, "BATCH_INVARIANT", True)
+def test_the_kernels_of_many_tokens_match_float64(name, tokens, width, batch_invariant):
+    batch_invariant(True)
     shape = Shape("many", tokens=(tokens,), width=width)
     test_forward_and_backward_match_float64(name, torch.bfloat16, shape, "cuda")
 
@@ -295,8 +295,8 @@ def test_the_kernels_of_many_tokens_match_float64(name, tokens, width, monkeypat
 @pytest.mark.gpu
 @pytest.mark.parametrize(("n", "width"), [(1, 4096), (2, 1544), (2, 2560), (8, 104), (8, 512)])
 @pytest.mark.parametrize("tokens", [5, 1100])
-def test_pre_of_many_tokens_with_other_n_matches_float64(tokens, n, width, monkeypatch):
-    monkeypatch.setattr(_dispatch, "BATCH_INVARIANT", True)
+def test_pre_of_many_tokens_with_other_n_matches_float64(tokens, n, width, batch_invariant):
+    batch_invariant(True)
     shape = Shape("one stream" if n == 1 else "other n", tokens=(tokens,), n=n, width=width)
     test_forward_and_backward_match_float64("pre", torch.bfloat16, shape, "cuda")
 
