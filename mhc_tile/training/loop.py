@@ -84,8 +84,10 @@ def train(
         config: of the run.
         run_dir: where it is recorded; must not exist, or be empty. `~` is expanded.
         on_rows: called with each batch of metrics rows after they are written and, where a
-            checkpoint is due, saved. Its exceptions become warnings. KeyboardInterrupt, SystemExit
-            and a warning that is an error end the run, after a checkpoint of the current step.
+            checkpoint is due, saved. Before the first of them, a run that compiles calls it with
+            a row of kind "compile" without seconds, which is not written. Its exceptions become
+            warnings. KeyboardInterrupt, SystemExit and a warning that is an error end the run,
+            after a checkpoint of the current step.
 
     Returns:
         The result. Where the main thread trains, Ctrl-C, SIGTERM and SIGHUP end the run after the
@@ -128,7 +130,7 @@ def resume(
 
     Args:
         path: a run directory (its newest checkpoint) or one checkpoint file of it.
-        on_rows: as of `train`; the first call has the rows that were kept.
+        on_rows: as of `train`; the first call with written rows has those that were kept.
         corpus: where the corpus is now, if it has moved.
         steps: the new length; at least the old one.
 
@@ -197,7 +199,7 @@ class _Run:
         self.monitor = GainMonitor(self.model)
         self.rule = GainRule()
         self.loss: Loss = forward_loss
-        self.compile_seconds: float | None = None
+        self.compiled: Row | None = None
         self.waits = GpuWaits(self.device)
         self.step = 0
         self.validation_loss: float | None = None
@@ -275,7 +277,11 @@ class _Run:
 
     def _compile(self) -> None:
         """Compile the loss; where "auto" chose a mode that fails, warn and run without it."""
-        tokens, start = self._on_device(self._batch(self.step + 1)), time.perf_counter()
+        row: Row = {"kind": "compile", "step": self.step, "mode": self.mode, "seconds": None}
+        self.unshown.append([row])
+        self._show()
+        start = time.perf_counter()
+        tokens = self._on_device(self._batch(self.step + 1))
         try:
             self.loss = compile_loss(self.mode, self.model, self.monitor, tokens, self._bf16)
         except (MemoryError, torch.OutOfMemoryError):
@@ -290,7 +296,7 @@ class _Run:
             )
             self.mode = "off"
         else:
-            self.compile_seconds = round(time.perf_counter() - start, 3)
+            self.compiled = {**row, "seconds": round(time.perf_counter() - start, 3)}
 
     def _train_step(self) -> None:
         config = self.config
@@ -360,9 +366,8 @@ class _Run:
         rows, self.unwritten = self.unwritten, []
         if last_config(self.log.kept + rows) != json.loads(to_json_line(run))["config"]:
             rows.append(run)
-        if self.compile_seconds is not None:
-            row = {"kind": "compile", "step": self.step, "mode": self.mode}
-            rows.append({**row, "seconds": self.compile_seconds})
+        if self.compiled is not None:
+            rows.append(self.compiled)
         if rows:
             self.log.write(rows)
         self.unshown.append(self.log.kept + rows)

@@ -119,6 +119,8 @@ class Progress:
 
 def _describe_compile(row: Row) -> str:
     graphs = " for CUDA graphs" if row["mode"] == "graphs" else ""
+    if row["seconds"] is None:
+        return f"compiling forward and backward{graphs}"
     return f"compiled forward and backward{graphs} in {row['seconds']:.0f} s"
 
 

@@ -14,6 +14,7 @@ from mhc_tile.training import TrainConfig, compilation, loop, read_metrics, resu
 from mhc_tile.training.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
 from mhc_tile.training.compilation import choose_mode
 from mhc_tile.training.demo import DemoSettings
+from mhc_tile.training.progress import Progress
 from tiny_models import EXPERTS, TINY
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -206,6 +207,27 @@ def test_losses_that_are_kept_are_copies(config, tmp_path):
     assert run.pending[0][2].item() == 0
 
 
+def test_a_listener_hears_of_compiling_before_and_after(fast, config, tmp_path):
+    heard = []
+    train(config.replace(steps=1), tmp_path / "run", on_rows=heard.extend)
+    assert heard[0] == {"kind": "compile", "step": 0, "mode": "default", "seconds": None}
+    assert heard[1:] == read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["kind"] for row in heard[1:3]] == ["run", "compile"]
+    assert heard[2]["seconds"] > 0
+    heard.clear()
+    resume(tmp_path / "run", steps=2, on_rows=heard.extend)
+    assert heard[0]["seconds"] is None
+    assert heard[1:] == read_metrics(tmp_path / "run" / "metrics.jsonl")
+
+
+def test_progress_names_cuda_graphs(capsys):
+    progress, row = Progress("mhc", 8), {"kind": "compile", "step": 0, "mode": "graphs"}
+    progress([{**row, "seconds": None}])
+    progress([{"kind": "run", "step": 0, "config": {"steps": 8}}, {**row, "seconds": 21.4}])
+    said = "forward and backward for CUDA graphs"
+    assert capsys.readouterr().out == f"mhc: compiling {said}\nmhc: compiled {said} in 21 s\n"
+
+
 # failures
 
 
@@ -256,7 +278,8 @@ def test_the_command_says_what_was_compiled(fast, config, tmp_path, capsys):
     out = ["--sequence-length", "16", "--no-tensorboard", "--out", str(tmp_path / "run")]
     assert main(["train", *words, *out, "--compile", "default"]) == 0
     said = capsys.readouterr().out
-    assert "mhc: compiled forward and backward in " in said
+    assert said.startswith("mhc: compiling forward and backward\nmhc: 1 file read from ")
+    assert "\nmhc: compiled forward and backward in " in said
     assert main(["train", "--resume", str(tmp_path / "run"), "--steps", "3"]) == 0
     assert capsys.readouterr().out.count("compiled forward and backward in ") == 1
     assert main(["train", "--resume", str(tmp_path / "run"), "--compile", "off"]) == 1
