@@ -202,6 +202,8 @@ def _finish_train(result: TrainResult) -> int:
     else:
         loss = "-" if result.validation_loss is None else f"{result.validation_loss:.4f}"
         say(f"validation loss {loss} nats per byte; written to {result.run_dir}")
+    if result.advice is not None:
+        say(result.advice)
     return 0 if result.stop_signal is None else exit_code(result.stop_signal)
 
 

@@ -33,6 +33,8 @@ class TrainConfig:
         seed: of the initialisation and of the order of the data; below 2**64.
         device: auto (CUDA where there is one), cpu, cuda, cuda:1 and so on.
         precision: of the layers; auto is bf16 autocast on CUDA, else fp32.
+        compile: how a step runs: off is eager, default is torch.compile, graphs is torch.compile
+            with CUDA graphs; auto is off on a CPU and graphs on CUDA, or default with experts.
         log_every: steps between writes of metrics, each of which waits for the device once.
         monitor_every: steps between records of the stability monitor; 0 for none.
         eval_every: steps between validations; 0 for one at the end.
@@ -58,6 +60,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: Literal["auto", "off", "default", "graphs"] = "auto"
     log_every: int = 10
     monitor_every: int = 10
     eval_every: int = 200
@@ -96,4 +99,5 @@ class TrainConfig:
         """The configuration that `to_dict` wrote."""
         model = ModelConfig.from_dict(values["model"])
         connection = MHCConfig(**values["connection"])
+        values = {"compile": "off", **values}  # what wrote no such field was eager
         return cls(**{**values, "model": model, "connection": connection})

@@ -56,7 +56,7 @@ class DemoSettings:
         """Name -> configuration of each run, in order."""
         ordinary = TrainConfig(
             model=model_config("1m", context_length=128),
-            corpus=self.corpus, seed=self.seed, device="cpu",
+            corpus=self.corpus, seed=self.seed, device="cpu", compile="off",
             steps=self.steps, batch_size=8, sequence_length=128,
             learning_rate=2e-3,  # the best of 1e-3, 2e-3 and 3e-3 for the plain residual
             warmup_steps=20,

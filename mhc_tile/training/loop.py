@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks
 from ..models import Decoder
 from .checkpoint import Checkpoints, find_checkpoint, load_checkpoint, restore, stored_config
+from .compilation import Loss, choose_mode, compile_loss, forward_loss, refusal
 from .config import TrainConfig
 from .corpus import Corpus, load_corpus
 from .device import pick_device
@@ -38,6 +38,7 @@ from .monitor import GainMonitor, GainRule, gain_row, measure_gains, warning_row
 from .optimizer import build_optimizer
 from .schedule import learning_rate
 from .signals import StopRequest
+from .waiting import GpuWaits
 
 OnRows = Callable[[list[Row]], None]
 
@@ -56,6 +57,7 @@ class TrainResult:
         validation_loss: the last one, nats per byte; None if there was none.
         stop_signal: number of the signal that asked the run to end, if any. It may come in the last
             step, validation or save of a run that is "done"; then the caller acts on it.
+        advice: what would make the run faster, in a sentence, if the GPU waited for the host.
     """
 
     status: str
@@ -65,6 +67,7 @@ class TrainResult:
     corpus: Corpus
     validation_loss: float | None
     stop_signal: int | None = None
+    advice: str | None = None
 
     @property
     def stop_requested(self) -> bool:
@@ -81,8 +84,10 @@ def train(
         config: of the run.
         run_dir: where it is recorded; must not exist, or be empty. `~` is expanded.
         on_rows: called with each batch of metrics rows after they are written and, where a
-            checkpoint is due, saved. Its exceptions become warnings. KeyboardInterrupt, SystemExit
-            and a warning that is an error end the run, after a checkpoint of the current step.
+            checkpoint is due, saved. Before the first of them, a run that compiles calls it with
+            a row of kind "compile" without seconds, which is not written. Its exceptions become
+            warnings. KeyboardInterrupt, SystemExit and a warning that is an error end the run,
+            after a checkpoint of the current step.
 
     Returns:
         The result. Where the main thread trains, Ctrl-C, SIGTERM and SIGHUP end the run after the
@@ -90,7 +95,9 @@ def train(
 
     Raises:
         FolderInUseError: The run directory has files, or another process owns it; a ValueError.
-        ValueError: The corpus cannot be read, or there is no such device.
+        ValueError: The corpus cannot be read, there is no such device, or torch.compile fails in
+            the mode that `config.compile` asks for. With "auto" a warning says so, and the run is
+            eager.
         OSError: The records or a checkpoint cannot be written.
     """
     run_dir = full_path(run_dir, "train: run_dir")
@@ -123,7 +130,7 @@ def resume(
 
     Args:
         path: a run directory (its newest checkpoint) or one checkpoint file of it.
-        on_rows: as of `train`; the first call has the rows that were kept.
+        on_rows: as of `train`; the first call with written rows has those that were kept.
         corpus: where the corpus is now, if it has moved.
         steps: the new length; at least the old one.
 
@@ -180,6 +187,7 @@ class _Run:
             config.batch_size, config.sequence_length + 1, config.eval_batches
         )
         self.device = pick_device(config.device)
+        self.mode = choose_mode(config, self.device)
         if config.tensorboard:  # before anything is written
             require_tensorboard()
         with torch.random.fork_rng(devices=[]):
@@ -190,6 +198,9 @@ class _Run:
         )
         self.monitor = GainMonitor(self.model)
         self.rule = GainRule()
+        self.loss: Loss = forward_loss
+        self.compiled: Row | None = None
+        self.waits = GpuWaits(self.device)
         self.step = 0
         self.validation_loss: float | None = None
         self.pending: list[tuple[int, float, Tensor, Tensor, dict[str, Tensor] | None]] = []
@@ -204,6 +215,8 @@ class _Run:
 
     def train(self) -> TrainResult:
         """Run the remaining steps in a run directory that this process owns."""
+        if self.mode != "off" and self.step < self.config.steps:
+            self._compile()  # before any record: where it fails, the folder stays empty
         self._open()
         stop = StopRequest()
         finite, stopping = True, False
@@ -220,8 +233,9 @@ class _Run:
             self.monitor.remove()
         status = "done" if self.step == self.config.steps else "interrupted"
         status = status if finite else "diverged"
-        loss, number = self.validation_loss, stop.number
-        return TrainResult(status, self.step, self.run_dir, self.model, self.corpus, loss, number)
+        loss, number, advice = self.validation_loss, stop.number, self.waits.advice(self.mode)
+        done = (status, self.step, self.run_dir, self.model, self.corpus)
+        return TrainResult(*done, loss, number, advice)
 
     def _after_step(self, stopping: bool) -> bool:
         """Record, validate, save and show what is due after a step, in this order.
@@ -261,6 +275,29 @@ class _Run:
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
+    def _compile(self) -> None:
+        """Compile the loss; where "auto" chose a mode that fails, warn and run without it."""
+        row: Row = {"kind": "compile", "step": self.step, "mode": self.mode, "seconds": None}
+        self.unshown.append([row])
+        self._show()
+        start = time.perf_counter()
+        tokens = self._on_device(self._batch(self.step + 1))
+        try:
+            self.loss = compile_loss(self.mode, self.model, self.monitor, tokens, self._bf16)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a compiler's can be of any class
+            if self.config.compile != "auto":
+                raise ValueError(refusal(self.mode, error)) from error
+            warnings.warn(
+                f"{refusal(self.mode, error)}; the run goes on without torch.compile",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            self.mode = "off"
+        else:
+            self.compiled = {**row, "seconds": round(time.perf_counter() - start, 3)}
+
     def _train_step(self) -> None:
         config = self.config
         self.step += 1
@@ -268,37 +305,49 @@ class _Run:
         rate = learning_rate(self.step, peak=config.learning_rate, **schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        tokens = self.corpus.batch(
-            config.batch_size, config.sequence_length + 1, seed=config.seed, step=self.step
-        )
+        tokens = self._on_device(self._batch(self.step))
         due = self.monitor.num_sublayers > 0 and self._due(config.monitor_every)
-        with self.monitor.listen(due):
-            loss = self._loss(tokens)
+        if self.mode == "graphs":
+            torch.compiler.cudagraph_mark_step_begin()  # nothing of the last step is read again
+        # A compiled pass listens in every step, else it would be compiled twice: its samples are
+        # views of tensors that the backward pass keeps anyway.
+        with self.monitor.listen(due or self.mode != "off"):
+            loss = self.loss(self.model, tokens, self._bf16)
         gains = measure_gains(self.monitor.samples()) if due else None
+        self.monitor.clear()
         loss.backward()
+        self.waits.mark()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
         self.optimizer.step()
         self.model.balance_experts()
         self.optimizer.zero_grad(set_to_none=True)
-        self.pending.append((self.step, rate, loss.detach(), norm, gains))
+        # A copy: the next replay of a CUDA graph writes into the memory of its results.
+        self.pending.append((self.step, rate, loss.detach().clone(), norm, gains))
+        self.waits.read()
 
-    def _loss(self, tokens: Tensor) -> Tensor:
-        """Cross entropy of the next byte, [] in nats, in fp32."""
+    def _batch(self, step: int) -> Tensor:
+        config = self.config
+        length = config.sequence_length + 1
+        return self.corpus.batch(config.batch_size, length, seed=config.seed, step=step)
+
+    def _on_device(self, tokens: Tensor) -> Tensor:
         if self.device.type == "cuda":
             tokens = tokens.pin_memory().to(self.device, non_blocking=True)
-        tokens = tokens.long()
+        return tokens
+
+    @property
+    def _bf16(self) -> bool:
         bf16 = ("auto", "bf16") if self.device.type == "cuda" else ("bf16",)
-        enabled = self.config.precision in bf16
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
-            logits = self.model(tokens[:, :-1])
-        return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        return self.config.precision in bf16
 
     def _evaluate(self) -> None:
+        """The loss of the validation batches, eager: too few of them to compile a graph for."""
         self.model.eval()
         with torch.no_grad():
-            losses = torch.stack([self._loss(tokens) for tokens in self.validation])
+            batches = map(self._on_device, self.validation)
+            losses = [forward_loss(self.model, tokens, self._bf16) for tokens in batches]
         self.model.train()
-        self.validation_loss = losses.mean().item()
+        self.validation_loss = torch.stack(losses).mean().item()
         self._write([{"kind": "validation", "step": self.step, "loss": self.validation_loss}])
         self._start_clock()
 
@@ -317,6 +366,8 @@ class _Run:
         rows, self.unwritten = self.unwritten, []
         if last_config(self.log.kept + rows) != json.loads(to_json_line(run))["config"]:
             rows.append(run)
+        if self.compiled is not None:
+            rows.append(self.compiled)
         if rows:
             self.log.write(rows)
         self.unshown.append(self.log.kept + rows)

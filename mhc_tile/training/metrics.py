@@ -1,7 +1,8 @@
 """Metrics as JSON lines, valid whenever the process ends, and as TensorBoard events.
 
-Each line is one object with "kind" and "step". The kinds: "run" (the configuration), "step",
-"gain", "validation" and "warning". A value that is not finite is written as null.
+Each line is one object with "kind" and "step". The kinds: "run" (the configuration), "compile" (the
+mode of torch.compile and the seconds it took), "step", "gain", "validation" and "warning". A value
+that is not finite is written as null.
 """
 
 import json
@@ -56,6 +57,10 @@ class _Run(_Kind):
     config: _Config
 
 
+class _Compile(_Kind):
+    pass
+
+
 class _Warning(_Kind):
     pass
 
@@ -63,7 +68,7 @@ class _Warning(_Kind):
 def check_rows(rows: list[Row], path: Path) -> None:
     """Check that the rows of a file have the values that a resumed run reads."""
     try:
-        msgspec.convert(rows, list[_Step | _Validation | _Gain | _Run | _Warning])
+        msgspec.convert(rows, list[_Step | _Validation | _Gain | _Run | _Compile | _Warning])
     except msgspec.ValidationError as error:
         raise ValueError(
             f"metrics: every row must have the values of its kind, got {error} of {str(path)!r}"

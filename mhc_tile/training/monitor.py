@@ -8,7 +8,8 @@ Doubly stochastic matrices keep every gain at 1. Unconstrained ones grow long be
 it, often in the first sublayer first: its gain is called the canary.
 
 Only a recorded step costs time: the hooks then keep a view of the maps of at most MAX_TOKENS
-tokens. `python -m mhc_tile.perf.monitor_cost` measures it.
+tokens. A compiled pass that listens returns these views, with no kernel of its own.
+`python -m mhc_tile.perf.monitor_cost` measures it.
 
 Axes: L sublayers, T sampled tokens, [n, n] is [out, in].
 """
@@ -133,6 +134,10 @@ class GainMonitor:
             )
         samples, self._samples = self._samples, []
         return torch.stack([sample for _, sample in samples])
+
+    def clear(self) -> None:
+        """Drop the record, and with it what keeps its tensors alive."""
+        self._samples = []
 
     def remove(self) -> None:
         """Take the hooks off the model."""

@@ -70,6 +70,8 @@ class Progress:
         if runs and self._corpus:
             self._say(_describe(runs[-1]))
             self._corpus = False
+        if rows and rows[-1]["kind"] == "compile":  # earlier ones are of the run before a resume
+            self._say(_describe_compile(rows[-1]))
         if rows and (rows[-1]["kind"], rows[-1]["step"]) == ("validation", self.steps):
             self._close()
         elif self._bar is not None:
@@ -113,6 +115,13 @@ class Progress:
             self._draw()
             with suppress(OSError, ValueError, AttributeError):
                 self._bar.close()
+
+
+def _describe_compile(row: Row) -> str:
+    graphs = " for CUDA graphs" if row["mode"] == "graphs" else ""
+    if row["seconds"] is None:
+        return f"compiling forward and backward{graphs}"
+    return f"compiled forward and backward{graphs} in {row['seconds']:.0f} s"
 
 
 def _describe(corpus: dict[str, Any]) -> str:

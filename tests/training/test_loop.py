@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mhc_tile.__main__ import main
 from mhc_tile.models import RESIDUALS, Decoder, MLAConfig, ModelConfig, MoEConfig, model_config
@@ -176,14 +177,37 @@ def test_tensorboard_events_are_written(config, tmp_path):
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
 
 
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_a_step_reads_no_value_of_a_tensor(config, tmp_path, residual):
+    """Each would wait for the device, on CUDA."""
+    run = loop._Run(config.replace(residual=residual), tmp_path / "run", None, None)
+    ops = []
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            ops.append(str(function))
+            return function(*args, **kwargs or {})
+
+    with Recorded():
+        run._train_step()
+        run._train_step()  # which records gains
+    assert "aten._fused_adamw_.default" in ops
+    assert not [name for name in ops if "_local_scalar_dense" in name]
+
+
 @pytest.mark.gpu
 @both_models
 @pytest.mark.parametrize("residual", RESIDUALS)
-def test_a_step_on_the_gpu_waits_for_nothing(config, tmp_path, residual, model):
+@pytest.mark.parametrize("mode", ["off", "default", "graphs"])
+def test_a_step_on_the_gpu_waits_for_nothing(config, tmp_path, residual, model, mode):
     if model is EXPERTS and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("torch's grouped matmul waits before compute capability 9.0")
-    config = config.replace(residual=residual, device="cuda", model=model)
+    config = config.replace(residual=residual, device="cuda", model=model, compile=mode)
     run = loop._Run(config, tmp_path / "run", None, None)
+    if mode != "off":
+        torch._dynamo.reset()
+        torch.use_deterministic_algorithms(False)  # they keep CUDA graphs from some kernels
+        run._compile()
     run._start_clock()
     for _ in range(3):
         run._train_step()
