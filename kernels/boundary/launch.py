@@ -39,6 +39,7 @@ from .roles import CHUNK, MAPS, STREAMS, Inputs, Staged, merge_warps, project_wa
 MEASURED = ("sm_90a",)  # on sm_100a two words of a round spill
 MOST_RANKS = 28  # measured; more of them spill more
 FEW_RANKS = 3  # whose reducers are busy: a tile in flight is enough
+MINIMUM_WIDTH = 160  # channels of a rank: a merge warp, a token at a time, has lanes for 256
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def beside(config: Any, n: int, C: int, arch: str) -> Config | None:
     own = Config(ranks, config.teams, config.steps, ahead=2 if ranks > FEW_RANKS else 1)
     # more ranks leave lanes idle and are slower; one alone waits for its reducers
     full = 1 < ranks == ceil_div(C, WARP * CHUNK) <= MOST_RANKS
+    full = full and own.segment(n, C).width >= MINIMUM_WIDTH
     return own if full and arch in MEASURED and own.launches(n, C, arch) else None
 
 

@@ -152,7 +152,7 @@ def open_sublayer(
     """
     given = phi, alpha, bias, norm_eps, pre_eps, post_scale, iters, sinkhorn_eps
     if found := _planned(x, (), given):
-        return OpenSublayer(found[:3], x, *found[3:])
+        return _opened(found, x)
     return _open(x, phi, alpha, bias, check_pre("open_sublayer", x, *given))
 
 
@@ -197,7 +197,7 @@ def next_sublayer(
     name = "next_sublayer"
     given = phi, alpha, bias, norm_eps, pre_eps, post_scale, iters, sinkhorn_eps
     if found := _planned_merge(state, layer_output, given):
-        return OpenSublayer(found[:3], found[-1], *found[3:-1])
+        return _opened(found[:-1], found[-1])
     x = _check(name, state, layer_output)
     constants = check_pre(name, x, *given)
     tensors = (layer_output, state._h_post, state._h_res, phi, alpha, bias)
@@ -286,6 +286,11 @@ def _fused_merge(x_for_merge: Tensor, x: tuple[Tensor] | None, *rest: Any) -> An
     return results if constants else results[0]
 
 
+def _opened(results: list[Tensor], x: Tensor) -> OpenSublayer:
+    """A sublayer that C++ has opened: its maps and, in grad mode, x_for_merge."""
+    return OpenSublayer(results[:3], x, results[3] if len(results) > 3 else None)
+
+
 def _planned_merge(
     state: OpenSublayer, layer_output: Tensor, given: tuple[Any, ...]
 ) -> list[Tensor]:
@@ -296,9 +301,7 @@ def _planned_merge(
     return _planned(x, (state._x, layer_output, state._h_post, state._h_res), given)
 
 
-def _planned(
-    x_for_merge: Any, merged: tuple[Any, ...], given: tuple[Any, ...]
-) -> list[Tensor]:
+def _planned(x_for_merge: Any, merged: tuple[Any, ...], given: tuple[Any, ...]) -> list[Tensor]:
     """The results in C++ of a call that has a launch plan, as `_FusedMerge` lists them; else none.
 
     Such a call needs no checks: one of the same shapes, dtypes, device and constants has passed
