@@ -6,12 +6,12 @@ YES = ("1", "true", "yes", "on")
 NO = ("0", "false", "no", "off", "")
 
 
-def switch(variable: str) -> bool:
-    """Whether an environment variable switches something on; unset is no.
+def switch(variable: str, *, unset: bool = False) -> bool:
+    """Whether an environment variable switches something on.
 
     ValueError if it says neither yes nor no: a guess would run something else than was meant.
     """
-    given = os.environ.get(variable, "")
+    given = os.environ.get(variable, YES[0] if unset else "")
     word = given.strip().lower()
     if word not in (*YES, *NO):
         raise ValueError(

@@ -13,6 +13,7 @@ import math
 import os
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,8 @@ from .device import Device, describe
 from .problems import Problem, bucket
 
 MOST_REMEMBERED = 1 << 16  # shapes; a server of ragged batches sees each number of tokens
+# Called when a decision may have changed.
+LISTENERS: list[Callable[[], None]] = []
 FARTHEST = 1.0  # a neighbour's C is at most this many powers of two away
 
 
@@ -288,6 +291,7 @@ def reject(asked: Asked, error: Exception) -> None:
             tables.block(decision.family, decision.problem.channels, why)
             _report(tables.faults[-1:])
         _known.clear()
+    _changed()
 
 
 @cache
@@ -311,6 +315,12 @@ def forget() -> None:
     with _lock:
         _known.clear()
         of_device.cache_clear()
+    _changed()
+
+
+def _changed() -> None:
+    for listener in LISTENERS:
+        listener()
 
 
 def _report(faults: list[str]) -> None:

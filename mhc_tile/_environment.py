@@ -8,7 +8,7 @@ from mhc_tile.autotune._switches import switch
 try:
     REFERENCE_ONLY = switch("MHC_TILE_REFERENCE")
     BATCH_INVARIANT = switch("MHC_TILE_BATCH_INVARIANT")
-    CPP = switch("MHC_TILE_CPP")
+    CPP = switch("MHC_TILE_CPP", unset=True)
 except ValueError as error:
     # the package is imported before `__main__` can catch anything
     if Path(sys.argv[0]).stem not in ("mhc-tile", "-m"):

@@ -123,10 +123,10 @@ def _native_ops() -> Finding:
     from .ops import _native
 
     if not _environment.CPP:
-        return Finding("ops in C++", "ok", "off; MHC_TILE_CPP=1 tries them")
+        return Finding("ops in C++", "ok", "switched off by MHC_TILE_CPP")
     try:
         path = _native.path()
-    except metadata.PackageNotFoundError as error:
+    except ModuleNotFoundError as error:
         return Finding("ops in C++", "note", f"without {error.name}", "install TileLang")
     if path.is_file():
         return Finding("ops in C++", "ok", str(path))

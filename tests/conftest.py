@@ -61,7 +61,7 @@ def batch_invariant():
 
 @pytest.fixture(autouse=True, scope="session")
 def _ops_are_native():
-    """On a GPU, with MHC_TILE_CPP=1, the ops' C++ library serves from the first test on."""
+    """On a GPU, without MHC_TILE_CPP=0, the ops' C++ library serves from the first test on."""
     if torch.cuda.is_available() and _environment.CPP:
         _native.load()
 

@@ -21,6 +21,8 @@ from .. import _checks
 from .._environment import BATCH_INVARIANT, REFERENCE_ONLY
 from . import _native, _plans
 
+lookup.LISTENERS.append(_plans.clear)
+
 
 def set_batch_invariant(enabled: bool) -> None:
     """Choose whether a token's bits are the same in a batch of any size, in every direction.
@@ -78,7 +80,6 @@ def tuned(kernel: str, x: Tensor, sizes: Sequence[int], launch: Callable[[Any], 
             raise
         results = launch(own)  # fails too where the configuration is not to blame
         lookup.reject(asked, error)
-        _plans.clear()
         return results
 
 

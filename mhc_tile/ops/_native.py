@@ -1,8 +1,8 @@
 """The ops' C++ library: autograd and launch plans without Python. See csrc/.
 
-With MHC_TILE_CPP=1 the first call on a GPU loads it. Where it is not built yet for this torch, TVM
-FFI and sources, a thread builds it into the user's cache folder. Until then, and without a
-compiler, the ops run in Python.
+The first call on a GPU loads it. Where it is not built yet for this torch, TVM FFI and sources, a
+thread builds it into the user's cache folder. Until then, without a compiler, and with
+MHC_TILE_CPP=0, the ops run in Python.
 """
 
 import ctypes
@@ -30,8 +30,9 @@ SOURCES = Path(__file__).parent / "csrc"
 COTANGENT, INPUT, OUTPUT = range(3)
 
 library: ctypes.CDLL | None = None
-_lock = threading.Lock()
-_begun = False
+_lock = threading.RLock()
+_builder: threading.Thread | None = None
+_off = not _environment.CPP  # whether the ops stay in Python
 
 
 def folder() -> Path:
@@ -99,42 +100,49 @@ def _libraries() -> list[str]:
 
 
 def begin() -> None:
-    """Load the library if it is built, else build it in the background; once a process."""
-    global _begun
-    with _lock:
-        if _begun or not _environment.CPP:
-            return
-        _begun = True
-    try:
-        if path().is_file():
-            load()
-            return
-    except Exception as error:
-        _warn(error)
+    """Load the library if it is built, else build it in the background.
+
+    The thread that calls an op loads it: torch's table of kernels must not change under an op.
+    """
+    global _builder, _off
+    if _off or library is not None or (_builder is not None and _builder.is_alive()):
         return
-    threading.Thread(target=_build_and_load, name="mhc_tile builds its ops", daemon=True).start()
-
-
-def _build_and_load() -> None:
-    try:
-        load()
-    except Exception as error:
-        _warn(error)
+    with _lock:
+        try:
+            if path().is_file():
+                load()
+            elif _builder is None:
+                _builder = threading.Thread(target=_build, name="mhc_tile builds", daemon=True)
+                _builder.start()
+            else:
+                _off = True  # it has failed and said so
+        except Exception as error:
+            _off = True
+            _warn(error)
 
 
 def prepare() -> None:
     """Build and load the library now; a warning where that fails."""
-    global _begun
-    with _lock:
-        begun, _begun = _begun, True
-    if _environment.CPP and not begun:
-        _build_and_load()
+    if _builder is not None:
+        _builder.join()
+    elif not _off:
+        _build()
+    begin()
+
+
+def _build() -> None:
+    global _off
+    try:
+        build()
+    except Exception as error:
+        _off = True
+        _warn(error)
 
 
 def _warn(error: Exception) -> None:
     warnings.warn(
         f"mhc_tile: the ops run in Python, which costs host time: {error}. `mhc-tile doctor` says "
-        "what is missing; without MHC_TILE_CPP they always do",
+        "what is missing; with MHC_TILE_CPP=0 they always do",
         RuntimeWarning,
         stacklevel=2,
     )

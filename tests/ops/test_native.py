@@ -141,25 +141,20 @@ import warnings
 from mhc_tile.ops import _native
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    for _ in range(2):
+    for _ in range(3):
         _native.begin()
-    import threading
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread():
-            thread.join()
+        if _native._builder is not None:
+            _native._builder.join()
 print(len(caught), _native.library, *[str(each.message) for each in caught])
 """
     empty = {"PATH": str(tmp_path), "CXX": "", "XDG_CACHE_HOME": str(tmp_path)}
-    asked = {"MHC_TILE_CPP": "1"}
-    said = python(code, **asked, **empty)
+    said = python(code, **empty)
     assert said.startswith("1 None mhc_tile: the ops run in Python, which costs host time: a C++ ")
     assert python(code, MHC_TILE_CPP="0", **empty) == "0 None\n"
     broken = tmp_path / "c++"
     broken.write_text("#!/bin/sh\necho 'x.cpp:1: error: no such thing' >&2\nexit 1\n")
     broken.chmod(0o755)
-    said = python(
-        code, PATH="/bin:/usr/bin", CXX=str(broken), XDG_CACHE_HOME=str(tmp_path), **asked
-    )
+    said = python(code, PATH="/bin:/usr/bin", CXX=str(broken), XDG_CACHE_HOME=str(tmp_path))
     assert "got: x.cpp:1: error: no such thing" in said
     assert not [each for each in (tmp_path / "mhc_tile" / "native").iterdir() if each.is_dir()]
 
