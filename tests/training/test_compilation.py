@@ -306,7 +306,7 @@ def test_the_gpu_learns_the_same_in_every_mode(config, tmp_path, residual, mode)
         if row["kind"] == "step":
             assert row["loss"] == pytest.approx(other["loss"], rel=2e-2)
         else:
-            assert numbers(row) == pytest.approx(numbers(other), rel=2e-2, abs=1e-5)
+            assert numbers(row) == pytest.approx(numbers(other), rel=2e-2, abs=5e-4)
     assert len({row["loss"] for row in found if row["kind"] == "step"}) == 20  # no memory reused
     assert rows_of(tmp_path / mode, "compile")[0]["mode"] == mode
 
