@@ -34,6 +34,7 @@ from .slices import (
     BATCH,
     LAYERS,
     NAMES,
+    ON_REQUEST,
     PLAIN,
     SEQUENCE,
     TF32,
@@ -62,7 +63,10 @@ OPTIONS: Options = {
     "batch": (int, f"sequences (default: {BATCH})"),
     "sequence": (int, f"tokens of each (default: {SEQUENCE})"),
     "optimizer": (bool, "with a step of AdamW"),
-    "contender": (tuple[str, ...], "by the beginnings of their names (default: all)"),
+    "contender": (
+        tuple[str, ...],
+        "by the beginnings of their names (default: all but (eager) and (graphs))",
+    ),
     "turns": (int, f"of each contender (default: {TURNS})"),
     "device": (str, "cuda or cpu (default: cuda)"),
     "out": (Path, "result file (default: overhead-<gpu>.json)"),
@@ -82,7 +86,9 @@ def run(args: SimpleNamespace) -> int:
     """
     numbers = {name: getattr(args, name) for name in ("layers", "batch", "sequence")}
     output.check_positive("perf overhead", **numbers)
-    bench, where, path = session.begin("overhead", args, NAMES, names_here(args.device))
+    bench, where, path = session.begin(
+        "overhead", args, (*NAMES, *ON_REQUEST), names_here(args.device)
+    )
     shape = (args.layers or LAYERS, args.batch, args.sequence, args.optimizer, args.device)
     where["denominator"] = {}
     if missing := left_out(("pre", "merge"), functools.partial(is_asked, names=args.contender)):
@@ -157,6 +163,8 @@ def _measure(
 ) -> None:
     steps: dict[str, Step] = {}
     chosen = [n for n in names_here(piece.device) if n == PLAIN or is_asked(n, wanted)]
+    if not wanted:
+        chosen = [name for name in chosen if name not in ON_REQUEST]
     checked = [name for name in chosen if not name.startswith(UNCHECKED)]
 
     def failed(names: Sequence[str], what: str, error: Exception) -> None:

@@ -31,12 +31,17 @@ NAMES = (
     *(f"{kind} ({way})" for kind in ("hc", "reference") for way in WAYS), *ADAPTERS,
 )  # fmt: skip
 """All contenders; packages take part where they can join sublayers, tf32 on CUDA alone."""
+GRAPHS = "graphs)"  # the end of the name of who runs as CUDA graphs
+ON_REQUEST = tuple(f"{kind} ({way})" for kind in ("residual", OURS) for way in ("eager", "graphs"))
+"""Further contenders, which take part where their names are asked for: small models wait for the
+host."""
 
 
 def names_here(device: str) -> list[str]:
     """The contenders that can be measured on "cuda" or "cpu"."""
-    installed = [name for name in NAMES if name not in ADAPTERS or _joins(name)]
-    return [name for name in installed if device == "cuda" or not name.endswith(TF32)]
+    names = (*NAMES, *ON_REQUEST)
+    installed = [name for name in names if name not in ADAPTERS or _joins(name)]
+    return [name for name in installed if device == "cuda" or not name.endswith((TF32, GRAPHS))]
 
 
 def _joins(package: str) -> bool:
@@ -44,9 +49,9 @@ def _joins(package: str) -> bool:
     return version(package) is not None and not {"pre", "merge"} & lacks(package).keys()
 
 
-def compiled(module: nn.Module) -> nn.Module:
+def compiled(module: nn.Module, mode: str | None = None) -> nn.Module:
     """A module under torch.compile."""
-    return cast(nn.Module, torch.compile(module))
+    return cast(nn.Module, torch.compile(module, mode=mode))
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,8 @@ class Sublayers:
             if way == "sublayers compiled":
                 parts = [compiled(part) for part in parts]
             model = HyperConnectedStack(parts) if kind == OURS else nn.Sequential(*parts)
+            if way == "graphs":
+                return compiled(model, "reduce-overhead")
             return compiled(model) if way == "compiled" else model
 
         return {name: functools.partial(build, name) for name in names_here(self.piece.device)}
@@ -225,6 +232,7 @@ class Step:
     def __call__(self) -> None:
         """Run the step."""
         self.free()
+        torch.compiler.cudagraph_mark_step_begin()
         with self._setting():
             self.model(self.x).backward(self.grad)
         for optimizer in self.optimizers:

@@ -115,6 +115,7 @@ CONFIGS: dict[str, ModelConfig] = {
     "1m": _bytes(4, 128, 4, 32, 384, 256),
     "10m": _bytes(8, 320, 5, 64, 896, 512),
     "100m": _bytes(14, 768, 12, 64, 2048, 1024),
+    "300m": _bytes(24, 1024, 16, 64, 2688, 1024),
     "2m-moe": _bytes(4, 128, 4, 32, 384, 256).replace(
         moe=MoEConfig(8, 128, experts_per_token=2, shared_experts=1),
         mla=MLAConfig(kv_rank=64, rope_size=16),
@@ -128,8 +129,8 @@ CONFIGS: dict[str, ModelConfig] = {
 }
 """Every named configuration.
 
-"1m", "10m", "100m" and "2m-moe" read bytes; the names are their parameter counts. A token activates
-0.9M parameters of "2m-moe".
+"1m", "10m", "100m", "300m" and "2m-moe" read bytes; the names are their parameter counts. A token
+activates 0.9M parameters of "2m-moe".
 
 "paper-3b", "paper-9b" and "paper-27b" are the models of arXiv 2512.24880 (Table 5): latent
 attention, a dense first layer, then mixtures of experts. Their output heads are tied to the

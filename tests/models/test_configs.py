@@ -24,6 +24,7 @@ from tiny_models import EXPERTS, TINY
         ("1m", 0.8e6, 1.2e6),
         ("10m", 9e6, 11e6),
         ("100m", 95e6, 105e6),
+        ("300m", 295e6, 305e6),
         ("2m-moe", 1.7e6, 2.0e6),
         ("paper-3b-dense", 0.59e9, 0.64e9),  # active parameters of the paper's 3B: 612M
         ("paper-9b-dense", 1.6e9, 1.8e9),  # 1.66B

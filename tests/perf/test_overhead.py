@@ -30,7 +30,7 @@ KINDS = [name for name in NAMES if not name.endswith(TF32) and name not in ADAPT
 
 @pytest.fixture(autouse=True)
 def _nothing_is_compiled(monkeypatch):
-    monkeypatch.setattr(slices, "compiled", lambda module: module)
+    monkeypatch.setattr(slices, "compiled", lambda module, mode=None: module)
 
 
 def measured(*names, piece=PIECE, bench=None):
@@ -110,6 +110,12 @@ def test_a_step_in_tf32_is_one(monkeypatch):
     assert seen.count("high") == seen.count("highest") > 2
 
 
+def test_contenders_on_request_take_part_where_they_are_named():
+    assert slices.ON_REQUEST[0] == "residual (eager)"
+    assert list(measured("residual (e", "mhc_tile (e")) == [PLAIN, *slices.ON_REQUEST[::2]]
+    assert not {*measured()} & {*slices.ON_REQUEST}
+
+
 def test_a_run_end_to_end(tmp_path, capsys):
     path = tmp_path / "steps.json"
     assert __main__.main(["perf", *COMMAND, "--out", str(path)]) == 0
@@ -155,7 +161,7 @@ def test_a_contender_that_there_is_not_is_named_before_anything_is_measured(tmp_
     assert main([*COMMAND, "--contender", "mhc", "ours", "--out", str(out)]) == 1
     said = capsys.readouterr().err
     assert "perf overhead: --contender must begin one of residual (compiled), " in said
-    assert said.endswith("hyper-connections, got ours\n")
+    assert said.endswith("mhc_tile (graphs), got ours\n")
     for name in ("tile-kernels 1.2", "tile", "hc (compiled, tf32)"):  # not known, not here
         assert main([*COMMAND, "--contender", name, "--out", str(out)]) == 1
         assert f", got {name}\n" in capsys.readouterr().err
@@ -231,7 +237,7 @@ def test_one_that_runs_out_of_memory_is_a_row(monkeypatch, after):
     full = stand_ins.raising(torch.OutOfMemoryError("CUDA out of memory\nTried"), after)
     stand_ins.install(monkeypatch, "tile-kernels", merge=full)
     rows = measured("tile", OURS)
-    assert [row.status for row in rows.values()] == ["ok", "ok", "ok", "out of memory"]
+    assert [row.status for row in rows.values()] == ["ok", "ok", "ok", "out of memory", "ok"]
     assert rows["tile-kernels"].fault == "OutOfMemoryError: CUDA out of memory"
     assert rows["tile-kernels"].us is None
     assert all(row.turns == 2 for row in rows.values() if row.status == "ok")

@@ -233,7 +233,7 @@ def test_contenders_and_ops_are_explained_where_they_occur():
     assert "merge the next streams" in text
     for absent in ("DeepSeek", "doubly stochastic", "layers under torch.compile", "op by op"):
         assert absent not in text
-    names, words = [*slices.NAMES, *suite.NAMES], report.words()
+    names, words = [*slices.NAMES, *slices.ON_REQUEST, *suite.NAMES], report.words()
     found = glossary(record(*(row(contender=name) for name in names)))
     assert dict(found["Contenders"]).keys() == words.CONTENDERS.keys()
     assert dict(found["What is in brackets"]).keys() == {form.strip("()") for form in words.FORMS}

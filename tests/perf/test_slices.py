@@ -9,7 +9,7 @@ from mhc_tile import reference
 from mhc_tile.perf import connections, overhead, slices
 from mhc_tile.perf.peers import ADAPTERS, version
 from mhc_tile.perf.records import OURS
-from mhc_tile.perf.slices import NAMES, TF32, Slice, Step, Sublayers
+from mhc_tile.perf.slices import NAMES, ON_REQUEST, TF32, Slice, Step, Sublayers
 
 REAL = reference.merge
 PIECE = Slice("1m", layers=1, batch=1, sequence=16, device="cpu")
@@ -18,7 +18,7 @@ KINDS = [name for name in NAMES if not name.endswith(TF32) and name not in ADAPT
 
 @pytest.fixture(autouse=True)
 def _nothing_is_compiled(monkeypatch):
-    monkeypatch.setattr(slices, "compiled", lambda module: module)
+    monkeypatch.setattr(slices, "compiled", lambda module, mode=None: module)
 
 
 def test_names_and_words():
@@ -33,7 +33,8 @@ def test_tf32_is_for_those_who_say_so_and_only_meanwhile():
     sublayers, seen = Sublayers(PIECE), []
     assert not any(name.endswith(TF32) for name in sublayers.contenders())
     sublayers.piece = dataclasses.replace(PIECE, device="cuda")
-    assert [n for n in sublayers.contenders() if n not in ADAPTERS] == [*NAMES[: -len(ADAPTERS)]]
+    known = [*NAMES[: -len(ADAPTERS)], *ON_REQUEST]
+    assert [n for n in sublayers.contenders() if n not in ADAPTERS] == known
     sublayers.piece = PIECE
     sublayers.truth  # noqa: B018 - it is kept, and not looked at below
 
@@ -63,7 +64,9 @@ def test_all_ways_share_their_weights():
     sublayers = Sublayers(PIECE)
     own = {id(p) for layer in sublayers.layers for p in layer.parameters()}
     ours = {id(p) for c in sublayers.ours for p in (c.phi, c.alpha, c.bias)}
-    assert list(sublayers.contenders()) == [n for n in NAMES if n in KINDS or version(n)]
+    eager = [name for name in ON_REQUEST if name.endswith("(eager)")]
+    known = [n for n in NAMES if n in KINDS or version(n)]
+    assert list(sublayers.contenders()) == [*known, *eager]
     for name, build in sublayers.contenders().items():
         found = {id(parameter) for parameter in build().parameters()}
         assert own <= found, name
